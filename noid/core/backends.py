@@ -1,0 +1,418 @@
+"""What a backend must be able to do. A plugin's hook returns a `BackendSpec`; the agent opens and closes it.
+
+All methods run under trio. Cancellation may strike at any await: after it, the thing a method was building may exist
+in part, and the method's counterpart (``delete``, ``kill``, ``abandon_freeze``) removes it. Errors are `NoidError`s.
+Blocking work belongs in ``trio.to_thread``; a method without ``async`` must not block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import trio
+
+from noid.core.model import (
+    Credentials,
+    DiskUsage,
+    ExecRequest,
+    FrozenDisk,
+    Identity,
+    NetLease,
+    OutputChunk,
+    ProcessExit,
+    ProcessRef,
+    Receipt,
+    User,
+    Volume,
+)
+
+B_co = TypeVar("B_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentContext:
+    """What a backend is given when opened. *database* is the store's file, for plugins with tables of their own."""
+
+    data_dir: Path
+    run_dir: Path
+    database: Path
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec(Generic[B_co]):
+    """An offer to run a backend.
+
+    Attributes:
+        name: What ``[backends]`` selects.
+        config: A dataclass for ``[plugins.<kind>_<name>]``; unknown keys are refused and the known ones listed.
+        open: Called with an instance of *config* and the context; the backend lives as long as the context manager.
+    """
+
+    name: str
+    config: type[Any]
+    open: Callable[[Any, AgentContext], AbstractAsyncContextManager[B_co]]
+
+
+# --- VMM ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmmFeatures:
+    """What this VMM can do here. The core asks before it starts an operation and answers 501 otherwise."""
+
+    accelerator: str
+    disk_formats: frozenset[str]
+    disk_pivot: bool
+    network_kinds: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachinePlan:
+    """What launching and restoring share.
+
+    *directory* holds everything that lasts (disk, memory, logs), *run_dir* everything that dies with the process
+    (sockets); *run_dir* is short enough for unix sockets. Both exist. *instance* must be visible in the VMM process'
+    environment as ``NOID_INSTANCE`` and *data_dir* as ``NOID_DATA_DIR``: that is how orphans are found.
+    """
+
+    instance: str
+    directory: Path
+    run_dir: Path
+    data_dir: Path
+    cpus: int
+    mem_mib: int
+    volume: Volume
+    lease: NetLease | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchPlan(MachinePlan):
+    """Boot from scratch. *cmdline* is appended to what the VMM itself needs (console, clock)."""
+
+    kernel: Path
+    initrd: Path
+    cmdline: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestorePlan(MachinePlan):
+    """Continue from a capture. *memory* is immutable and mapped privately, never copied; *state* is only read.
+
+    *memory* lies in *directory* (a hard link), so that it lives as long as the VM.
+    """
+
+    memory: Path
+    state: Path
+
+
+class Capture(Protocol):
+    """What a paused machine left behind: the device state is on disk, changed memory is held until `finish`."""
+
+    changed_bytes: int
+
+    async def finish(self) -> None:
+        """Build the memory image from the machine's parent image and what changed. The guest runs meanwhile.
+
+        Leaves ``memory`` and ``state`` in the directory given to `Machine.capture`, both complete, not yet fsynced.
+        Calling it twice is an error.
+
+        Raises:
+            NoSpace: the directory may hold a part, which the caller removes.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Free what is held without building anything. Allowed after `finish`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineExit:
+    """Why a machine ended. *reason* is ``shutdown``, ``reset``, ``killed`` or ``unknown``."""
+
+    reason: str
+    detail: str = ""
+
+
+class Machine(Protocol):
+    """One running VMM process. It outlives the agent; `VmmBackend.adopt` gives a new object for the same process."""
+
+    ref: ProcessRef
+
+    async def pause(self) -> None:
+        """Stop the vCPUs and settle the disk. Pausing a paused machine does nothing."""
+        ...
+
+    async def resume(self) -> None:
+        """Let the vCPUs run. Resuming a running machine does nothing."""
+        ...
+
+    async def capture(self, into: Path) -> Capture:
+        """Write the device state to ``into/state`` and take hold of changed memory. Only while paused.
+
+        Time in here is time the guest loses: proportional to changed memory, not to memory.
+
+        Raises:
+            NoSpace: nothing but a part of ``into/state`` was changed.
+            BackendError: the machine is still paused and can be resumed.
+        """
+        ...
+
+    async def pivot_disk(self, new_top: Path, format: str) -> None:
+        """Move the live disk onto *new_top*, an empty layer over the current one. Only while paused.
+
+        Only where ``features.disk_pivot``. After an error the machine writes where it wrote before.
+        """
+        ...
+
+    async def disk_path(self) -> Path:
+        """Return the file the machine writes its disk to now."""
+        ...
+
+    async def channel(self) -> trio.abc.Stream:
+        """Connect to the guest agent's byte stream. One connection at a time; closing it frees the place.
+
+        Bytes may be of an earlier owner's conversation: the framing above resynchronises.
+
+        Raises:
+            DependencyDown: the machine is gone.
+        """
+        ...
+
+    async def wait(self) -> MachineExit:
+        """Return when the process has ended and its end is known. Any number of waiters."""
+        ...
+
+    async def kill(self) -> None:
+        """End the process now and wait until it is gone. Killing a dead machine does nothing."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of the process without ending it."""
+        ...
+
+
+class VmmBackend(Protocol):
+    """Runs machines."""
+
+    name: str
+    features: VmmFeatures
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """Return what a checkpoint depends on: VMM, version, accelerator, machine type, CPU model. Equal or refused."""
+        ...
+
+    async def launch(self, plan: LaunchPlan) -> Machine:
+        """Boot. Returns once the vCPUs run. After an error or cancellation no process is left.
+
+        Raises:
+            DependencyDown: the VMM's program is missing; says what to install.
+            BackendError: the VMM refused; its own words are in the message.
+        """
+        ...
+
+    async def restore(self, plan: RestorePlan) -> Machine:
+        """Continue from a capture. Returns once the vCPUs run. After an error or cancellation no process is left."""
+        ...
+
+    async def adopt(self, ref: ProcessRef, plan: MachinePlan, memory: Path) -> Machine:
+        """Take hold of a machine an earlier agent started. *memory* is the image it maps.
+
+        Raises:
+            NotFound: that process is gone.
+            DependencyDown: it lives but does not answer within a few seconds; the caller kills it by *ref*.
+        """
+        ...
+
+
+# --- storage ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageFeatures:
+    """*format* is what volumes are, *freeze_is_constant* whether a freeze takes the same time for any disk size."""
+
+    format: str
+    freeze_is_constant: bool
+    needs_pivot: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreezePlan:
+    """A freeze that was prepared outside the pause. *prepared* is the new layer, when the storage needs one."""
+
+    volume: Volume
+    into: Path
+    prepared: Path | None = None
+
+
+class StorageBackend(Protocol):
+    """Disks that can be cloned and frozen. Directories exist and are given; sizes are bytes."""
+
+    name: str
+    features: StorageFeatures
+
+    async def clone(self, source: FrozenDisk, into: Path) -> Volume:
+        """Make a writable disk in *into* that begins as *source*. *source* may be deleted afterwards.
+
+        Raises:
+            NoSpace: *into* may hold a part.
+        """
+        ...
+
+    def volume(self, directory: Path) -> Volume:
+        """Return the volume that lies in *directory* (after a restart, or after a freeze moved its top).
+
+        Raises:
+            Damaged: there is none.
+        """
+        ...
+
+    async def prepare_freeze(self, volume: Volume, into: Path) -> FreezePlan:
+        """Do the slow part of a freeze while the guest runs."""
+        ...
+
+    async def freeze(self, plan: FreezePlan, machine: Machine | None) -> FrozenDisk:
+        """Make an immutable copy of the volume at this instant, in ``plan.into``.
+
+        Runs while the guest is paused (*machine*) or not running (None), so the time it takes is time the guest
+        loses: constant in the size of the disk, or ``features.freeze_is_constant`` is false. Data the guest has not
+        flushed is included, because the memory that holds the rest is captured in the same pause.
+
+        Raises:
+            NoSpace: nothing was changed.
+            BackendError: the volume is untouched; ``plan.into`` may hold a part.
+        """
+        ...
+
+    async def abandon_freeze(self, plan: FreezePlan, machine: Machine | None) -> None:
+        """Remove what `prepare_freeze` made, unless the machine already writes to it. Repeating it does nothing."""
+        ...
+
+    async def usage(self, thing: Volume | FrozenDisk) -> DiskUsage:
+        """Return what *thing* occupies on the host."""
+        ...
+
+    async def delete(self, thing: Volume | FrozenDisk) -> None:
+        """Remove *thing*'s files. What others share with it stays. Deleting twice does nothing."""
+        ...
+
+
+# --- exec ---------------------------------------------------------------------------------------------------------
+
+
+class Process(Protocol):
+    """A process in a guest, attached to one reader. Output that is not read stops the process, not its neighbours."""
+
+    id: int
+
+    async def receive(self) -> OutputChunk | ProcessExit:
+        """Return the next output, or how the process ended; after the end, `ProcessExit` again and again.
+
+        Raises:
+            DependencyDown: the guest or its VM went away; the process' fate is unknown.
+        """
+        ...
+
+    async def send_stdin(self, data: bytes) -> None:
+        """Write to the process' stdin; waits while the process does not read. Ignored once it has closed stdin."""
+        ...
+
+    async def close_stdin(self) -> None:
+        """Let the process see the end of its input."""
+        ...
+
+    async def signal(self, signo: int) -> None:
+        """Send *signo* to the process' group. Signalling an ended process does nothing."""
+        ...
+
+
+class Guest(Protocol):
+    """The agent inside one VM: many processes at once."""
+
+    async def start(self, request: ExecRequest) -> Process:
+        """Start a process and attach to it.
+
+        Raises:
+            InvalidRequest: no such user, working directory not enterable.
+            DependencyDown: the guest does not answer.
+
+        A program that does not exist or may not run is no error here: the process exits with 127 or 126, as in a shell.
+        """
+        ...
+
+    async def release(self, process: Process) -> None:
+        """Forget *process*: end its group (TERM, then KILL after a grace) if it still runs, and drop its output."""
+        ...
+
+    async def wake(self, identity: Identity) -> Receipt:
+        """Make the guest its own: clock, randomness, hostname, machine-id. Answered before any later `start`."""
+        ...
+
+    async def ping(self) -> float:
+        """Return the round trip in seconds."""
+        ...
+
+    async def power_off(self) -> None:
+        """Ask the guest to sync its file systems and power off. Returns when it has acknowledged."""
+        ...
+
+
+class ExecBackend(Protocol):
+    """Reaches into guests."""
+
+    name: str
+
+    def connect(self, machine: Machine) -> AbstractAsyncContextManager[Guest]:
+        """Attach to the machine's guest agent; entering waits until it answers (bound it with ``fail_after``)."""
+        ...
+
+
+# --- network, auth ------------------------------------------------------------------------------------------------
+
+
+class NetworkBackend(Protocol):
+    """Connects VMs. Every verb can be repeated."""
+
+    name: str
+    kinds: frozenset[str]
+
+    async def lease(self, instance: str) -> NetLease | None:
+        """Return what the machine *instance* is to be connected to. The same instance gets the same lease."""
+        ...
+
+    async def release(self, instance: str) -> None:
+        """Give the lease back. Releasing what is not leased does nothing."""
+        ...
+
+
+class AuthBackend(Protocol):
+    """Knows who a token belongs to. Peer credentials on the local socket are the server's own business."""
+
+    name: str
+
+    def authenticate(self, credentials: Credentials) -> str | None:
+        """Return the user id the token belongs to, or None. Constant time in the token's value."""
+        ...
+
+    async def create_token(self, user: User) -> str:
+        """Return a new token, the only copy there will ever be."""
+        ...
+
+    async def revoke_tokens(self, user: User) -> None:
+        """Make every token of *user* invalid."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened, after it was committed. *facts* is JSON-able."""
+
+    kind: str
+    owner: str
+    vm: str
+    facts: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,347 @@
+"""The records everything in noid talks about. Frozen, keyword-only, without behaviour beyond derived values.
+
+Units are in the names; times are aware UTC; identifiers are strings. A record that is stored or sent has exactly the
+fields its table or JSON object has.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from noid.errors import InvalidRequest
+
+NAME_LENGTH_MAX = 64
+DEFAULT_CPUS = 1
+DEFAULT_MEM_MIB = 2048
+CPUS_MAX = 32
+MEM_MIB_MIN = 64
+ENV_ENTRIES_MAX = 64
+ENV_VALUE_BYTES_MAX = 32768
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class VmState(enum.StrEnum):
+    """What is true of a VM. What is being done with it is `Vm.busy`."""
+
+    CREATING = "creating"
+    RUNNING = "running"
+    PAUSED = "paused"
+    RESTORING = "restoring"
+    STOPPED = "stopped"
+    DEAD = "dead"
+    DESTROYING = "destroying"
+
+
+def checked_name(name: str, what: str = "VM name") -> str:
+    """Return *name* if it is a legal name, 1 to 64 of ``A-Z a-z 0-9 _ - .``, not beginning with ``.`` or ``-``.
+
+    Raises:
+        InvalidRequest: says which rule is broken.
+    """
+    if not name:
+        raise InvalidRequest(f"{what} is empty. Give it 1 to {NAME_LENGTH_MAX} characters.")
+    if len(name) > NAME_LENGTH_MAX:
+        raise InvalidRequest(f"{what} has {len(name)} characters; at most {NAME_LENGTH_MAX} are allowed.")
+    if name[0] in ".-":
+        raise InvalidRequest(f"{what} {name!r} begins with {name[0]!r}. Begin with a letter, a digit or '_'.")
+    if ".." in name:
+        raise InvalidRequest(f"{what} {name!r} contains '..', which is not allowed.")
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(f"{what} {name!r} has invalid characters. Allowed are A-Z a-z 0-9 _ - and '.'.")
+    return name
+
+
+def checked_env(entries: list[str] | tuple[str, ...]) -> dict[str, str]:
+    """Turn ``KEY=VALUE`` entries into a mapping. The last of two entries with one key wins.
+
+    Raises:
+        InvalidRequest: too many entries, no ``=``, an invalid name, a value too long or with a NUL.
+    """
+    if len(entries) > ENV_ENTRIES_MAX:
+        raise InvalidRequest(f"too many environment entries: {len(entries)}; at most {ENV_ENTRIES_MAX} are allowed.")
+    env: dict[str, str] = {}
+    for entry in entries:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise InvalidRequest(f"environment entry {key!r} is not in the form KEY=VALUE.")
+        if not _ENV_NAME.fullmatch(key):
+            raise InvalidRequest(f"invalid environment variable name {key!r}: letters, digits and '_' only.")
+        if len(value.encode("utf-8", "surrogateescape")) > ENV_VALUE_BYTES_MAX:
+            raise InvalidRequest(f"the value of {key} is too long; at most {ENV_VALUE_BYTES_MAX} bytes are allowed.")
+        if "\0" in value:
+            raise InvalidRequest(f"the value of {key} contains a NUL byte, which no environment can hold.")
+        env[key] = value
+    return env
+
+
+def checked_argv(argv: list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    """Return *argv* as a tuple.
+
+    Raises:
+        InvalidRequest: it is empty, its program is empty, or an argument contains a NUL.
+    """
+    if not argv or not argv[0]:
+        raise InvalidRequest("command cannot be empty")
+    for argument in argv:
+        if "\0" in argument:
+            raise InvalidRequest("an argument of the command contains a NUL byte, which no program can be given.")
+    return tuple(argv)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """Whoever owns things."""
+
+    id: str
+    name: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """What a caller showed: a bearer token, or the uid at the other end of a unix socket."""
+
+    token: str | None = None
+    peer_uid: int | None = None
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessRef:
+    """A process for sure: a pid alone may have been reused. *start_ticks* is field 22 of ``/proc/<pid>/stat``."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetLease:
+    """What a VM's network card is connected to. *kind* is ``none``, ``user`` or ``tap``."""
+
+    kind: str
+    mac: str | None = None
+    guest_address: str | None = None
+    gateway: str | None = None
+    tap_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmSpec:
+    """What a VM shall be. `checked` is the one place that says whether it can be."""
+
+    name: str
+    cpus: int = DEFAULT_CPUS
+    mem_mib: int = DEFAULT_MEM_MIB
+    image: str = "default"
+
+    def checked(self, host_mem_mib: int) -> VmSpec:
+        """Return self.
+
+        Raises:
+            InvalidRequest: names the field and its range.
+        """
+        checked_name(self.name)
+        checked_name(self.image, "image name")
+        if not 1 <= self.cpus <= CPUS_MAX:
+            raise InvalidRequest(f"cpus is {self.cpus}; it must be between 1 and {CPUS_MAX}.")
+        if not MEM_MIB_MIN <= self.mem_mib <= host_mem_mib:
+            raise InvalidRequest(
+                f"mem_mib is {self.mem_mib}; it must be between {MEM_MIB_MIN} and {host_mem_mib}, the host's memory."
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiptItem:
+    """One thing that makes a clone its own. *status* is ``done``, ``failed`` or ``not_possible``."""
+
+    name: str
+    status: str
+    before: str = ""
+    after: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What the guest agent changed before the first user command could run (clock, randomness, names)."""
+
+    items: tuple[ReceiptItem, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """No item failed."""
+        return all(item.status != "failed" for item in self.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a woken guest is told to be. *entropy* is fresh host randomness, at least 32 bytes."""
+
+    hostname: str
+    machine_id: str
+    unix_ns: int
+    entropy: bytes = field(repr=False)
+    generation: int = 0
+    lease: NetLease | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vm:
+    """A VM as the store knows it.
+
+    *instance* names the VM's directory and run directory; an in-place restore gives the VM a new one. *origin* is the
+    checkpoint or template it was restored from. *generation* grows with every change of the row.
+    """
+
+    id: str
+    owner: str
+    name: str
+    state: VmState
+    generation: int
+    cpus: int
+    mem_mib: int
+    image: str
+    instance: str
+    network: str = "none"
+    lease: NetLease | None = None
+    process: ProcessRef | None = None
+    origin: str | None = None
+    receipt: Receipt | None = None
+    created_at: datetime
+    busy: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A frozen VM: memory, devices, disk. It belongs to its owner and outlives its VM.
+
+    *id* is 16 lowercase hex digits. *parent* is the checkpoint its VM was restored from, so history is a graph.
+    """
+
+    id: str
+    owner: str
+    vm_id: str
+    vm_name: str
+    label: str | None
+    cpus: int
+    mem_mib: int
+    image: str
+    parent: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """A VM's writable disk: *files* in *directory*, of which the VMM opens *top*. *format* is ``raw`` or ``qcow2``."""
+
+    directory: Path
+    format: str
+    top: str
+    files: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file the VMM opens."""
+        return self.directory / self.top
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenDisk:
+    """An immutable disk: *files* in *directory*, self-contained, of which *top* is the one to clone."""
+
+    directory: Path
+    format: str
+    top: str
+    files: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file that stands for the whole disk."""
+        return self.directory / self.top
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskUsage:
+    """Bytes on the host: *unique* would be freed by deleting the thing, *shared* are used by others too."""
+
+    unique_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """A bootable guest: kernel, initrd with the guest agent, ext4 root. All files are immutable once published.
+
+    *digest* identifies the content of all three. *user* is who commands run as when the caller names nobody. *ready*
+    is the command that ends when the guest has finished booting; its exit status does not matter, and a guest without
+    that program counts as ready once its agent answers.
+    """
+
+    name: str
+    directory: Path
+    kernel: Path
+    initrd: Path
+    rootfs: Path
+    digest: str
+    architecture: str = "x86_64"
+    kernel_release: str = ""
+    cmdline: str = ""
+    user: str = "root"
+    ready: tuple[str, ...] = ("systemctl", "is-system-running", "--wait")
+    description: str = ""
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecRequest:
+    """A process to start in a guest. *argv* goes to ``execve`` as it is; no shell is involved.
+
+    *user* None means the image's default user; *cwd* None means that user's home, or ``/``.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    cwd: str | None = None
+    user: str | None = None
+    stdin: bool = False
+    timeout_secs: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputChunk:
+    """Bytes a process wrote. *stream* is 1 for stdout, 2 for stderr."""
+
+    stream: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessExit:
+    """How a process in a guest ended: with *code*, or by *signal*. *status* is what a shell would show."""
+
+    code: int | None
+    signal: int | None = None
+
+    @property
+    def status(self) -> int:
+        """The exit code, or 128 plus the signal."""
+        return self.code if self.code is not None else 128 + (self.signal or 0)
+
+
+def now() -> datetime:
+    """Return the current time, aware, UTC."""
+    return datetime.now(UTC)
+
+
+def wire_time(moment: datetime) -> str:
+    """Return *moment* as the predecessor's clients expect it: ``YYYY-MM-DD HH:MM:SS`` in UTC."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")

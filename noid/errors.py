@@ -1,0 +1,139 @@
+"""What can go wrong, as callers see it: one tree, each class with a stable code and an HTTP status.
+
+::
+
+    NoidError                   500  internal         anything else is a bug
+    ├── ConfigError             500  config           a setting, a plugin or the installation; ends the program at start
+    ├── InvalidRequest          400  invalid          the request can never succeed as it is
+    ├── Unauthenticated         401  unauthenticated
+    ├── NotFound                404  not_found        also: not yours
+    ├── Conflict                409  conflict
+    │   ├── Busy                409  busy             names the operation that holds the VM
+    │   └── Incompatible        409  incompatible     checkpoint and host differ; names the field
+    ├── TooLarge                413  too_large
+    ├── TooManyRequests         429  rate_limited
+    ├── BackendError            500  backend          a VMM, storage, exec or network backend failed
+    ├── Damaged                 500  damaged          a checkpoint, image or database is not what was written
+    ├── Unsupported             501  unsupported      names the backend and the missing ability
+    ├── DependencyDown          503  unavailable      a program, daemon or guest that does not answer
+    ├── DeadlineExceeded        504  deadline
+    └── NoSpace                 507  no_space
+
+A message says what happened, what is still true, and the next thing to try. Backends never leak foreign exceptions:
+they raise one of these with the cause chained.
+"""
+
+from __future__ import annotations
+
+
+class NoidError(Exception):
+    """Base of everything noid raises on purpose."""
+
+    code = "internal"
+    status = 500
+
+
+class ConfigError(NoidError):
+    """A setting, a plugin or the installation is wrong."""
+
+    code = "config"
+
+
+class InvalidRequest(NoidError):
+    """The request can never succeed as it is."""
+
+    code = "invalid"
+    status = 400
+
+
+class Unauthenticated(NoidError):
+    """No credentials, or wrong ones."""
+
+    code = "unauthenticated"
+    status = 401
+
+
+class NotFound(NoidError):
+    """There is no such thing, or it belongs to somebody else: callers cannot tell."""
+
+    code = "not_found"
+    status = 404
+
+
+class Conflict(NoidError):
+    """The state of the world forbids it now."""
+
+    code = "conflict"
+    status = 409
+
+
+class Busy(Conflict):
+    """Another operation holds the VM."""
+
+    code = "busy"
+
+    def __init__(self, vm: str, holder: str) -> None:
+        super().__init__(f"VM {vm!r} is busy with {holder}. Wait until that has ended and try again.")
+
+
+class Incompatible(Conflict):
+    """A checkpoint was taken by something this host does not have. The message names the field that differs."""
+
+    code = "incompatible"
+
+
+class TooLarge(NoidError):
+    """A body or message is over its limit."""
+
+    code = "too_large"
+    status = 413
+
+
+class TooManyRequests(NoidError):
+    """Too many attempts from one place."""
+
+    code = "rate_limited"
+    status = 429
+
+
+class BackendError(NoidError):
+    """A backend failed. The message names the step and carries the backend's own words."""
+
+    code = "backend"
+
+
+class Damaged(NoidError):
+    """Something on disk is not what noid wrote. The message names the file or field."""
+
+    code = "damaged"
+
+
+class Unsupported(NoidError):
+    """This backend cannot do that, ever."""
+
+    code = "unsupported"
+    status = 501
+
+    def __init__(self, backend: str, ability: str) -> None:
+        super().__init__(f"Backend {backend!r} cannot {ability}. Choose another backend in server.toml [backends].")
+
+
+class DependencyDown(NoidError):
+    """A program is missing or something that should answer does not."""
+
+    code = "unavailable"
+    status = 503
+
+
+class DeadlineExceeded(NoidError):
+    """It took longer than it may."""
+
+    code = "deadline"
+    status = 504
+
+
+class NoSpace(NoidError):
+    """The disk is full, or would be. Nothing was changed."""
+
+    code = "no_space"
+    status = 507
