@@ -1,0 +1,89 @@
+"""Where an agent's files are: the one rule that the agent, its clients and its tests must agree on.
+
+Standard library only, and little of it, because every command imports this.
+
+A unix socket path holds 107 bytes. Sockets therefore live in ``<data_dir>/run`` while ``agent.sock`` there is at most
+`SOCKET_PATH_BYTES_MAX` bytes long, which leaves room for the longer names of the VMs' own sockets, and otherwise in
+``/tmp/noid-<uid>/<16 hex digits of the data directory's SHA-256>``. ``/tmp`` belongs to everybody, so whoever uses a
+run directory calls `private_directory` (to make it) or `check_private` (before trusting it).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from noid.errors import ConfigError
+
+SOCKET_PATH_BYTES_MAX = 90
+SOCKET_NAME = "agent.sock"
+
+
+def data_dir() -> Path:
+    """Return ``$NOID_DATA_DIR``, else ``~/.noid``; absolute. Nothing is created.
+
+    Raises:
+        ConfigError: there is neither that variable nor a home directory.
+    """
+    chosen = os.environ.get("NOID_DATA_DIR")
+    if chosen:
+        return Path(os.path.abspath(os.path.expanduser(chosen)))  # noqa: PTH100, PTH111  # resolve() follows links
+    home = os.path.expanduser("~")  # noqa: PTH111  # Path.home() raises RuntimeError where this says "~"
+    if not os.path.isabs(home):  # noqa: PTH117
+        raise ConfigError("there is no home directory to keep data in. Set HOME or NOID_DATA_DIR.")
+    return Path(home, ".noid")
+
+
+def run_dir(data_dir: Path) -> Path:
+    """Return the directory of the sockets of the agent that owns *data_dir*. Nothing is created."""
+    beside = data_dir / "run"
+    if len(os.fsencode(beside / SOCKET_NAME)) <= SOCKET_PATH_BYTES_MAX:
+        return beside
+    from hashlib import sha256  # loads OpenSSL: only for who needs it
+
+    return _short_parent() / sha256(os.fsencode(data_dir)).hexdigest()[:16]
+
+
+def socket_path(data_dir: Path) -> Path:
+    """Return the local socket of the agent that owns *data_dir*. Nothing is created."""
+    return run_dir(data_dir) / SOCKET_NAME
+
+
+def private_directory(directory: Path) -> Path:
+    """Make *directory* for this user alone (0700) and return it. An existing one is checked, and its mode corrected.
+
+    Raises:
+        ConfigError: it, or the ``/tmp/noid-<uid>`` above it, belongs to somebody else or is not a directory.
+        OSError: it cannot be made.
+    """
+    if directory.parent == _short_parent():
+        levels = [directory.parent, directory]  # the upper one is ours too, and lies where everybody may write
+    else:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        levels = [directory]
+    for level in levels:
+        level.mkdir(mode=0o700, exist_ok=True)
+        check_private(level)
+        if stat.S_IMODE(level.stat().st_mode) != 0o700:
+            level.chmod(0o700)
+    return directory
+
+
+def check_private(directory: Path) -> None:
+    """Return if *directory* is a real directory of this user, so that nobody else can have put a socket there.
+
+    Raises:
+        ConfigError: it is not.
+        FileNotFoundError: there is none.
+    """
+    facts = directory.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+        raise ConfigError(
+            f"{directory} is not a directory of this user (uid {os.geteuid()}), so no socket in it can be trusted."
+            " Remove it, or choose a shorter NOID_DATA_DIR."
+        )
+
+
+def _short_parent() -> Path:
+    return Path(f"/tmp/noid-{os.geteuid()}")  # noqa: S108  # whoever uses it checks whose it is

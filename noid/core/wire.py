@@ -1,0 +1,207 @@
+"""What travels over an exec WebSocket, as bytes in and records out: no socket, no clock, no framework.
+
+Shared by server and client. The format is the predecessor's (0.2), extended where it ignores what it does not know:
+
+::
+
+    1  client -> server  text    ExecRequest  {"command": [...], "tty": false, "env": ["K=V"], ...}
+    2  both              binary  first byte is the channel: 1 stdout, 2 stderr, 3 stdin, 4 resize; the rest is data
+    3  server -> client  text    ExecResult {"exit_code", "timed_out", "truncated", "signal"?} or {"error", "code"?}
+    4  server -> client  close
+
+Exactly one message of kind 3 ends every exec; a connection that ends without one has failed. ``stdin`` in the request
+announces frames of channel 3; an empty one is the end of the input. Lone surrogates, which is how Python holds bytes
+of an argument that are not UTF-8, survive as JSON escapes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from noid.core.model import ExecRequest, ProcessExit, checked_argv, checked_env
+from noid.errors import InvalidRequest
+
+API_VERSION = 1
+API_VERSION_HEADER = "X-Noid-Api-Version"
+
+STDOUT = 1
+STDERR = 2
+STDIN = 3
+RESIZE = 4
+
+CHUNK_BYTES = 65536
+"""How much data a frame carries at most, by convention; receivers take any size up to their message limit."""
+
+_SIZE = struct.Struct("!HH")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecResult:
+    """How a command ended. *exit_code* is what a shell would show, None if it timed out or is unknown.
+
+    *signal* is the signal that ended it, beside an *exit_code* of 128 plus its number.
+    """
+
+    exit_code: int | None
+    timed_out: bool = False
+    truncated: bool = False
+    signal: int | None = None
+
+    @classmethod
+    def of(cls, exit_: ProcessExit) -> ExecResult:
+        """Return the result that reports *exit_*."""
+        return cls(exit_code=exit_.status, signal=exit_.signal)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorResponse:
+    """The command could not be run, or its fate is unknown. *code* is a `noid.errors` code; old servers send none."""
+
+    error: str
+    code: str | None = None
+
+
+# --- binary messages ------------------------------------------------------------------------------------------------
+
+
+def frame(channel: int, data: bytes) -> bytes:
+    """Return *data* as a binary message of *channel*."""
+    return bytes((channel,)) + data
+
+
+def split_frame(message: bytes) -> tuple[int, bytes]:
+    """Return channel and data of a binary message. An empty message is channel 0, which nobody listens to."""
+    return (message[0], message[1:]) if message else (0, b"")
+
+
+def resize_frame(columns: int, rows: int) -> bytes:
+    """Return the message that says how large the terminal is: columns and rows, 16 bit each, big-endian."""
+    return frame(RESIZE, _SIZE.pack(min(max(columns, 0), 0xFFFF), min(max(rows, 0), 0xFFFF)))
+
+
+def parse_resize(data: bytes) -> tuple[int, int]:
+    """Return columns and rows from the data of a resize message.
+
+    Raises:
+        InvalidRequest: it is not four bytes.
+    """
+    if len(data) != _SIZE.size:
+        raise InvalidRequest(f"a resize message carries {_SIZE.size} bytes, columns and rows; this one {len(data)}.")
+    columns, rows = _SIZE.unpack(data)
+    return columns, rows
+
+
+# --- the request ----------------------------------------------------------------------------------------------------
+
+
+def request_to_json(request: ExecRequest, *, tty: bool = False) -> str:
+    """Return *request* as the first message of an exec, or as the body of ``POST .../exec``. It is pure ASCII.
+
+    The predecessor's three fields are always there; extensions only where they say something.
+    """
+    fields: dict[str, Any] = {
+        "command": list(request.argv),
+        "tty": tty,
+        "env": [f"{key}={value}" for key, value in request.env.items()],
+    }
+    if request.cwd is not None:
+        fields["cwd"] = request.cwd
+    if request.user is not None:
+        fields["user"] = request.user
+    if request.stdin:
+        fields["stdin"] = True
+    if request.timeout_secs is not None:
+        fields["timeout_secs"] = request.timeout_secs
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def request_from_json(text: str | bytes) -> ExecRequest:
+    """Return the request in *text*. Unknown fields are ignored; types are strict.
+
+    Raises:
+        InvalidRequest: says what is wrong with it.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"invalid exec request: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidRequest("invalid exec request: expected a JSON object with the field 'command'.")
+    if not isinstance(fields.get("tty", False), bool):
+        raise InvalidRequest("invalid exec request: 'tty' must be true or false.")
+    stdin = fields.get("stdin", False)
+    if not isinstance(stdin, bool):
+        raise InvalidRequest("invalid exec request: 'stdin' must be true or false.")
+    return ExecRequest(
+        argv=checked_argv(_strings(fields.get("command"), "command")),
+        env=checked_env(_strings(fields.get("env", []), "env")),
+        cwd=_optional_string(fields, "cwd"),
+        user=_optional_string(fields, "user"),
+        stdin=stdin,
+        timeout_secs=_timeout(fields.get("timeout_secs")),
+    )
+
+
+def _strings(value: object, what: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InvalidRequest(f"invalid exec request: {what!r} must be a list of strings.")
+    return value
+
+
+def _optional_string(fields: dict[str, Any], what: str) -> str | None:
+    value = fields.get(what)
+    if value is not None and (not isinstance(value, str) or not value or "\0" in value):
+        raise InvalidRequest(f"invalid exec request: {what!r} must be a string, not empty and without NUL.")
+    return value
+
+
+def _timeout(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:  # NaN fails here too
+        raise InvalidRequest("invalid exec request: 'timeout_secs' must be a number of seconds above 0.")
+    return float(value)
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def reply_to_json(reply: ExecResult | ErrorResponse) -> str:
+    """Return *reply* as the text message that ends an exec."""
+    fields: dict[str, Any]
+    if isinstance(reply, ErrorResponse):
+        fields = {"error": reply.error}
+        if reply.code is not None:
+            fields["code"] = reply.code
+    else:
+        fields = {"exit_code": reply.exit_code, "timed_out": reply.timed_out, "truncated": reply.truncated}
+        if reply.signal is not None:
+            fields["signal"] = reply.signal
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def reply_from_json(text: str | bytes) -> ExecResult | ErrorResponse | None:
+    """Return what a text message from the server says, or None for a kind this version does not know."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    match fields:
+        case {"timed_out": bool(timed_out), "truncated": bool(truncated), **rest}:
+            return ExecResult(
+                exit_code=_integer(rest.get("exit_code")),
+                timed_out=timed_out,
+                truncated=truncated,
+                signal=_integer(rest.get("signal")),
+            )
+        case {"error": str(error), **rest}:
+            code = rest.get("code")
+            return ErrorResponse(error=error, code=code if isinstance(code, str) else None)
+    return None
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
