@@ -1,0 +1,99 @@
+"""Operations run in the agent's nursery: whoever asked only waits, and may leave without changing anything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import trio
+
+from noid.errors import Busy, DependencyDown
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class _Result(Generic[T]):
+    """What an operation came to, for whoever still waits."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.value: T | None = None
+        self.error: Exception | None = None
+
+
+class Operations:
+    """Starts operations and keeps them apart: one at a time for each VM, and nobody waits for a lock."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._holders: dict[tuple[str, str], str] = {}
+        self._running = 0
+        self._idle = trio.Event()
+        self._idle.set()
+        self._closing = False
+
+    def holder(self, owner: str, vm_name: str) -> str | None:
+        """Return what holds the VM now, or None."""
+        return self._holders.get((owner, vm_name))
+
+    async def run(self, what: str, owner: str, vm_names: tuple[str, ...], job: Callable[[], Awaitable[T]]) -> T:
+        """Run *job* in the agent's nursery, holding *vm_names* of *owner*, and return its result.
+
+        Cancelling the caller does not cancel the job.
+
+        Raises:
+            Busy: names the operation that holds one of the VMs.
+            DependencyDown: the agent is stopping.
+        """
+        if self._closing:
+            raise DependencyDown("the noid agent is stopping. Try again when it is back.")
+        result: _Result[T] = _Result()
+        locks = self._hold(what, owner, vm_names)
+        locks.__enter__()  # released by the task, which outlives this call
+
+        async def task() -> None:
+            try:
+                result.value = await job()
+            except trio.Cancelled:
+                result.error = DependencyDown(f"{what} was interrupted because the noid agent stopped; it was undone.")
+                raise
+            except Exception as error:  # the waiter raises it; nothing may cross the nursery
+                result.error = error
+                logger.info("%s of %s failed: %s", what, ", ".join(vm_names), error, extra={"op": what, "owner": owner})
+            finally:
+                locks.__exit__(None, None, None)
+                result.done.set()
+
+        self._nursery.start_soon(task, name=f"{what} {' '.join(vm_names)}")
+        await result.done.wait()
+        if result.error is not None:
+            raise result.error
+        return result.value  # type: ignore[return-value]  # set whenever there is no error
+
+    async def drain(self) -> None:
+        """Refuse new operations and wait for the running ones. Bound it with ``move_on_after``."""
+        self._closing = True
+        await self._idle.wait()
+
+    @contextmanager
+    def _hold(self, what: str, owner: str, vm_names: tuple[str, ...]) -> Iterator[None]:
+        keys = [(owner, name) for name in dict.fromkeys(vm_names)]
+        for key in keys:
+            if key in self._holders:
+                raise Busy(key[1], self._holders[key])
+        self._holders.update(dict.fromkeys(keys, what))
+        self._running += 1
+        if self._running == 1:
+            self._idle = trio.Event()
+        try:
+            yield
+        finally:
+            for key in keys:
+                del self._holders[key]
+            self._running -= 1
+            if self._running == 0:
+                self._idle.set()

@@ -1,0 +1,160 @@
+"""Sagas: operations as tables of steps that can each be undone, and the journal that lets a crash be undone too.
+
+The rules, which every step can rely on and must keep:
+
+- The journal says ``doing`` *before* a step runs. Undo covers every step that **began**, in reverse order.
+- **Name it before you make it**: facts needed by an undo exist before its step begins (ids, directories), so an undo
+  needs nothing only its ``do`` could return. It succeeds when ``do`` never happened, half happened, or was undone.
+- Facts are JSON: they are what recovery knows in the next process. Live objects belong in the context.
+- ``commit`` is one database transaction that holds the saga's last change *and* the journal's ``finished``: an
+  operation has happened entirely or, after undo, not at all.
+- Undo runs under a shield with its own deadline. If it fails the journal stays open and recovery repeats it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import trio
+
+from noid.core.ids import new_id
+from noid.core.model import now
+from noid.core.store import Store, Tx
+from noid.errors import DeadlineExceeded, NoidError
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C")
+Facts = dict[str, Any]
+
+UNDO_SECS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[C]):
+    """One step. *do* returns facts to add (or None). *undo* None means that an earlier step's undo covers it."""
+
+    name: str
+    do: Callable[[C, Facts], Awaitable[Mapping[str, Any] | None]]
+    undo: Callable[[C, Facts], Awaitable[None]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Saga(Generic[C]):
+    """An operation. *commit* runs inside the transaction that ends it; *deadline_secs* bounds the steps together."""
+
+    kind: str
+    steps: tuple[Step[C], ...]
+    commit: Callable[[C, Facts, Tx], None]
+    deadline_secs: float
+
+
+class Journal:
+    """One operation's page in the journal."""
+
+    def __init__(self, store: Store, operation: str) -> None:
+        self._store = store
+        self.operation = operation
+
+    @classmethod
+    async def begin(cls, store: Store, kind: str, owner: str, vm_name: str, facts: Facts) -> Journal:
+        """Open a page: from here on, a crash makes recovery undo the operation."""
+        operation = new_id()
+        row = (operation, kind, owner, vm_name, json.dumps(facts), None, None, now().isoformat(), None)
+        await store.write(lambda tx: tx.execute(f"INSERT INTO operations VALUES ({','.join('?' * 9)})", *row))
+        return cls(store, operation)
+
+    async def note(self, step: str, event: str, facts: Facts | None = None) -> None:
+        """Append ``doing``, ``undoing`` or ``undone`` for *step*; with *facts*, make these the operation's."""
+
+        def change(tx: Tx) -> None:
+            sql = "INSERT INTO journal (operation, step, event, at) VALUES (?, ?, ?, ?)"
+            tx.execute(sql, self.operation, step, event, now().isoformat())
+            if facts is not None:
+                tx.execute("UPDATE operations SET facts = ? WHERE id = ?", json.dumps(facts), self.operation)
+
+        await self._store.write(change)
+
+    async def finish(self, commit: Callable[[Tx], None]) -> None:
+        """Run *commit* and close the page as ``finished``, in one transaction."""
+
+        def change(tx: Tx) -> None:
+            commit(tx)
+            self._close(tx, "finished", None)
+
+        await self._store.write(change)
+
+    async def unwound(self, error: str) -> None:
+        """Close the page: everything that began is undone."""
+        await self._store.write(lambda tx: self._close(tx, "unwound", error))
+
+    def _close(self, tx: Tx, outcome: str, error: str | None) -> None:
+        sql = "UPDATE operations SET outcome = ?, error = ?, ended_at = ? WHERE id = ?"
+        tx.execute(sql, outcome, error, now().isoformat(), self.operation)
+
+
+async def run(saga: Saga[C], context: C, store: Store, *, owner: str, vm_name: str, facts: Facts) -> dict[str, float]:
+    """Carry out *saga* and return the seconds each step took.
+
+    *facts* is extended in place. After an error or a cancellation everything that began has been undone (or stays in
+    the journal for recovery), and the error is raised.
+
+    Raises:
+        DeadlineExceeded: the steps took longer than ``saga.deadline_secs`` together.
+    """
+    journal = await Journal.begin(store, saga.kind, owner, vm_name, facts)
+    began: list[Step[C]] = []
+    timings: dict[str, float] = {}
+    try:
+        with trio.move_on_after(saga.deadline_secs) as deadline:
+            for step in saga.steps:
+                await journal.note(step.name, "doing", facts)
+                began.append(step)
+                started = time.perf_counter()
+                facts.update(await step.do(context, facts) or {})
+                timings[step.name] = time.perf_counter() - started
+        if deadline.cancelled_caught:
+            raise DeadlineExceeded(
+                f"{saga.kind} of {vm_name!r} took longer than {saga.deadline_secs:g} s in step {began[-1].name!r}; "
+                "it was undone and nothing is left of it. Try again, or raise the timeouts in server.toml."
+            )
+        await journal.finish(lambda tx: saga.commit(context, facts, tx))
+    except Exception as error:
+        await unwind(saga, context, facts, journal, began, str(error) or repr(error))
+        raise
+    except trio.Cancelled:
+        await unwind(saga, context, facts, journal, began, "cancelled")
+        raise
+    return timings
+
+
+async def unwind(saga: Saga[C], context: C, facts: Facts, journal: Journal, began: list[Step[C]], error: str) -> bool:
+    """Undo the steps that *began*, last first, and close the journal. Return whether all of it worked.
+
+    Each undo has `UNDO_SECS`. One that fails is logged; the others still run, and the page stays open so that the
+    next start repeats all of them.
+    """
+    clean = True
+    for step in reversed(began):
+        if step.undo is None:
+            continue
+        with trio.move_on_after(UNDO_SECS, shield=True) as scope:
+            try:
+                await journal.note(step.name, "undoing")
+                await step.undo(context, facts)
+                await journal.note(step.name, "undone")
+            except (NoidError, OSError):
+                clean = False
+                logger.exception("%s: undo of step %r failed; the next start repeats it", saga.kind, step.name)
+        if scope.cancelled_caught:
+            clean = False
+            logger.error("%s: undo of step %r hangs; the next start repeats it", saga.kind, step.name)
+    if clean:
+        with trio.move_on_after(UNDO_SECS, shield=True):
+            await journal.unwound(error)
+    return clean

@@ -1,0 +1,343 @@
+"""The store: users, VMs, checkpoints, operations and their journal in one SQLite file. The only module with SQL.
+
+Two connections. Reads go straight to a read-only one on the event loop (a row by key takes microseconds); a write is a
+plain function that runs as one ``BEGIN IMMEDIATE`` transaction on the other connection, in a thread, one at a time, so
+that another process holding the write lock (an admin command) never stalls the loop. WAL, ``synchronous=NORMAL``: a
+``kill -9`` loses nothing; a power cut may lose the last commits, which start-up repairs from what is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+from sqlite_utils import Database, Migrations
+
+from noid.core.model import (
+    Checkpoint,
+    NetLease,
+    ProcessRef,
+    Receipt,
+    ReceiptItem,
+    User,
+    Vm,
+    VmState,
+    now,
+)
+from noid.core.states import may_follow
+from noid.errors import Conflict, Damaged, NoSpace, NotFound
+
+T = TypeVar("T")
+
+migrations = Migrations("noid")
+
+
+@migrations()
+def first_schema(db: Database) -> None:
+    """Users, VMs, checkpoints, operations, journal."""
+    for statement in (
+        """CREATE TABLE users (
+            id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL) STRICT""",
+        """CREATE TABLE vms (
+            id TEXT PRIMARY KEY, owner TEXT NOT NULL REFERENCES users(id), name TEXT NOT NULL, state TEXT NOT NULL,
+            generation INTEGER NOT NULL, cpus INTEGER NOT NULL, mem_mib INTEGER NOT NULL, image TEXT NOT NULL,
+            instance TEXT NOT NULL UNIQUE, network TEXT NOT NULL, lease TEXT, process TEXT, origin TEXT, receipt TEXT,
+            created_at TEXT NOT NULL, UNIQUE (owner, name)) STRICT""",
+        """CREATE TABLE checkpoints (
+            id TEXT NOT NULL, owner TEXT NOT NULL REFERENCES users(id), vm_id TEXT NOT NULL, vm_name TEXT NOT NULL,
+            label TEXT, cpus INTEGER NOT NULL, mem_mib INTEGER NOT NULL, image TEXT NOT NULL, parent TEXT,
+            created_at TEXT NOT NULL, PRIMARY KEY (owner, id)) STRICT""",
+        """CREATE TABLE operations (
+            id TEXT PRIMARY KEY, kind TEXT NOT NULL, owner TEXT NOT NULL, vm_name TEXT NOT NULL, facts TEXT NOT NULL,
+            outcome TEXT, error TEXT, started_at TEXT NOT NULL, ended_at TEXT) STRICT""",
+        "CREATE INDEX operations_open ON operations(id) WHERE outcome IS NULL",
+        """CREATE TABLE journal (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT, operation TEXT NOT NULL REFERENCES operations(id),
+            step TEXT NOT NULL, event TEXT NOT NULL, at TEXT NOT NULL) STRICT""",
+        "CREATE INDEX journal_operation ON journal(operation, seq)",
+    ):
+        db.execute(statement)
+
+
+class Tx:
+    """What a write may do. Lives only inside the function given to `Store.write`."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:
+        """Run one statement. Only for this module and for the journal."""
+        return self._connection.execute(sql, arguments)
+
+    def insert_user(self, name: str, user_id: str) -> User:
+        """Add a user.
+
+        Raises:
+            Conflict: the name is taken.
+        """
+        user = User(id=user_id, name=name, created_at=now())
+        try:
+            self.execute("INSERT INTO users VALUES (?, ?, ?)", user.id, user.name, _time(user.created_at))
+        except sqlite3.IntegrityError as error:
+            raise Conflict(f"user {name!r} already exists") from error
+        return user
+
+    def insert_vm(self, vm: Vm) -> None:
+        """Add a VM.
+
+        Raises:
+            Conflict: its owner has a VM of that name.
+        """
+        row = _vm_row(vm)
+        marks = ", ".join("?" * len(row))
+        try:
+            self.execute(f"INSERT INTO vms ({', '.join(row)}) VALUES ({marks})", *row.values())  # noqa: S608  # own names
+        except sqlite3.IntegrityError as error:
+            if "vms.owner" in str(error):
+                raise Conflict(f"VM {vm.name!r} already exists") from error
+            raise
+
+    def update_vm(self, vm: Vm, **changes: Any) -> None:
+        """Change columns of *vm*'s row if it still is the row that was read (same generation), and bump that.
+
+        Raises:
+            Conflict: the row has changed or gone since, or the new state may not follow the old one.
+        """
+        state = changes.get("state")
+        if state is not None and not may_follow(vm.state, state):
+            raise Conflict(f"VM {vm.name!r} cannot become {state}: it is {vm.state}.")
+        columns = {name: _encode(value) for name, value in changes.items()}
+        assignments = ", ".join(f"{name} = ?" for name in columns)
+        done = self.execute(
+            f"UPDATE vms SET {assignments}, generation = generation + 1 WHERE id = ? AND generation = ?",  # noqa: S608  # own names
+            *columns.values(),
+            vm.id,
+            vm.generation,
+        )
+        if done.rowcount != 1:
+            raise Conflict(f"VM {vm.name!r} changed at the same time. Look at it again and repeat.")
+
+    def delete_vm(self, vm_id: str) -> None:
+        """Remove a VM's row. Checkpoints stay: they belong to their owner."""
+        self.execute("DELETE FROM vms WHERE id = ?", vm_id)
+
+    def insert_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Add a checkpoint; adding the same one again does nothing."""
+        row = {name: _encode(value) for name, value in asdict(checkpoint).items()}
+        marks = ", ".join("?" * len(row))
+        sql = f"INSERT OR IGNORE INTO checkpoints ({', '.join(row)}) VALUES ({marks})"  # noqa: S608  # own names
+        self.execute(sql, *row.values())
+
+    def delete_checkpoint(self, owner: str, checkpoint_id: str) -> None:
+        """Remove a checkpoint's row."""
+        self.execute("DELETE FROM checkpoints WHERE owner = ? AND id = ?", owner, checkpoint_id)
+
+
+class Store:
+    """The agent's database. Open it with `open_store`."""
+
+    def __init__(self, reader: sqlite3.Connection, writer: sqlite3.Connection) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._one_writer = trio.CapacityLimiter(1)
+
+    async def write(self, change: Callable[[Tx], T]) -> T:
+        """Run *change* as one transaction and return its result. It is not interrupted by a cancellation.
+
+        Raises:
+            NoSpace: the disk is full; nothing was changed.
+            Damaged: SQLite says so.
+        """
+        return await trio.to_thread.run_sync(self.write_now, change, limiter=self._one_writer)
+
+    def write_now(self, change: Callable[[Tx], T]) -> T:
+        """Run *change* as `write` does, blocking: for commands without an event loop."""
+        with _sqlite_errors(), _transaction(self._writer):
+            return change(Tx(self._writer))
+
+    def user(self, user_id: str) -> User:
+        """Return a user by id, or raise `NotFound`."""
+        return self._one(_user, "user", "SELECT * FROM users WHERE id = ?", user_id)
+
+    def user_named(self, name: str) -> User:
+        """Return a user by name, or raise `NotFound`."""
+        return self._one(_user, f"user {name!r}", "SELECT * FROM users WHERE name = ?", name)
+
+    def users(self) -> list[User]:
+        """Return all users, oldest first."""
+        return [_user(row) for row in self._read("SELECT * FROM users ORDER BY created_at, id")]
+
+    def vm(self, owner: str, name: str) -> Vm:
+        """Return *owner*'s VM *name*, or raise `NotFound`."""
+        return self._one(_vm, f"VM {name!r}", "SELECT * FROM vms WHERE owner = ? AND name = ?", owner, name)
+
+    def vms(self, owner: str) -> list[Vm]:
+        """Return *owner*'s VMs, oldest first."""
+        return [_vm(row) for row in self._read("SELECT * FROM vms WHERE owner = ? ORDER BY created_at, id", owner)]
+
+    def all_vms(self) -> list[Vm]:
+        """Return everybody's VMs: for start-up and the supervisor."""
+        return [_vm(row) for row in self._read("SELECT * FROM vms ORDER BY created_at, id")]
+
+    def checkpoint(self, owner: str, checkpoint_id: str) -> Checkpoint:
+        """Return *owner*'s checkpoint, or raise `NotFound`."""
+        what = f"checkpoint {checkpoint_id!r}"
+        return self._one(
+            _checkpoint, what, "SELECT * FROM checkpoints WHERE owner = ? AND id = ?", owner, checkpoint_id
+        )
+
+    def checkpoints(self, owner: str, vm_name: str | None = None) -> list[Checkpoint]:
+        """Return *owner*'s checkpoints (of *vm_name*), oldest first."""
+        sql, arguments = "SELECT * FROM checkpoints WHERE owner = ?", [owner]
+        if vm_name is not None:
+            sql, arguments = f"{sql} AND vm_name = ?", [owner, vm_name]
+        return [_checkpoint(row) for row in self._read(f"{sql} ORDER BY created_at, id", *arguments)]
+
+    def open_operations(self) -> list[dict[str, Any]]:
+        """Return the operations that have no outcome, with their journal events, oldest first."""
+        operations = []
+        for row in self._read("SELECT * FROM operations WHERE outcome IS NULL ORDER BY id"):
+            events = self._read("SELECT step, event FROM journal WHERE operation = ? ORDER BY seq", row["id"])
+            operations.append({**dict(row), "events": [(e["step"], e["event"]) for e in events]})
+        return operations
+
+    def close(self) -> None:
+        """Close both connections."""
+        self._reader.close()
+        self._writer.close()
+
+    def _read(self, sql: str, *arguments: object) -> list[sqlite3.Row]:
+        with _sqlite_errors():
+            return self._reader.execute(sql, arguments).fetchall()
+
+    def _one(self, make: Callable[[sqlite3.Row], T], what: str, sql: str, *arguments: object) -> T:
+        rows = self._read(sql, *arguments)
+        if not rows:
+            raise NotFound(f"{what} not found")
+        return make(rows[0])
+
+
+@contextlib.contextmanager
+def open_store(path: Path) -> Iterator[Store]:
+    """Open the database at *path*, bringing its schema up to date.
+
+    Several processes may open it; migrations wait for each other on a lock file beside it.
+
+    Raises:
+        Damaged: not a database, a broken one, or one written by a newer noid.
+        NoSpace: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.ExitStack() as stack:
+        with _sqlite_errors(path):
+            writer = sqlite3.connect(path, check_same_thread=False, timeout=5, isolation_level=None)
+            stack.callback(writer.close)
+            path.chmod(0o600)
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+                writer.execute(f"PRAGMA {pragma}")
+            if (writer.execute("PRAGMA quick_check").fetchone() or [""])[0] != "ok":
+                raise sqlite3.DatabaseError("quick_check failed")
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                _migrate(writer, path)
+            reader = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=1, isolation_level=None)
+            stack.callback(reader.close)
+            reader.execute("PRAGMA query_only=1")
+            reader.row_factory = sqlite3.Row
+        stack.pop_all()
+        store = Store(reader, writer)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    """Apply what is missing; refuse a schema from the future."""
+    database = Database(connection)
+    known = {migration.name for migration in migrations.pending(Database(memory=True))}
+    newer = sorted({migration.name for migration in migrations.applied(database)} - known)
+    if newer:
+        raise Damaged(f"{path} was written by a newer noid (it has {', '.join(newer)}). Upgrade noid.")
+    migrations.apply(database)
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def _sqlite_errors(path: Path | None = None) -> Iterator[None]:
+    """Turn SQLite's errors into ours; `IntegrityError` is the caller's to understand."""
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise
+    except sqlite3.OperationalError as error:
+        if "full" in str(error):
+            raise NoSpace("the disk of the noid database is full; nothing was changed. Free space.") from error
+        raise Damaged(f"cannot use the database{f' {path}' if path else ''}: {error}.") from error
+    except sqlite3.DatabaseError as error:
+        where = path or "the noid database"
+        raise Damaged(
+            f"{where} is damaged ({error}). VMs and checkpoints are still on disk: move the file away and restart, "
+            "and noid takes over the checkpoints it finds; or bring back a copy of the file."
+        ) from error
+
+
+def _time(moment: datetime) -> str:
+    return moment.isoformat(timespec="microseconds")
+
+
+def _encode(value: Any) -> Any:
+    """Return *value* as SQLite stores it: records as JSON, times as RFC 3339."""
+    if isinstance(value, datetime):
+        return _time(value)
+    if isinstance(value, NetLease | ProcessRef | Receipt):
+        return json.dumps(asdict(value))
+    return str(value) if isinstance(value, VmState) else value
+
+
+def _vm_row(vm: Vm) -> dict[str, Any]:
+    names = (name for name in Vm.__dataclass_fields__ if name != "busy")
+    return {name: _encode(getattr(vm, name)) for name in names}
+
+
+def _vm(row: sqlite3.Row) -> Vm:
+    lease, process, receipt = (json.loads(row[name] or "null") for name in ("lease", "process", "receipt"))
+    items: Iterable[dict[str, str]] = (receipt or {}).get("items", ())
+    return Vm(
+        **{key: row[key] for key in row.keys() if key not in _DECODED},  # noqa: SIM118  # Row iterates over values
+        state=VmState(row["state"]),
+        lease=NetLease(**lease) if lease else None,
+        process=ProcessRef(**process) if process else None,
+        receipt=Receipt(items=tuple(ReceiptItem(**item) for item in items)) if receipt else None,
+        created_at=datetime.fromisoformat(row["created_at"]),
+    )
+
+
+_DECODED = frozenset({"state", "lease", "process", "receipt", "created_at"})
+
+
+def _user(row: sqlite3.Row) -> User:
+    return User(id=row["id"], name=row["name"], created_at=datetime.fromisoformat(row["created_at"]))
+
+
+def _checkpoint(row: sqlite3.Row) -> Checkpoint:
+    fields = {key: row[key] for key in row.keys() if key != "created_at"}  # noqa: SIM118  # Row iterates over values
+    return Checkpoint(**fields, created_at=datetime.fromisoformat(row["created_at"]))
