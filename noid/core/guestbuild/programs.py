@@ -1,0 +1,89 @@
+"""Running the host's own programs: found also where ordinary users have no PATH to, and explained when they fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from noid.errors import BackendError, DependencyDown
+
+_SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+_OUTPUT_CHARS_MAX = 2000
+
+# Which package has a program, for the message that says what to install.
+_PACKAGES = {
+    "apt-cache": "apt",
+    "apt-get": "apt",
+    "debugfs": "e2fsprogs",
+    "dpkg-deb": "dpkg",
+    "lzop": "lzop",
+    "lz4": "lz4",
+    "mke2fs": "e2fsprogs",
+    "unshare": "util-linux",
+    "xz": "xz-utils",
+    "zstd": "zstd",
+}
+
+
+def search_path() -> str:
+    """Return ``PATH`` with the system administrator's directories added: Debian's ordinary users lack them."""
+    have = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join([*have, *(d for d in _SYSTEM_DIRECTORIES if d not in have)])
+
+
+def find(program: str) -> str | None:
+    """Return the full path of *program*, or None."""
+    return shutil.which(program, path=search_path())
+
+
+def require(program: str, purpose: str) -> str:
+    """Return the full path of *program*.
+
+    Raises:
+        DependencyDown: it is not installed; names *purpose* and the package.
+    """
+    found = find(program)
+    if found is None:
+        package = _PACKAGES.get(program, program)
+        raise DependencyDown(
+            f"{purpose} needs the program {program}, which is not installed. Install it (apt-get install {package}) "
+            "and try again."
+        )
+    return found
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment programs run in: the caller's, speaking English, without a terminal to ask questions."""
+    return {
+        **os.environ,
+        "PATH": search_path(),
+        "LC_ALL": "C.UTF-8",
+        "DEBIAN_FRONTEND": "noninteractive",
+        **(extra or {}),
+    }
+
+
+def run(argv: list[str], purpose: str, *, stdin: bytes = b"", cwd: Path | None = None) -> bytes:
+    """Run a program to its end and return what it wrote to stdout. *purpose* is the step, as in ``reading apt``.
+
+    Raises:
+        DependencyDown: the program is not installed.
+        BackendError: it failed; carries the end of its stderr.
+    """
+    program = require(argv[0], purpose)
+    done = subprocess.run(
+        [program, *argv[1:]], input=stdin, capture_output=True, cwd=cwd, env=environment(), check=False
+    )
+    if done.returncode != 0:
+        raise BackendError(f"{purpose} failed: {failure(argv[0], done.returncode, done.stderr or done.stdout)}")
+    return done.stdout
+
+
+def failure(program: str, status: int, output: bytes) -> str:
+    """Return how *program* ended and the end of what it said, for an error message."""
+    ended = f"was ended by signal {-status}" if status < 0 else f"exited with {status}"
+    words = output.decode(errors="replace").strip()[-_OUTPUT_CHARS_MAX:]
+    return f"{program} {ended}{': ' + words if words else ' and said nothing'}"
