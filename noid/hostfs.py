@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from noid.errors import BackendError, NoSpace
@@ -31,6 +31,7 @@ _FIEMAP_BATCH = 512
 # What the kernel says when a filesystem (or this pair of files) cannot share blocks.
 _NO_REFLINK = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_COPY_PIECE_BYTES = 64 << 20
 _COPY_CHUNK_BYTES = 1 << 20
 
 # linux/magic.h; ext2, ext3 and ext4 share one number.
@@ -75,8 +76,14 @@ def reflink(source: Path, target: Path) -> bool:
     return False
 
 
-def sparse_copy(source: Path, target: Path) -> int:
+def sparse_copy(source: Path, target: Path, between: Callable[[], object] | None = None) -> int:
     """Copy *source* to the new file *target*, reading and writing only what is not a hole. Sizes are equal after it.
+
+    Args:
+        source: A file nobody writes to meanwhile.
+        target: Must not exist.
+        between: Called every 64 MiB; what it raises ends the copy. ``trio.from_thread.check_cancelled`` makes a copy
+            in a thread cancellable.
 
     Returns:
         The bytes of data copied.
@@ -92,13 +99,16 @@ def sparse_copy(source: Path, target: Path) -> int:
         offset = 0
         while (extent := _next_data(source_fd, offset, size_bytes)) is not None:
             start, offset = extent
-            _copy_range(source_fd, target_fd, start, offset)
+            for piece in range(start, offset, _COPY_PIECE_BYTES):
+                if between is not None:
+                    between()
+                _copy_range(source_fd, target_fd, piece, min(piece + _COPY_PIECE_BYTES, offset))
             copied_bytes += offset - start
         return copied_bytes
 
 
-def clone_file(source: Path, target: Path) -> int:
-    """Make *target* a copy of *source* the cheapest way this filesystem has.
+def clone_file(source: Path, target: Path, between: Callable[[], object] | None = None) -> int:
+    """Make *target* a copy of *source* the cheapest way this filesystem has. *between* is as in `sparse_copy`.
 
     Returns:
         The bytes copied: 0 where blocks are shared.
@@ -106,7 +116,7 @@ def clone_file(source: Path, target: Path) -> int:
     Raises:
         OSError: as `sparse_copy`.
     """
-    return 0 if reflink(source, target) else sparse_copy(source, target)
+    return 0 if reflink(source, target) else sparse_copy(source, target, between)
 
 
 def reflink_works(directory: Path) -> bool:
