@@ -262,8 +262,8 @@ class Images:
         except FileNotFoundError as error:
             if place.is_dir():
                 raise Damaged(
-                    f"image {name!r} is damaged: its image.json is missing. Remove it (noid-server image remove {name}) "
-                    "and build or import it again."
+                    f"image {name!r} is damaged: its image.json is missing. Remove it "
+                    f"(noid-server image remove {name}) and build or import it again."
                 ) from error
             raise self._not_found(name) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -358,7 +358,7 @@ def _checked_modules(directory: Path | None, kernel: KernelFile) -> list[Module]
     for module in chosen:
         if module.release != kernel.release:
             raise InvalidRequest(
-                f"the module {module.name} in {directory} is for kernel {module.release or 'unknown'}, but the kernel is "
-                f"{kernel.release}. Give the modules that belong to it."
+                f"the module {module.name} in {directory} is for kernel {module.release or 'unknown'}, but the "
+                f"kernel is {kernel.release}. Give the modules that belong to it."
             )
     return chosen

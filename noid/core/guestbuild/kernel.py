@@ -85,7 +85,7 @@ def _newest() -> debs.Package:
             return max(found.values(), key=lambda package: _numbers(package.version))
     raise DependencyDown(
         "apt offers no kernel package for guests (linux-image-cloud-amd64 on Debian, linux-image-virtual on Ubuntu). "
-        "Run 'apt-get update' (with sudo) and try again, or import a kernel of your own with 'noid-server image import'."
+        "Run 'apt-get update' (with sudo) and try again, or import a kernel of your own (noid-server image import)."
     )
 
 
