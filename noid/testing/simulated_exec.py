@@ -1,0 +1,268 @@
+"""The exec backend of simulated VMs: the host's end of the simulated guest agent's JSON lines."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from noid.core.backends import Guest, Machine, Process
+from noid.core.model import ExecRequest, Identity, OutputChunk, ProcessExit, Receipt, ReceiptItem
+from noid.errors import BackendError, DependencyDown, InvalidRequest
+from noid.testing.faults import Faults
+
+RELEASE_GRACE_SECS = 0.5
+_STDIN_PIECE_BYTES = 16384
+
+
+class SimulatedExec:
+    """Reaches into simulated guests."""
+
+    name = "simulated"
+
+    def __init__(self, faults: Faults | None = None) -> None:
+        self._faults = faults or Faults()
+
+    @asynccontextmanager
+    async def connect(self, machine: Machine) -> AsyncIterator[Guest]:
+        """Attach to the machine's guest agent; entering waits until it answers."""
+        await self._faults.before("connect", machine.ref.pid)
+        stream = await machine.channel()
+        failure: BaseException | None = None
+        async with stream, trio.open_nursery() as nursery:
+            guest = SimulatedGuestLink(stream, machine.ref.pid, self._faults)
+            nursery.start_soon(guest.read)
+            nursery.start_soon(guest.write)
+            try:
+                await guest.call("hello")
+                await self._faults.after("connect", machine.ref.pid)
+                yield guest
+            except trio.Cancelled:
+                raise
+            except BaseException as error:  # noqa: BLE001, RUF100  # re-raised below: errors must not cross the nursery
+                failure = error
+            finally:
+                nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+
+class SimulatedGuestLink:
+    """One conversation with a guest agent: the `Guest` protocol."""
+
+    def __init__(self, stream: trio.abc.Stream, pid: int, faults: Faults) -> None:
+        self._stream = stream
+        self._pid = pid
+        self._faults = faults
+        self._numbers = itertools.count(1)
+        self._unsent: deque[bytes] = deque()
+        self._to_send = trio.lowlevel.ParkingLot()
+        self._answers: dict[int, dict[str, Any] | None] = {}
+        self._answered = trio.lowlevel.ParkingLot()
+        self._processes: dict[int, SimulatedProcess] = {}
+        self.gone = False
+
+    # --- the wire --------------------------------------------------------------------------------------------------
+
+    def post(self, message: dict[str, Any]) -> None:
+        """Send in order, without waiting, so that no cancellation can tear a line. Credit bounds what may grow."""
+        self._unsent.append(json.dumps(message).encode() + b"\n")
+        self._to_send.unpark_all()
+
+    async def write(self) -> None:
+        """Send what was posted."""
+        try:
+            while True:
+                while self._unsent:
+                    await self._stream.send_all(self._unsent.popleft())
+                await self._to_send.park()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._lose()
+
+    async def read(self) -> None:
+        """Hand out what the guest says, until it says no more."""
+        received = bytearray()
+        try:
+            while data := await self._stream.receive_some(65536):
+                received += data
+                *lines, rest = received.split(b"\n")
+                received = bytearray(rest)
+                for line in lines:
+                    self._take(json.loads(line))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            self._lose()
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if "number" in event or event["event"] in ("started", "refused"):
+            number = event.get("number", event.get("id"))
+            if number in self._answers:
+                self._answers[number] = event
+                self._answered.unpark_all()
+        elif process := self._processes.get(event["id"]):
+            process.take(event)
+
+    def _lose(self) -> None:
+        self.gone = True
+        self._answered.unpark_all()
+        for process in self._processes.values():
+            process.changed.unpark_all()
+
+    def lost(self) -> DependencyDown:
+        """The error for whoever waits for a guest that is no more."""
+        return DependencyDown("the simulated guest went away. Look whether its VM still runs.")
+
+    async def call(self, op: str, *, number: int | None = None, **fields: Any) -> dict[str, Any]:
+        """Ask and return the answer."""
+        if self.gone:
+            raise self.lost()
+        number = next(self._numbers) if number is None else number
+        self._answers[number] = None
+        try:
+            self.post({"op": op, "number": number, **fields})
+            while (answer := self._answers[number]) is None:
+                if self.gone:
+                    raise self.lost()
+                await self._answered.park()
+            return answer
+        finally:
+            del self._answers[number]
+
+    # --- Guest -----------------------------------------------------------------------------------------------------
+
+    async def start(self, request: ExecRequest) -> Process:
+        """Start a process and attach to it."""
+        await self._faults.before("start", self._pid)
+        number = next(self._numbers)
+        process = self._processes[number] = SimulatedProcess(number, self)
+        fields = {"argv": list(request.argv), "env": dict(request.env), "stdin": request.stdin}
+        try:
+            answer = await self.call(
+                "start", number=number, id=number, process={**fields, "cwd": request.cwd, "user": request.user}
+            )
+        except BaseException:
+            del self._processes[number]
+            if not self.gone:
+                self.post({"op": "release", "id": number})  # it may have started: then it goes with its caller
+            raise
+        if answer["event"] == "refused":
+            del self._processes[number]
+            raise InvalidRequest(f"{answer['text']}.")
+        process.pid, process.stdin_window = answer["pid"], answer["stdin_window"]
+        await self._faults.after("start", self._pid)
+        return process
+
+    async def release(self, process: Process) -> None:
+        """Forget *process*: TERM, and KILL after a grace."""
+        await self._faults.before("release", self._pid)
+        mine = self._processes.get(process.id)
+        if mine is None:
+            return
+        mine.dropped = True
+        try:
+            if mine.end is None and not self.gone:
+                self.post({"op": "credit", "id": process.id, "bytes": 1 << 40})  # what it still writes is dropped
+                self.post({"op": "signal", "id": process.id, "signo": 15})
+                with trio.move_on_after(RELEASE_GRACE_SECS):
+                    while mine.end is None and not self.gone:
+                        await mine.changed.park()
+        finally:
+            self.post({"op": "release", "id": process.id})
+            self._processes.pop(process.id, None)
+            mine.changed.unpark_all()
+
+    async def wake(self, identity: Identity) -> Receipt:
+        """Make the guest its own."""
+        await self._faults.before("wake", self._pid)
+        answer = await self.call(
+            "wake",
+            hostname=identity.hostname,
+            machine_id=identity.machine_id,
+            unix_ns=identity.unix_ns,
+            entropy=base64.b64encode(identity.entropy).decode(),
+            generation=identity.generation,
+        )
+        await self._faults.after("wake", self._pid)
+        return Receipt(items=tuple(ReceiptItem(**item) for item in answer["items"]))
+
+    async def ping(self) -> float:
+        """Return the round trip in seconds."""
+        await self._faults.before("ping", self._pid)
+        asked = trio.current_time()
+        await self.call("ping")
+        return trio.current_time() - asked
+
+    async def power_off(self) -> None:
+        """Ask the guest to power off."""
+        await self._faults.before("power_off", self._pid)
+        await self.call("power_off")
+
+
+class SimulatedProcess:
+    """A process in a simulated guest: the `Process` protocol. *id* is the conversation's, *pid* the guest's."""
+
+    def __init__(self, number: int, link: SimulatedGuestLink) -> None:
+        self.id = number
+        self.pid = 0
+        self.stdin_window = 0
+        self.end: ProcessExit | None = None
+        self.changed = trio.lowlevel.ParkingLot()
+        self.dropped = False
+        self._link = link
+        self._output: deque[OutputChunk] = deque()
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Hear from the guest."""
+        match event["event"]:
+            case "output" if not self.dropped:
+                self._output.append(OutputChunk(stream=event["stream"], data=base64.b64decode(event["data"])))
+            case "consumed":
+                self.stdin_window += event["bytes"]
+            case "exit":
+                self.end = ProcessExit(code=event["code"], signal=event["signal"])
+        self.changed.unpark_all()
+
+    async def receive(self) -> OutputChunk | ProcessExit:
+        """Return the next output, or how the process ended."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            if self._output:
+                chunk = self._output.popleft()
+                self._link.post({"op": "credit", "id": self.id, "bytes": len(chunk.data)})
+                return chunk
+            if self.end is not None:
+                return self.end
+            if self._link.gone:
+                raise self._link.lost()
+            if self.dropped:
+                raise BackendError("this process was released; nothing more is known about it.")
+            await self.changed.park()
+
+    async def send_stdin(self, data: bytes) -> None:
+        """Write to the process' stdin."""
+        view = memoryview(data)
+        while view and self.end is None and not self.dropped:
+            if self._link.gone:
+                raise self._link.lost()
+            size = min(self.stdin_window, _STDIN_PIECE_BYTES, len(view))
+            if size == 0:
+                await self.changed.park()
+                continue
+            self.stdin_window -= size
+            self._link.post({"op": "stdin", "id": self.id, "data": base64.b64encode(view[:size]).decode()})
+            view = view[size:]
+
+    async def close_stdin(self) -> None:
+        """Let the process see the end of its input."""
+        self._link.post({"op": "stdin", "id": self.id, "data": None})
+
+    async def signal(self, signo: int) -> None:
+        """Send *signo* to the process."""
+        self._link.post({"op": "signal", "id": self.id, "signo": signo})

@@ -1,0 +1,330 @@
+"""The guest of a simulated VM: memory, clock, randomness, processes, a tiny command language. No sockets or threads.
+
+Everything the guest knows is in `SimulatedGuest.memory`, a flat mapping of *pages* (JSON values by key), so that a
+capture is a copy of it and a clone continues from it in the middle of a command. Time is the guest's: it is told how
+long it ran, and never looks at the host's clock but to boot.
+
+Understood are ``true false echo cat tee sleep hostname date count yes env pwd id sync poweroff reboot`` and
+``sh -c`` with ``;``, ``&&``, ``>``, ``>>``, ``>&2``, ``exit N`` and ``trap '' TERM``. Any other program does not exist.
+
+Standard library only: this runs inside the simulated VMM process.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shlex
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from noid.testing.simulated_disk import SimulatedDisk
+
+Page = dict[str, Any]
+TICK_SECS = 0.05
+STDIN_BUFFER_BYTES = 65536
+USERS = {"root": "/root", "noid": "/home/noid"}
+# paths inside the guest, so nothing insecure about any of them
+_DIRECTORIES = {"", "/root", "/home", "/home/noid", "/tmp", "/run", "/dev", "/dev/shm", "/etc", "/usr", "/var"}  # noqa: S108
+_IN_MEMORY = ("/dev/shm/", "/run/", "/tmp/")  # noqa: S108
+_UUID = "/proc/sys/kernel/random/uuid"
+
+
+class Refused(Exception):
+    """The process cannot be started as asked: an unknown user or working directory."""
+
+
+def changes(parent: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pages of *memory* that differ from *parent*; a page that is gone is None."""
+    changed = {key: page for key, page in memory.items() if key not in parent or parent[key] != page}
+    return changed | {key: None for key in parent if key not in memory}
+
+
+def merged(parent: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *parent* with *changed* applied: the inverse of `changes`."""
+    return {key: page for key, page in {**parent, **changed}.items() if page is not None}
+
+
+class SimulatedGuest:
+    """A guest on *disk* that continues from *memory*; an empty memory boots.
+
+    Raises:
+        ValueError: *disk* and *memory* are not of one instant.
+
+    What it does is appended to `events`: ``(pid, "output", stream, bytes)``, ``(pid, "stdin", bytes consumed)``,
+    ``(pid, "exit", code, signal)`` and ``(0, "end", reason)``, which whoever drives it takes away.
+    """
+
+    def __init__(self, disk: SimulatedDisk, memory: dict[str, Any]) -> None:
+        self.disk = disk
+        self.memory = memory
+        self.events: list[tuple[Any, ...]] = []
+        if not memory:
+            memory |= {"uptime": 0.0, "wall_offset": time.time(), "seed": time.time_ns(), "draws": 0, "next_pid": 100}
+            memory["hostname"] = (disk.read("/etc/hostname") or b"noid").decode().strip()
+            memory["disk_sequence"] = disk.sequence
+        elif memory["disk_sequence"] != disk.sequence:
+            raise ValueError(
+                f"the disk was written {disk.sequence} times, but the guest's memory knows {memory['disk_sequence']}:"
+                " they were not frozen at one instant, a real guest would now corrupt its file system"
+            )
+
+    # --- what the machine drives -----------------------------------------------------------------------------------
+
+    def run_until(self, uptime: float) -> float | None:
+        """Let the guest live until *uptime* and return when it next has something to do, or None."""
+        self.memory["uptime"] = max(uptime, self.memory["uptime"])
+        due: list[float] = []
+        for pid, process in self._processes():
+            now = process["now"]
+            if "due" in now and now["due"] <= uptime:
+                if now["kind"] == "count":
+                    self._write(now["path"], f"{int(self._read(now['path']) or b'0') + 1}\n".encode())
+                    process = self._page(pid, now={**now, "due": max(now["due"], uptime - TICK_SECS) + TICK_SECS})
+                else:
+                    self._proceed(pid, status=0)
+            live = self.memory.get(f"process:{pid}")
+            if live is not None and "due" in live["now"]:
+                due.append(live["now"]["due"])
+        return min(due, default=None)
+
+    def endless(self) -> Iterator[int]:
+        """Yield the processes that write as long as somebody reads."""
+        return (pid for pid, process in self._processes() if process["now"]["kind"] == "yes")
+
+    def start(self, argv: list[str], env: dict[str, str], cwd: str | None, user: str | None, stdin: bool) -> int:
+        """Start a process and return its pid.
+
+        Raises:
+            Refused: no such user or directory.
+        """
+        user = user or "root"
+        if user not in USERS:
+            raise Refused(f"there is no user {user!r} in the guest")
+        directory = cwd or USERS[user]
+        if directory.rstrip("/") not in _DIRECTORIES | self._parents():
+            raise Refused(f"working directory {directory!r}: No such file or directory")
+        pid = self.memory["next_pid"]
+        self.memory["next_pid"] = pid + 1
+        home = {"HOME": USERS[user], "USER": user, "PATH": "/usr/bin:/bin"}
+        self.memory[f"process:{pid}"] = {
+            "argv": argv, "env": home | env, "cwd": directory, "user": user, "todo": [[argv, None, None]], "status": 0,
+            "now": {"kind": "new"}, "stdin": "", "stdin_open": stdin, "ignored": [],
+        }  # fmt: skip
+        self._proceed(pid, status=0)
+        return int(pid)
+
+    def feed(self, pid: int, data: bytes | None) -> None:
+        """Give a process input; None ends it."""
+        process = self.memory.get(f"process:{pid}")
+        if process is None or not process["stdin_open"]:
+            if data:
+                self.events.append((pid, "stdin", len(data)))  # nobody will read it: it counts as read
+            return
+        held = base64.b64decode(process["stdin"]) + (data or b"")
+        self._page(pid, stdin=base64.b64encode(held).decode(), stdin_open=data is not None)
+        self._consume(pid)
+
+    def signal(self, pid: int, signo: int) -> None:
+        """Send a signal, as the kernel would."""
+        process = self.memory.get(f"process:{pid}")
+        if process is None or signo in process["ignored"] or signo in (0, signal.SIGCHLD, signal.SIGCONT):
+            return
+        self._end(pid, None, signo)
+
+    def wake(self, hostname: str, machine_id: str, unix_ns: int, entropy: bytes, generation: int) -> list[Page]:
+        """Become somebody else and return what changed, as a receipt's items."""
+        memory = self.memory
+        clock = self._wall()
+        memory["wall_offset"] = unix_ns / 1e9 - memory["uptime"]
+        memory["seed"] = hashlib.sha256(f"{memory['seed']}".encode() + entropy).hexdigest()
+        name, memory["hostname"] = memory["hostname"], hostname
+        identity = (self._read("/etc/machine-id") or b"").decode().strip()
+        self._write("/etc/hostname", f"{hostname}\n".encode())
+        self._write("/etc/machine-id", f"{machine_id}\n".encode())
+        self._write("/run/noid/generation", f"{generation}\n".encode())
+        return [
+            {"name": "clock", "status": "done", "before": f"{clock:.3f}", "after": f"{self._wall():.3f}"},
+            {"name": "randomness", "status": "done"},
+            {"name": "hostname", "status": "done", "before": name, "after": hostname},
+            {"name": "machine_id", "status": "done", "before": identity, "after": machine_id},
+            {"name": "generation", "status": "done", "after": str(generation)},
+        ]
+
+    # --- files, clock, randomness ----------------------------------------------------------------------------------
+
+    def _read(self, path: str) -> bytes | None:
+        if path == _UUID:
+            self.memory["draws"] += 1
+            digest = hashlib.sha256(f"{self.memory['seed']}/{self.memory['draws']}".encode()).hexdigest()
+            return f"{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-a{digest[17:20]}-{digest[20:32]}\n".encode()
+        if path == "/proc/uptime":
+            return f"{self.memory['uptime']:.2f} 0.00\n".encode()
+        if path == "/proc/sys/kernel/hostname":
+            return f"{self.memory['hostname']}\n".encode()
+        if path.startswith(_IN_MEMORY):
+            page = self.memory.get(f"file:{path}")
+            return None if page is None else base64.b64decode(page)
+        return self.disk.read(path)
+
+    def _write(self, path: str, data: bytes) -> None:
+        if path == "/dev/null":
+            return
+        if path.startswith(_IN_MEMORY):
+            self.memory[f"file:{path}"] = base64.b64encode(data).decode()
+            return
+        self.disk.write(path, data)
+        self.memory["disk_sequence"] = self.disk.sequence
+
+    def _parents(self) -> set[str]:
+        files = [key.removeprefix("file:") for key in self.memory if key.startswith("file:")]
+        return {name.rsplit("/", depth)[0] for name in [*files, *self.disk.names()] for depth in (1, 2)}
+
+    def _wall(self) -> float:
+        return float(self.memory["wall_offset"] + self.memory["uptime"])
+
+    # --- processes -------------------------------------------------------------------------------------------------
+
+    def _processes(self) -> Iterator[tuple[int, Page]]:
+        return iter([(int(key[8:]), page) for key, page in self.memory.items() if key.startswith("process:")])
+
+    def _page(self, pid: int, **fields: Any) -> Page:
+        page: Page = {**self.memory[f"process:{pid}"], **fields}  # a new object: captures hold the old one
+        self.memory[f"process:{pid}"] = page
+        return page
+
+    def _end(self, pid: int, code: int | None, signo: int | None = None) -> None:
+        del self.memory[f"process:{pid}"]
+        self.events.append((pid, "exit", code, signo))
+
+    def _proceed(self, pid: int, status: int) -> None:
+        """Run the process' next commands until one takes time or none is left."""
+        process = self._page(pid, status=status, now={"kind": "new"})
+        while process["todo"]:
+            (argv, condition, target), *rest = process["todo"]
+            self._page(pid, todo=rest)
+            if condition == "&&" and process["status"] != 0:
+                process = self.memory[f"process:{pid}"]
+                continue
+            if argv[0] == "exit":
+                break
+            try:
+                outcome = self._run(pid, argv, target)
+            except (OSError, ValueError, LookupError) as error:
+                outcome = self._say(pid, f"{argv[0]}: {getattr(error, 'strerror', None) or error}", 2)
+            if outcome is None:
+                return
+            process = self._page(pid, status=outcome)
+        else:
+            argv = ["exit"]
+        self._end(pid, int(argv[1]) % 256 if argv[1:] else process["status"])
+
+    def _say(self, pid: int, text: str, status: int) -> int:
+        self.events.append((pid, "output", 2, f"{text}\n".encode()))
+        return status
+
+    def _out(self, pid: int, target: str | None, data: bytes) -> int:
+        if target is None or target == "&2":
+            self.events.append((pid, "output", 1 if target is None else 2, data))
+        else:
+            append, path = target.startswith("+"), target.lstrip("+")
+            self._write(path, ((self._read(path) or b"") if append else b"") + data)
+        return 0
+
+    def _run(self, pid: int, argv: list[str], target: str | None) -> int | None:
+        """Run one command; return its status, or None when it goes on."""
+        process = self.memory[f"process:{pid}"]
+        name, arguments = argv[0].rpartition("/")[2], argv[1:]
+        uptime = self.memory["uptime"]
+        match name, arguments:
+            case (("true" | "false"), _):
+                return int(name == "false")
+            case (("sh" | "bash"), ["-c", script, *_]):
+                self._page(pid, todo=[*parse(script), *process["todo"]])
+                return 0
+            case "trap", [_, *signals]:
+                names = [signal.Signals[f"SIG{s.removeprefix('SIG')}"].value for s in signals]
+                self._page(pid, ignored=[*process["ignored"], *names])
+                return 0
+            case "echo", _:
+                return self._out(pid, target, " ".join(arguments).encode("utf-8", "surrogateescape") + b"\n")
+            case "env", []:
+                return self._out(pid, target, "".join(f"{k}={v}\n" for k, v in process["env"].items()).encode())
+            case "pwd", []:
+                return self._out(pid, target, process["cwd"].encode() + b"\n")
+            case "id", ["-un"]:
+                return self._out(pid, target, process["user"].encode() + b"\n")
+            case "hostname", []:
+                return self._out(pid, target, self.memory["hostname"].encode() + b"\n")
+            case "date", [form]:
+                secs, nanos = divmod(int(self._wall() * 1e9), 10**9)
+                text = form.removeprefix("+").replace("%s", str(secs)).replace("%N", f"{nanos:09d}")
+                return self._out(pid, target, text.encode() + b"\n")
+            case "sync", _:
+                self.disk.flush()
+                return 0
+            case "cat", [path, *_] if path != "-":
+                for path in arguments:
+                    data = self._read(path)
+                    if data is None:
+                        return self._say(pid, f"cat: {path}: No such file or directory", 1)
+                    self._out(pid, target, data)
+                return 0
+            case (("poweroff" | "reboot"), _):
+                self.events.append((0, "end", "shutdown" if name == "poweroff" else "reset"))
+                return 0
+            case "cat", _:
+                self._page(pid, now={"kind": "read", "path": None, "target": target})
+            case "tee", [path]:
+                self._write(path, b"")
+                self._page(pid, now={"kind": "read", "path": path, "target": target})
+            case "sleep", [secs]:
+                self._page(pid, now={"kind": "sleep", "due": uptime + float(secs)})
+            case "count", [path]:
+                self._page(pid, now={"kind": "count", "path": path, "due": uptime})
+            case "yes", []:
+                self._page(pid, now={"kind": "yes"})
+            case _:
+                return self._say(pid, f"{argv[0]}: not found", 127)
+        self._consume(pid)
+        return None if f"process:{pid}" in self.memory else 0
+
+    def _consume(self, pid: int) -> None:
+        """Let a reading process read what it was given."""
+        process = self.memory[f"process:{pid}"]
+        now = process["now"]
+        if now["kind"] != "read":
+            return
+        data = base64.b64decode(process["stdin"])
+        if data:
+            if now["path"]:
+                self._write(now["path"], (self._read(now["path"]) or b"") + data)
+            self._out(pid, now["target"], data)
+            self.events.append((pid, "stdin", len(data)))
+            self._page(pid, stdin="")
+        if not process["stdin_open"]:
+            self._proceed(pid, status=0)
+
+
+def parse(script: str) -> list[list[Any]]:
+    """Return the commands of a shell script as ``[argv, "&&" or None, redirection or None]``."""
+    lexer = shlex.shlex(script.replace("\n", ";"), posix=True, punctuation_chars=";&|<>")
+    lexer.whitespace_split = True
+    commands: list[list[Any]] = []
+    argv: list[str] = []
+    condition = target = redirect = None
+    for word in [*lexer, ";"]:
+        if word in (";", "&&"):
+            if argv:
+                commands.append([argv, condition, target])
+            argv, condition, target = [], word if word == "&&" else None, None
+        elif word in (">", ">>", ">&"):
+            redirect = word
+        elif redirect:
+            target = {">": "", ">>": "+", ">&": "&"}[redirect] + word
+            redirect = None
+        else:
+            argv.append(word)
+    return commands

@@ -1,0 +1,368 @@
+"""The VMM process of a simulated VM: one OS process per VM, with a control socket, an exec socket and a disk it locks.
+
+It is started by `noid.testing.simulated_vmm` with one JSON argument and reports on descriptor 3 that its vCPUs run,
+or why not. Its pid, its sockets, its lock and its death are real, so that ``kill -9``, adoption and the reaping of
+orphans are tested on what they are for; only the guest is made up.
+
+- ``<run_dir>/control.sock``: one JSON request per line, one JSON answer per line.
+- ``<run_dir>/exec.sock``: the guest agent's byte stream, JSON lines; like a QEMU chardev it serves one client at a
+  time, and the next one waits in the queue without being told.
+- ``<run_dir>/end.json``: why it ended, if it ended by itself.
+
+Kernel arguments: ``simulated.mute`` makes a guest whose agent never answers, ``simulated.boot_secs=N`` one that takes
+its time. Standard library only.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import selectors
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from noid.testing.simulated_disk import SimulatedDisk
+from noid.testing.simulated_guest import STDIN_BUFFER_BYTES, Refused, SimulatedGuest, changes
+
+REPORT_FD = 3
+OUTPUT_WINDOW_BYTES = 262144
+_READ_BYTES = 65536
+
+
+def digest(memory: dict[str, Any]) -> str:
+    """Return what a device state says about the memory it belongs to."""
+    return hashlib.sha256(json.dumps(memory, sort_keys=True).encode()).hexdigest()
+
+
+class _Line:
+    """A connection that speaks JSON lines, and whether more may be read from it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.socket = connection
+        self._received = bytearray()
+        self.unsent = bytearray()
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """Return the complete requests, or None at the end."""
+        try:
+            data = self.socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        self._received += data
+        *lines, rest = self._received.split(b"\n")
+        self._received = bytearray(rest)
+        return [json.loads(line) for line in lines]
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.unsent += json.dumps(message).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self.unsent:
+                del self.unsent[: self.socket.send(self.unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.unsent.clear()  # the reader is gone; reading will notice
+
+
+class _Stream:
+    """A process as the attached host sees it: its id there, what it wrote and how much of that may be sent."""
+
+    def __init__(self, stream_id: int) -> None:
+        self.id = stream_id
+        self.credit = OUTPUT_WINDOW_BYTES
+        self.queued: list[tuple[int, bytes]] = []
+        self.end: dict[str, Any] | None = None
+
+
+class SimulatedMachine:
+    """The machine: a loop over its sockets, and the guest between them."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.run_dir = Path(config["run_dir"])
+        self.disk = SimulatedDisk(config["disk"])
+        self.parent = self._memory_image()
+        self.guest = SimulatedGuest(self.disk, dict(self.parent))
+        boot_secs, self.mute = 0.0, False
+        for argument in config.get("cmdline", "").split():
+            self.mute = self.mute or argument == "simulated.mute"
+            if argument.startswith("simulated.boot_secs="):
+                boot_secs = float(argument.partition("=")[2])
+        self.answers_at = 0.0 if self.parent else boot_secs
+        self.selector = selectors.DefaultSelector()
+        self.control = self._listen("control.sock")
+        self.exec = self._listen("exec.sock")
+        self.selector.register(self.control, selectors.EVENT_READ, self._accept_control)
+        self.host: _Line | None = None
+        self.held: list[dict[str, Any]] = []
+        self.streams: dict[int, _Stream] = {}  # by pid
+        self.paused = False
+        self.since = time.monotonic()
+        self.uptime_then = float(self.guest.memory["uptime"])
+        self._update_exec()
+
+    # --- starting --------------------------------------------------------------------------------------------------
+
+    def _memory_image(self) -> dict[str, Any]:
+        """Return the pages of the image the machine maps; of a cold boot, none."""
+        if "state" not in self.config:
+            kernel = Path(self.config["kernel"]).read_bytes()[:1024]
+            if not kernel.startswith(b"\x7fELF") and kernel[0x202:0x206] != b"HdrS":
+                raise ValueError(f"{self.config['kernel']} is neither an ELF vmlinux nor a bzImage")
+            with Path(self.config["initrd"]).open("rb"), Path(self.config["memory"]).open("w") as image:
+                image.write("{}")
+            return {}
+        state = json.loads(Path(self.config["state"]).read_bytes())
+        memory: dict[str, Any] = json.loads(Path(self.config["memory"]).read_bytes())
+        for field in ("cpus", "mem_mib"):
+            if state[field] != self.config[field]:
+                raise ValueError(f"{field} is {self.config[field]}, but the state was saved with {state[field]}")
+        if state["memory"] != digest(memory):
+            raise ValueError("the memory image is not the one this device state was saved with")
+        return memory
+
+    def _listen(self, name: str) -> socket.socket:
+        path = self.run_dir / name
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        listener.listen(8)
+        listener.setblocking(False)
+        return listener
+
+    # --- time ------------------------------------------------------------------------------------------------------
+
+    def _uptime(self) -> float:
+        return self.uptime_then + (0.0 if self.paused else time.monotonic() - self.since)
+
+    def serve(self) -> None:
+        """Run until the guest or a signal ends it."""
+        while True:
+            wait_secs: float | None = None
+            if not self.paused:
+                uptime = self._uptime()
+                due = self.guest.run_until(uptime)
+                if uptime < self.answers_at:
+                    due = min(due or self.answers_at, self.answers_at)
+                wait_secs = None if due is None else max(0.0, due - uptime)
+                self._deliver()
+            for key, _ in self.selector.select(wait_secs):
+                key.data(key.fileobj)
+
+    # --- the guest agent's channel ---------------------------------------------------------------------------------
+
+    def _update_exec(self) -> None:
+        """Watch the exec listener or its one client. A paused guest reads nothing, and one client holds the place."""
+        wanted: dict[Any, int] = {}
+        if self.host is None:
+            wanted[self.exec] = selectors.EVENT_READ
+        elif self.paused:
+            wanted[self.host.socket] = 0
+        else:
+            wanted[self.host.socket] = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.host.unsent else 0)
+        for target in (self.exec, self.host.socket if self.host else None):
+            if target is None:
+                continue
+            registered = self.selector.get_map().get(target)
+            events = wanted.get(target, 0)
+            if registered is not None and registered.events != events:
+                self.selector.unregister(target)
+                registered = None
+            if registered is None and events:
+                self.selector.register(target, events, self._accept_exec if target is self.exec else self._on_host)
+
+    def _accept_exec(self, listener: socket.socket) -> None:
+        self.host = _Line(listener.accept()[0])
+        self._update_exec()
+
+    def _detach(self) -> None:
+        """The host went away: its processes go on, what they write is dropped."""
+        if self.host is not None:
+            if self.host.socket in self.selector.get_map():
+                self.selector.unregister(self.host.socket)
+            self.host.socket.close()
+        self.host = None
+        self.streams.clear()
+        self.held.clear()
+        self._update_exec()
+
+    def _on_host(self, _: socket.socket) -> None:
+        if self.host is None:
+            return
+        self.host.flush()
+        requests = self.host.receive()
+        if requests is None:
+            self._detach()
+            return
+        self.held += requests
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Let the agent answer what was asked, and send what processes wrote as far as the host gave credit."""
+        if self.paused:
+            return
+        if not self.mute and self._uptime() >= self.answers_at:
+            while self.held and self.host is not None:
+                self._answer(self.held.pop(0))
+        for pid in self.guest.endless():
+            stream = self.streams.get(pid)
+            if stream is not None and stream.credit > 0 and not stream.queued:
+                stream.queued.append((1, b"y\n" * (min(stream.credit, 32768) // 2 + 1)))
+        events, self.guest.events = self.guest.events, []
+        for pid, kind, *facts in events:
+            stream = self.streams.get(pid)
+            if kind == "end":
+                self._end(facts[0])
+            elif stream is None:
+                continue
+            elif kind == "output":
+                stream.queued.append((facts[0], facts[1]))
+            elif kind == "stdin" and self.host is not None:
+                self.host.send({"event": "consumed", "id": stream.id, "bytes": facts[0]})
+            elif kind == "exit":
+                stream.end = {"event": "exit", "id": stream.id, "code": facts[0], "signal": facts[1]}
+        for pid, stream in list(self.streams.items()):
+            self._send_output(pid, stream)
+        self._update_exec()
+
+    def _send_output(self, pid: int, stream: _Stream) -> None:
+        if self.host is None:
+            return
+        while stream.queued and stream.credit > 0:
+            number, data = stream.queued.pop(0)
+            data, rest = data[: stream.credit], data[stream.credit :]
+            if rest:
+                stream.queued.insert(0, (number, rest))
+            stream.credit -= len(data)
+            encoded = base64.b64encode(data).decode()
+            self.host.send({"event": "output", "id": stream.id, "stream": number, "data": encoded})
+        if stream.end is not None and not stream.queued:
+            self.host.send(stream.end)
+            del self.streams[pid]
+
+    def _answer(self, request: dict[str, Any]) -> None:
+        host, guest = self.host, self.guest
+        if host is None:
+            return
+        pid = next((pid for pid, stream in self.streams.items() if stream.id == request.get("id")), None)
+        match request["op"]:
+            case "hello" | "ping":
+                host.send({"event": request["op"], "number": request["number"]})
+            case "start":
+                process = request["process"]
+                try:
+                    pid = guest.start(
+                        process["argv"], process["env"], process["cwd"], process["user"], process["stdin"]
+                    )
+                except Refused as error:
+                    host.send({"event": "refused", "id": request["id"], "text": str(error)})
+                else:
+                    self.streams[pid] = _Stream(request["id"])
+                    window = STDIN_BUFFER_BYTES
+                    host.send({"event": "started", "id": request["id"], "pid": pid, "stdin_window": window})
+            case "wake":
+                entropy = base64.b64decode(request["entropy"])
+                names = (request["hostname"], request["machine_id"], request["unix_ns"])
+                items = guest.wake(*names, entropy, request["generation"])
+                host.send({"event": "woken", "number": request["number"], "items": items})
+            case "power_off":
+                self.disk.flush()
+                host.send({"event": "powering_off", "number": request["number"]})
+                guest.events.append((0, "end", "shutdown"))
+            case _ if pid is None:
+                pass  # about a process that has ended
+            case "stdin":
+                guest.feed(pid, None if request["data"] is None else base64.b64decode(request["data"]))
+            case "credit":
+                self.streams[pid].credit += request["bytes"]
+            case "signal":
+                guest.signal(pid, request["signo"])
+            case "release":
+                guest.signal(pid, 9)
+                self.streams[pid].queued.clear()
+
+    # --- control ---------------------------------------------------------------------------------------------------
+
+    def _accept_control(self, listener: socket.socket) -> None:
+        line = _Line(listener.accept()[0])
+
+        def on_request(_: socket.socket) -> None:
+            requests = line.receive()
+            if requests is None:
+                self.selector.unregister(line.socket)
+                line.socket.close()
+                return
+            for request in requests:
+                try:
+                    line.socket.setblocking(True)  # an answer is small, or its reader is our backend
+                    line.send({"ok": self._control(request)})
+                except (OSError, ValueError) as error:
+                    line.send({"error": str(error), "errno": getattr(error, "errno", None)})
+                finally:
+                    line.socket.setblocking(False)
+
+        self.selector.register(line.socket, selectors.EVENT_READ, on_request)
+
+    def _control(self, request: dict[str, Any]) -> Any:
+        match request["op"]:
+            case "status":
+                return {"paused": self.paused, "disk": self.disk.path, "instance": self.config["instance"]}
+            case "pause":
+                if not self.paused:
+                    self.guest.run_until(self._uptime())
+                    self.uptime_then, self.paused = self._uptime(), True
+                    self.guest.memory["uptime"] = self.uptime_then
+                    self.disk.flush()
+            case "resume":
+                self.paused, self.since = False, time.monotonic() if self.paused else self.since
+            case "capture" | "pivot" if not self.paused:
+                raise ValueError(f"{request['op']} needs a paused machine; this one runs")
+            case "capture":
+                # What the host has not read yet belongs to its conversation with this machine, not to the memory.
+                memory = dict(self.guest.memory)
+                state = {"cpus": self.config["cpus"], "mem_mib": self.config["mem_mib"], "memory": digest(memory)}
+                with (Path(request["into"]) / "state").open("w") as file:
+                    json.dump(state, file)
+                    file.flush()
+                return changes(self.parent, memory)
+            case "pivot":
+                self.disk.pivot(request["path"])
+            case unknown:
+                raise ValueError(f"unknown request {unknown}")
+        self._update_exec()
+        return None
+
+    def _end(self, reason: str) -> None:
+        if self.host is not None:
+            self.host.flush()
+        partial = self.run_dir / "end.json.partial"
+        partial.write_text(json.dumps({"reason": reason}))
+        partial.rename(self.run_dir / "end.json")
+        sys.exit(0)
+
+
+def main() -> None:
+    """Run the machine of the first argument."""
+    config = json.loads(sys.argv[1])
+    try:
+        machine = SimulatedMachine(config)
+    except (OSError, ValueError, KeyError) as error:
+        report = {"error": str(error), "errno": getattr(error, "errno", None)}
+        os.write(REPORT_FD, json.dumps(report).encode())
+        sys.exit(1)
+    os.write(REPORT_FD, b'{"ok": null}')
+    os.close(REPORT_FD)
+    machine.serve()
