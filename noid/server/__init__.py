@@ -1,0 +1,1 @@
+"""noid as a service: HTTP, WebSocket and the `noid-server` commands."""
