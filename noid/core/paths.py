@@ -51,38 +51,40 @@ def socket_path(data_dir: Path) -> Path:
 
 
 def private_directory(directory: Path) -> Path:
-    """Make *directory* for this user alone (0700) and return it. An existing one is checked, and its mode corrected.
+    """Make the run directory *directory* for this user alone (0700) and return it. The mode of an existing one is set.
 
     Raises:
         ConfigError: it, or the ``/tmp/noid-<uid>`` above it, belongs to somebody else or is not a directory.
         OSError: it cannot be made.
     """
-    if directory.parent == _short_parent():
-        levels = [directory.parent, directory]  # the upper one is ours too, and lies where everybody may write
-    else:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        levels = [directory]
-    for level in levels:
-        level.mkdir(mode=0o700, exist_ok=True)
-        check_private(level)
+    directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    check_private(directory)
+    for level in _ours_alone(directory):
         if stat.S_IMODE(level.stat().st_mode) != 0o700:
             level.chmod(0o700)
     return directory
 
 
 def check_private(directory: Path) -> None:
-    """Return if *directory* is a real directory of this user, so that nobody else can have put a socket there.
+    """Return if the run directory *directory* is this user's own, so that nobody else can have put a socket there.
 
     Raises:
         ConfigError: it is not.
         FileNotFoundError: there is none.
     """
-    facts = directory.lstat()
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
-        raise ConfigError(
-            f"{directory} is not a directory of this user (uid {os.geteuid()}), so no socket in it can be trusted."
-            " Remove it, or choose a shorter NOID_DATA_DIR."
-        )
+    for level in _ours_alone(directory):
+        facts = level.lstat()
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+            raise ConfigError(
+                f"{level} is not a directory of this user (uid {os.geteuid()}), so no socket in it can be trusted."
+                " Remove it, or choose another NOID_DATA_DIR."
+            )
+
+
+def _ours_alone(directory: Path) -> tuple[Path, ...]:
+    above = directory.parent
+    return (above, directory) if above == _short_parent() else (directory,)
 
 
 def _short_parent() -> Path:

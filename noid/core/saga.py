@@ -13,7 +13,6 @@ The rules, which every step can rely on and must keep:
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,9 +22,8 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from noid.core.ids import new_id
-from noid.core.model import now
 from noid.core.store import Store, Tx
-from noid.errors import DeadlineExceeded, NoidError
+from noid.errors import DeadlineExceeded
 
 logger = logging.getLogger(__name__)
 
@@ -65,37 +63,25 @@ class Journal:
     async def begin(cls, store: Store, kind: str, owner: str, vm_name: str, facts: Facts) -> Journal:
         """Open a page: from here on, a crash makes recovery undo the operation."""
         operation = new_id()
-        row = (operation, kind, owner, vm_name, json.dumps(facts), None, None, now().isoformat(), None)
-        await store.write(lambda tx: tx.execute(f"INSERT INTO operations VALUES ({','.join('?' * 9)})", *row))
+        await store.write(lambda tx: tx.open_operation(operation, kind, owner, vm_name, facts))
         return cls(store, operation)
 
     async def note(self, step: str, event: str, facts: Facts | None = None) -> None:
         """Append ``doing``, ``undoing`` or ``undone`` for *step*; with *facts*, make these the operation's."""
-
-        def change(tx: Tx) -> None:
-            sql = "INSERT INTO journal (operation, step, event, at) VALUES (?, ?, ?, ?)"
-            tx.execute(sql, self.operation, step, event, now().isoformat())
-            if facts is not None:
-                tx.execute("UPDATE operations SET facts = ? WHERE id = ?", json.dumps(facts), self.operation)
-
-        await self._store.write(change)
+        await self._store.write(lambda tx: tx.note(self.operation, step, event, facts))
 
     async def finish(self, commit: Callable[[Tx], None]) -> None:
         """Run *commit* and close the page as ``finished``, in one transaction."""
 
         def change(tx: Tx) -> None:
             commit(tx)
-            self._close(tx, "finished", None)
+            tx.close_operation(self.operation, "finished", None)
 
         await self._store.write(change)
 
     async def unwound(self, error: str) -> None:
         """Close the page: everything that began is undone."""
-        await self._store.write(lambda tx: self._close(tx, "unwound", error))
-
-    def _close(self, tx: Tx, outcome: str, error: str | None) -> None:
-        sql = "UPDATE operations SET outcome = ?, error = ?, ended_at = ? WHERE id = ?"
-        tx.execute(sql, outcome, error, now().isoformat(), self.operation)
+        await self._store.write(lambda tx: tx.close_operation(self.operation, "unwound", error))
 
 
 async def run(saga: Saga[C], context: C, store: Store, *, owner: str, vm_name: str, facts: Facts) -> dict[str, float]:
@@ -148,7 +134,7 @@ async def unwind(saga: Saga[C], context: C, facts: Facts, journal: Journal, bega
                 await journal.note(step.name, "undoing")
                 await step.undo(context, facts)
                 await journal.note(step.name, "undone")
-            except (NoidError, OSError):
+            except Exception:  # whatever it is, the other undos must still run
                 clean = False
                 logger.exception("%s: undo of step %r failed; the next start repeats it", saga.kind, step.name)
         if scope.cancelled_caught:

@@ -74,7 +74,7 @@ class Tx:
         self._connection = connection
 
     def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:
-        """Run one statement. Only for this module and for the journal."""
+        """Run one statement. Only for this module."""
         return self._connection.execute(sql, arguments)
 
     def insert_user(self, name: str, user_id: str) -> User:
@@ -139,6 +139,23 @@ class Tx:
     def delete_checkpoint(self, owner: str, checkpoint_id: str) -> None:
         """Remove a checkpoint's row."""
         self.execute("DELETE FROM checkpoints WHERE owner = ? AND id = ?", owner, checkpoint_id)
+
+    def open_operation(self, operation: str, kind: str, owner: str, vm_name: str, facts: dict[str, Any]) -> None:
+        """Begin an operation's page in the journal."""
+        row = (operation, kind, owner, vm_name, json.dumps(facts), None, None, _time(now()), None)
+        self.execute("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *row)
+
+    def note(self, operation: str, step: str, event: str, facts: dict[str, Any] | None) -> None:
+        """Append to an operation's page; with *facts*, make these the operation's."""
+        sql = "INSERT INTO journal (operation, step, event, at) VALUES (?, ?, ?, ?)"
+        self.execute(sql, operation, step, event, _time(now()))
+        if facts is not None:
+            self.execute("UPDATE operations SET facts = ? WHERE id = ?", json.dumps(facts), operation)
+
+    def close_operation(self, operation: str, outcome: str, error: str | None) -> None:
+        """End an operation's page: *outcome* is ``finished`` or ``unwound``."""
+        sql = "UPDATE operations SET outcome = ?, error = ?, ended_at = ? WHERE id = ?"
+        self.execute(sql, outcome, error, _time(now()), operation)
 
 
 class Store:

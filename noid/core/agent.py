@@ -1,0 +1,405 @@
+"""The composition root: opens everything in order, recovers, and offers what the server offers.
+
+``async with open_agent(config, plugins) as agent`` owns every lifetime: leaving drains operations, closes backends and
+lets go of the machines, which keep running and are adopted by the next agent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import pwd
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from noid.core import lifecycle, paths, recovery, saga, states
+from noid.core.backends import AgentContext, AuthBackend, Event, Guest, MachineExit
+from noid.core.config import Config
+from noid.core.ids import new_id
+from noid.core.images import Images
+from noid.core.layout import Layout
+from noid.core.lifecycle import Work
+from noid.core.model import (
+    Checkpoint,
+    Credentials,
+    User,
+    Vm,
+    VmSpec,
+    VmState,
+    checked_name,
+)
+from noid.core.operations import Operations
+from noid.core.plugins import Plugins
+from noid.core.saga import Facts, Saga
+from noid.core.services import Services
+from noid.core.store import Store, Tx, open_store
+from noid.core.supervisor import Supervisor
+from noid.core.templates import Templates
+from noid.core.waiting import plain_nursery
+from noid.errors import Conflict, DeadlineExceeded, NoidError, NotFound, Unauthenticated
+
+logger = logging.getLogger(__name__)
+
+DRAIN_SECS = 20.0
+CONNECT_SECS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What an operation came to. *timings* maps its phases to seconds."""
+
+    vm: Vm | None = None
+    checkpoint: Checkpoint | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+class Agent:
+    """One host's VMs. Every method that takes a user sees that user's things only."""
+
+    def __init__(self, services: Services, auth: AuthBackend, operations: Operations, templates: Templates) -> None:
+        self.config = services.config
+        self._services = services
+        self._store = services.store
+        self._auth = auth
+        self._operations = operations
+        self._templates = templates
+
+    # --- VMs -------------------------------------------------------------------------------------------------------
+
+    def vms(self, user: User) -> list[Vm]:
+        """Return *user*'s VMs, oldest first."""
+        return [self._with_busy(vm) for vm in self._store.vms(user.id)]
+
+    def vm(self, user: User, name: str) -> Vm:
+        """Return *user*'s VM.
+
+        Raises:
+            NotFound: there is none of that name, or it is not theirs.
+        """
+        return self._with_busy(self._store.vm(user.id, checked_name(name)))
+
+    async def create_vm(self, user: User, spec: VmSpec) -> Outcome:
+        """Make a VM from its shape's golden template, booting that first when there is none.
+
+        Raises:
+            InvalidRequest: the spec cannot be, here.
+            Conflict: the name is taken.
+            NotFound: no such image.
+        """
+        spec.checked(host_mem_mib())
+        self._services.plugins.hook.validate_vm(spec=spec, owner=user)
+        facts = lifecycle.facts_of_new_vm(spec.name, None)
+        return await self._run(lifecycle.CREATE_VM, "create", user, (spec.name,), facts, self._work(user, spec=spec))
+
+    async def destroy_vm(self, user: User, name: str) -> Outcome:
+        """End the VM and remove its disk and memory. Its checkpoints stay.
+
+        Raises:
+            NotFound: there is no such VM.
+        """
+        vm = self._store.vm(user.id, checked_name(name))
+        work = self._work(user, vm=vm)
+        return await self._run(lifecycle.DESTROY_VM, "destroy", user, (name,), lifecycle.facts_of_destroy(vm), work)
+
+    async def checkpoint_vm(self, user: User, name: str, label: str | None) -> Outcome:
+        """Freeze memory, devices and disk of a running VM. The VM goes on, whatever happens here.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it does not run.
+            NoSpace: the disk is full; the VM runs, nothing is left of the checkpoint.
+        """
+        vm = self._store.vm(user.id, checked_name(name))
+        states.require("checkpoint", name, vm.state)
+        work = self._work(user, vm=vm)
+        work.machine = self._services.supervisor.get(vm).machine
+        facts = lifecycle.facts_of_checkpoint(vm, label)
+        outcome = await self._run(lifecycle.CHECKPOINT_VM, "checkpoint", user, (name,), facts, work)
+        timings = dict(outcome.timings) | {"pause": facts["pause_secs"]}
+        return dataclasses.replace(outcome, checkpoint=work.checkpoint, timings=timings)
+
+    def checkpoints(self, user: User, name: str) -> list[Checkpoint]:
+        """Return the checkpoints *user* has of the VM *name*, oldest first; they outlive the VM.
+
+        Raises:
+            NotFound: there is neither such a VM nor a checkpoint of one.
+        """
+        found = self._store.checkpoints(user.id, checked_name(name))
+        if not found:
+            self._store.vm(user.id, name)
+        return found
+
+    async def restore_vm(self, user: User, name: str, checkpoint_id: str, new_name: str | None) -> Outcome:
+        """Continue a checkpoint: as a new VM *new_name*, or in place of VM *name*.
+
+        In place, the new machine is built beside the old one, which ends only when the new one has woken; on any
+        failure it still runs. A VM that was destroyed meanwhile comes back under its name.
+
+        Raises:
+            NotFound: no such checkpoint.
+            Conflict: *new_name* is taken; or the checkpoint is of another VM than *name*.
+            Incompatible, Damaged: the checkpoint cannot continue here.
+        """
+        checked_name(name)
+        checkpoint = self._store.checkpoint(user.id, checkpoint_id)
+        if new_name is None and any(vm.name == name for vm in self._store.vms(user.id)):
+            return await self._restore_in_place(user, name, checkpoint)
+        if new_name is None and checkpoint.vm_name != name:
+            raise NotFound(f"VM {name!r} not found")
+        target = checked_name(new_name or name, "new VM name")
+        spec = VmSpec(name=target, cpus=checkpoint.cpus, mem_mib=checkpoint.mem_mib, image=checkpoint.image)
+        self._services.plugins.hook.validate_vm(spec=spec, owner=user)
+        facts = lifecycle.facts_of_new_vm(target, checkpoint.id)
+        return await self._run(lifecycle.FORK_VM, "restore", user, (target,), facts, self._work(user, spec=spec))
+
+    async def _restore_in_place(self, user: User, name: str, checkpoint: Checkpoint) -> Outcome:
+        old = self._store.vm(user.id, name)
+        states.require("restore", name, old.state)
+        lifecycle.require_own_checkpoint(old, checkpoint)
+        work = self._work(user, vm=old)
+        facts = lifecycle.facts_of_restore(old, checkpoint.id)
+
+        async def end_old() -> None:
+            try:
+                await lifecycle.end_replaced(work, old)
+            except (NoidError, OSError):  # the restore has happened; nothing owns the old machine any more
+                logger.exception("the old machine of VM %s is not entirely gone; the next start sweeps it", name)
+
+        return await self._run(lifecycle.RESTORE_VM, "restore", user, (name,), facts, work, after=end_old)
+
+    @contextlib.asynccontextmanager
+    async def guest(self, user: User, name: str) -> AsyncIterator[Guest]:
+        """Yield the VM's guest agent, over the one connection everybody shares.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it does not run.
+            DependencyDown, DeadlineExceeded: its guest does not answer.
+        """
+        vm = self._store.vm(user.id, checked_name(name))
+        states.require("exec", name, vm.state)
+        link = self._services.supervisor.get(vm).link
+        connecting = link.guest()
+        try:
+            with trio.fail_after(CONNECT_SECS):
+                guest = await connecting.__aenter__()
+        except trio.TooSlowError as error:
+            raise DeadlineExceeded(
+                f"the guest of VM {name!r} does not answer (waited {CONNECT_SECS:g} s). It may be busy or hung: try "
+                "again, look at its console, or restore it from a checkpoint."
+            ) from error
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_exit(connecting.__aexit__)
+            yield guest
+
+    def default_user(self, user: User, name: str) -> str:
+        """Return who commands run as in that VM when nobody is named: the image's user, or root."""
+        vm = self._store.vm(user.id, name)
+        try:
+            return self._services.images.get(vm.image).user
+        except NotFound:
+            return "root"
+
+    # --- users -----------------------------------------------------------------------------------------------------
+
+    def authenticate(self, credentials: Credentials) -> User:
+        """Return whose token that is.
+
+        Raises:
+            Unauthenticated: nobody's.
+        """
+        user_id = self._auth.authenticate(credentials)
+        if user_id is None:
+            raise Unauthenticated("invalid token")
+        try:
+            return self._store.user(user_id)
+        except NotFound as error:
+            raise Unauthenticated("invalid token") from error
+
+    def local_user(self) -> User:
+        """Return the user whom the local socket's peer is: the one this agent runs as."""
+        return self._store.user_named(LOCAL_USER_PREFIX + _own_name())
+
+    async def add_user(self, name: str) -> tuple[User, str]:
+        """Add a user and return it with its first token.
+
+        Raises:
+            Conflict: the name is taken.
+        """
+        checked_name(name, "user name")
+        user = await self._store.write(lambda tx: tx.insert_user(name, new_id()))
+        return user, await self._auth.create_token(user)
+
+    async def rotate_token(self, name: str) -> str:
+        """Make *name*'s tokens invalid and return a new one.
+
+        Raises:
+            NotFound: no such user.
+        """
+        user = self._store.user_named(name)
+        await self._auth.revoke_tokens(user)
+        return await self._auth.create_token(user)
+
+    def users(self) -> list[User]:
+        """Return everybody, oldest first."""
+        return self._store.users()
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _work(self, user: User, *, vm: Vm | None = None, spec: VmSpec | None = None) -> Work:
+        return Work(services=self._services, templates=self._templates, user=user, vm=vm, spec=spec)
+
+    def _with_busy(self, vm: Vm) -> Vm:
+        holder = self._operations.holder(vm.owner, vm.name)
+        return dataclasses.replace(vm, busy=holder) if holder else vm
+
+    async def _run(
+        self,
+        table: Saga[Work],
+        what: str,
+        user: User,
+        vm_names: tuple[str, ...],
+        facts: Facts,
+        work: Work,
+        *,
+        after: Callable[[], Awaitable[None]] | None = None,
+    ) -> Outcome:
+        """Carry out a saga as an operation; hold its machine, tell of it, and finish with *after*."""
+
+        async def job() -> Outcome:
+            timings = await saga.run(table, work, self._store, owner=user.id, vm_name=vm_names[0], facts=facts)
+            replaced = None
+            if work.machine is not None and work.link is not None:  # a new machine has woken
+                replaced = self._services.supervisor.hold(facts["vm_id"], facts["instance"], work.machine, work.link)
+            if after is not None:
+                await after()
+            if replaced is not None:
+                await replaced.machine.aclose()
+            vm = None
+            with contextlib.suppress(NotFound):
+                vm = self._store.vm(user.id, vm_names[0])
+            logger.info("%s %s", what, vm_names[0], extra={"op": table.kind, "owner": user.id, "vm": vm_names[0]})
+            self._tell(Event(kind=table.kind, owner=user.id, vm=vm_names[0]))
+            return Outcome(vm=vm, timings=timings)
+
+        return await self._operations.run(what, user.id, vm_names, job)
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self._services.plugins.hook.on_event(event=event)
+        except Exception:  # a listener's fault is not the operation's
+            logger.exception("a plugin failed to hear of %s", event.kind)
+
+
+LOCAL_USER_PREFIX = "local:"
+
+
+def host_mem_mib() -> int:
+    """Return the host's memory in MiB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 << 20)
+
+
+@contextlib.asynccontextmanager
+async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
+    """Open the agent of ``config.data_dir``: store, backends, recovery. There is one at a time.
+
+    Raises:
+        Conflict: another agent runs on that directory.
+        ConfigError: a backend cannot be opened.
+        Damaged: the database cannot be used.
+    """
+    for directory in (config.data_dir, paths.private_directory(config.run_dir)):
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_only_agent(config.data_dir))
+        store = stack.enter_context(open_store(config.database))
+        context = AgentContext(data_dir=config.data_dir, run_dir=config.run_dir, database=config.database)
+
+        vmm_spec, vmm_config = await trio.to_thread.run_sync(plugins.vmm, config)
+        vmm = await stack.enter_async_context(vmm_spec.open(vmm_config, context))
+        storage_spec, storage_config = await trio.to_thread.run_sync(plugins.storage, config, vmm.features)
+        storage = await stack.enter_async_context(storage_spec.open(storage_config, context))
+        network_spec, network_config = plugins.network(config)
+        network = await stack.enter_async_context(network_spec.open(network_config, context))
+        exec_spec, exec_config = plugins.execs(config)[0]
+        exec_backend = await stack.enter_async_context(exec_spec.open(exec_config, context))
+        auth_spec, auth_config = plugins.auth(config)
+        auth = await stack.enter_async_context(auth_spec.open(auth_config, context))
+        logger.info("backends: vmm %s (%s), storage %s", vmm.name, vmm.features.accelerator, storage.name)
+
+        layout = Layout(config.data_dir)
+        images = Images(layout.images, plugins.initrd_files(os.uname().machine))
+        await _ensure_local_user(store)
+        nursery = await stack.enter_async_context(plain_nursery())
+
+        async def on_exit(vm_id: str, instance: str, why: MachineExit) -> None:
+            await _note_death(store, vm_id, instance, why)
+
+        supervisor = Supervisor(nursery, exec_backend, on_exit)
+        services = Services(
+            config=config,
+            layout=layout,
+            plugins=plugins,
+            store=store,
+            images=images,
+            vmm=vmm,
+            storage=storage,
+            network=network,
+            exec=exec_backend,
+            supervisor=supervisor,
+        )
+        templates = Templates(services)
+        operations = Operations(nursery)
+        try:
+            await recovery.recover(services, templates)
+            await templates.collect()
+            yield Agent(services, auth, operations, templates)
+        finally:
+            with trio.move_on_after(DRAIN_SECS, shield=True):
+                await operations.drain()
+            nursery.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def _only_agent(data_dir: Path) -> Iterator[None]:
+    """Hold the lock that says an agent runs on *data_dir*; the kernel frees it with the process."""
+    with (data_dir / "agent.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(
+                f"another noid agent already runs on {data_dir}. Use that one, or give this one its own --data-dir."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+async def _ensure_local_user(store: Store) -> None:
+    name = LOCAL_USER_PREFIX + _own_name()
+    if all(user.name != name for user in store.users()):
+        await store.write(lambda tx: tx.insert_user(name, new_id()))
+
+
+def _own_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+async def _note_death(store: Store, vm_id: str, instance: str, why: MachineExit) -> None:
+    """Write down that a machine ended by itself, unless its VM has another by now."""
+    for vm in store.all_vms():
+        if vm.id == vm_id and vm.instance == instance and vm.state in (VmState.RUNNING, VmState.PAUSED):
+            state = VmState.STOPPED if why.reason == "shutdown" else VmState.DEAD
+            logger.warning("VM %s ended: %s %s", vm.name, why.reason, why.detail, extra={"vm": vm.name})
+            await store.write(partial(Tx.update_vm, vm=vm, state=state, process=None))

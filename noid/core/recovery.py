@@ -1,0 +1,175 @@
+"""What a starting agent does about the past, before it listens: adopt, unwind, resume, sweep.
+
+The order matters. Machines of committed VMs are adopted first, because unwinding a checkpoint needs its VM's machine;
+then every operation without an outcome is undone (a destroy is carried on instead); then rows, processes and
+directories are compared, and what no row owns goes away. Checkpoints on disk without a row get their row back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from noid import hostfs
+from noid.core import lifecycle, processes, saga
+from noid.core import manifest as manifests
+from noid.core.backends import MachinePlan
+from noid.core.lifecycle import Work
+from noid.core.model import Checkpoint, User, Vm, VmState
+from noid.core.saga import Journal
+from noid.core.services import Services
+from noid.core.store import Tx
+from noid.core.templates import Templates
+from noid.errors import Damaged, DependencyDown, NoidError, NotFound
+
+logger = logging.getLogger(__name__)
+
+ADOPT_SECS = 15.0
+
+
+async def recover(services: Services, templates: Templates) -> None:
+    """Bring rows, processes and files into agreement. One VM that cannot be mended is logged and stops nothing."""
+    async with trio.open_nursery() as nursery:
+        for vm in services.store.all_vms():
+            if vm.state in (VmState.RUNNING, VmState.PAUSED):
+                nursery.start_soon(_adopt, services, vm)
+    for operation in services.store.open_operations():
+        try:
+            await _unwind(services, templates, operation)
+        except NoidError:
+            logger.exception("%s of %r cannot be unwound yet", operation["kind"], operation["vm_name"])
+    for vm in services.store.all_vms():
+        if vm.state is VmState.CREATING:  # its operation could not be unwound, or its journal was lost
+            await services.store.write(partial(Tx.delete_vm, vm_id=vm.id))
+        elif vm.state is VmState.DESTROYING:
+            await _carry_on_destroying(services, templates, vm)
+    await _restore_checkpoint_rows(services)
+    await _sweep(services)
+
+
+async def _adopt(services: Services, vm: Vm) -> None:
+    """Take hold of a machine an earlier agent started; a VM without one is dead."""
+    layout, directory = services.layout, services.layout.vm(vm.owner, vm.instance)
+    try:
+        if vm.process is None:
+            raise NotFound(f"VM {vm.name!r} has no process")
+        plan = MachinePlan(
+            instance=vm.instance,
+            directory=directory,
+            run_dir=layout.run(vm.instance),
+            data_dir=services.config.data_dir,
+            cpus=vm.cpus,
+            mem_mib=vm.mem_mib,
+            volume=services.storage.volume(directory),
+            lease=vm.lease,
+        )
+        with trio.fail_after(ADOPT_SECS):
+            machine = await services.vmm.adopt(vm.process, plan, directory / "memory")
+            if vm.state is VmState.RUNNING:
+                await machine.resume()  # the last agent may have died inside a pause
+    except (NoidError, trio.TooSlowError) as error:
+        logger.warning("VM %s (%s) is dead: %s", vm.name, vm.instance, error, extra={"vm": vm.name, "owner": vm.owner})
+        await trio.to_thread.run_sync(processes.end_instance, services.config.data_dir, vm.instance)
+        await services.store.write(lambda tx: tx.update_vm(vm, state=VmState.DEAD, process=None))
+        return
+    services.supervisor.hold(vm.id, vm.instance, machine, services.supervisor.link(machine))
+    logger.info("adopted VM %s (%s)", vm.name, vm.instance, extra={"vm": vm.name, "owner": vm.owner})
+
+
+async def _unwind(services: Services, templates: Templates, operation: dict[str, Any]) -> None:
+    """Undo an operation the last agent did not end. A destroy goes forward instead, by its row's state."""
+    kind, facts = operation["kind"], json.loads(operation["facts"])
+    table = lifecycle.SAGAS.get(kind)
+    if table is None:
+        raise Damaged(f"the journal has an operation {kind!r} that this noid does not know. Upgrade noid.")
+    work = _work(services, templates, operation["owner"])
+    try:
+        work.vm = services.store.vm(operation["owner"], operation["vm_name"])
+        live = services.supervisor.find(work.vm.id)
+        work.machine = live.machine if live and kind == lifecycle.CHECKPOINT_VM.kind else None
+    except NotFound:
+        pass  # a create that died before its row
+    began = {step for step, event in operation["events"] if event == "doing"}
+    steps = [step for step in table.steps if step.name in began]
+    logger.info("unwinding %s of %s", kind, operation["vm_name"])
+    await saga.unwind(table, work, facts, Journal(services.store, operation["id"]), steps, "the agent ended")
+
+
+async def _carry_on_destroying(services: Services, templates: Templates, vm: Vm) -> None:
+    work = _work(services, templates, vm.owner)
+    work.vm = vm
+    facts = lifecycle.facts_of_destroy(vm)
+    await saga.run(lifecycle.DESTROY_VM, work, services.store, owner=vm.owner, vm_name=vm.name, facts=facts)
+
+
+def _work(services: Services, templates: Templates, owner: str) -> Work:
+    user: User = services.store.user(owner)
+    return Work(services=services, templates=templates, user=user)
+
+
+async def _restore_checkpoint_rows(services: Services) -> None:
+    """Give checkpoints their rows back that a power cut or a lost database took: the manifest is the truth."""
+
+    def found() -> list[Checkpoint]:
+        checkpoints = []
+        for owner, directory in _owned(services.layout.users, "checkpoints"):
+            try:
+                manifest = manifests.read(directory)
+            except (NotFound, Damaged) as error:
+                logger.warning("not a checkpoint: %s: %s", directory.name, error)
+                continue
+            names = ("id", "vm_id", "vm_name", "label", "cpus", "mem_mib", "image", "parent", "created_at")
+            checkpoints.append(Checkpoint(owner=owner, **{name: getattr(manifest, name) for name in names}))
+        return checkpoints
+
+    known = {(c.owner, c.id) for user in services.store.users() for c in services.store.checkpoints(user.id)}
+    owners = {user.id for user in services.store.users()}
+    for checkpoint in await trio.to_thread.run_sync(found):
+        if checkpoint.owner in owners and (checkpoint.owner, checkpoint.id) not in known:
+            logger.warning("checkpoint %s of %s has its row again", checkpoint.id, checkpoint.vm_name)
+            await services.store.write(partial(Tx.insert_checkpoint, checkpoint=checkpoint))
+
+
+async def _sweep(services: Services) -> None:
+    """End processes and remove directories that belong to no row."""
+    data_dir, layout = services.config.data_dir, services.layout
+    instances = {vm.instance for vm in services.store.all_vms()}
+
+    def sweep() -> list[str]:
+        swept = []
+        for process in list(processes.find(data_dir)):
+            if process.instance not in instances:
+                processes.end_instance(data_dir, process.instance)
+                swept.append(f"process {process.pid} of machine {process.instance}")
+        stray = [d for _, d in _owned(layout.users, "vms") if d.name not in instances]
+        stray += [d for _, d in _owned(layout.users, "checkpoints") if d.name.endswith(".partial")]
+        stray += [d for d in _entries(layout.golden) if d.name.endswith(".partial")]
+        stray += _entries(layout.scratch)
+        stray += [d for d in _entries(layout.run("x").parent) if d.is_dir() and d.name not in instances]
+        for directory in stray:
+            hostfs.remove_tree(directory)
+            swept.append(directory.name)
+        return swept
+
+    try:
+        for what in await trio.to_thread.run_sync(sweep):
+            logger.info("swept %s", what)
+    except (OSError, TimeoutError) as error:
+        raise DependencyDown(f"cannot clean up after the last agent: {error}. Do it by hand, then start.") from error
+
+
+def _owned(users: Path, what: str) -> Iterator[tuple[str, Path]]:
+    """Yield (owner, directory) for every directory of kind *what* that anybody has."""
+    for user in _entries(users):
+        for directory in _entries(user / what):
+            yield user.name, directory
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []

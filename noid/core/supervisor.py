@@ -1,0 +1,149 @@
+"""The machines that run now: one watcher and one shared guest connection for each."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from noid.core.backends import ExecBackend, Guest, Machine, MachineExit
+from noid.core.model import Vm
+from noid.errors import BackendError, DependencyDown
+
+logger = logging.getLogger(__name__)
+
+CLOSE_SECS = 5.0
+
+
+class GuestLink:
+    """A machine's one connection to its guest agent, opened when first needed and shared by everybody.
+
+    A connection that fails is dropped, and whoever comes next opens a new one.
+    """
+
+    def __init__(self, machine: Machine, backend: ExecBackend, nursery: trio.Nursery) -> None:
+        self._machine = machine
+        self._backend = backend
+        self._nursery = nursery
+        self._opening = trio.Lock()
+        self._guest: Guest | None = None
+        self._scope: trio.CancelScope | None = None
+
+    @contextlib.asynccontextmanager
+    async def guest(self) -> AsyncIterator[Guest]:
+        """Yield the guest, connected. Bound entering with ``fail_after``: it waits until the agent answers."""
+        guest = await self._connected()
+        try:
+            yield guest
+        except (DependencyDown, BackendError):
+            if self._guest is guest:
+                self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Close the connection, if there is one. The next `guest` opens a new one."""
+        if self._scope is not None:
+            self._scope.cancel()
+        self._guest = self._scope = None
+
+    async def _connected(self) -> Guest:
+        async with self._opening:
+            if self._guest is None:
+                self._guest = await self._nursery.start(self._hold)
+            return self._guest
+
+    async def _hold(self, task_status: trio.TaskStatus[Guest]) -> None:
+        """Keep the connection open until `drop`. Errors before it is open are the opener's; later ones are logged."""
+        opened = False
+        scope = trio.CancelScope()
+        try:
+            with scope:
+                async with self._backend.connect(self._machine) as guest:
+                    opened, self._scope = True, scope
+                    task_status.started(guest)
+                    await trio.sleep_forever()
+        except Exception as error:
+            if not opened:
+                raise
+            logger.info("guest connection ended: %s", error)  # an error must not cross the agent's nursery
+        finally:
+            if self._scope is scope:
+                self._guest = self._scope = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Live:
+    """A VM's machine while this agent holds it."""
+
+    vm_id: str
+    instance: str
+    machine: Machine
+    link: GuestLink
+    watch: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+class Supervisor:
+    """Holds the live machines by VM id and tells when one ends by itself."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        exec_backend: ExecBackend,
+        on_exit: Callable[[str, str, MachineExit], Awaitable[None]],
+    ) -> None:
+        self._nursery = nursery
+        self._exec = exec_backend
+        self._on_exit = on_exit
+        self._live: dict[str, Live] = {}
+
+    def link(self, machine: Machine) -> GuestLink:
+        """Return a connection for a machine that is not held yet."""
+        return GuestLink(machine, self._exec, self._nursery)
+
+    def get(self, vm: Vm) -> Live:
+        """Return *vm*'s machine.
+
+        Raises:
+            DependencyDown: it has none that runs.
+        """
+        live = self._live.get(vm.id)
+        if live is None or live.instance != vm.instance:
+            raise DependencyDown(f"VM {vm.name!r} has no running machine. Restore it from a checkpoint or destroy it.")
+        return live
+
+    def find(self, vm_id: str) -> Live | None:
+        """Return the machine held for the VM, or None."""
+        return self._live.get(vm_id)
+
+    def hold(self, vm_id: str, instance: str, machine: Machine, link: GuestLink) -> Live | None:
+        """Take over *machine* as the VM's, and return the one it replaces, which is no longer watched."""
+        old = self.release(vm_id)
+        live = Live(vm_id=vm_id, instance=instance, machine=machine, link=link)
+        self._live[vm_id] = live
+        self._nursery.start_soon(self._watch, live, name=f"watch {instance}")
+        return old
+
+    def release(self, vm_id: str) -> Live | None:
+        """Stop watching the VM's machine and return it, or None."""
+        live = self._live.pop(vm_id, None)
+        if live is not None:
+            live.watch.cancel()
+            live.link.drop()
+        return live
+
+    async def _watch(self, live: Live) -> None:
+        """Wait for the machine's end. Whoever releases it closes it; otherwise it is closed here."""
+        try:
+            with live.watch:
+                why = await live.machine.wait()
+                live.link.drop()
+                if self._live.get(live.vm_id) is live:
+                    del self._live[live.vm_id]
+                    await self._on_exit(live.vm_id, live.instance, why)
+        finally:
+            if not live.watch.cancel_called:
+                with trio.move_on_after(CLOSE_SECS, shield=True):
+                    await live.machine.aclose()

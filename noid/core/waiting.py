@@ -1,0 +1,76 @@
+"""Waiting for a guest without waiting for a dead one, and telling what its console said last."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import trio
+
+from noid.core.backends import Machine, MachineExit
+from noid.errors import DependencyDown
+
+_TAIL_BYTES = 4096
+_TAIL_LINES = 5
+_UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[^\x20-\x7e\n]")
+
+
+@contextlib.asynccontextmanager
+async def plain_nursery() -> AsyncIterator[trio.Nursery]:
+    """Yield a nursery out of which a single exception comes as it is, not inside a group."""
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0]  # noqa: B904  # the group adds nothing
+        raise
+
+
+@contextlib.asynccontextmanager
+async def until_it_ends(machine: Machine, directory: Path) -> AsyncIterator[None]:
+    """Run the block, unless *machine* ends first.
+
+    Raises:
+        DependencyDown: the machine ended; carries how, and the last lines of its console in *directory*.
+    """
+    ended: MachineExit | None = None
+    scope = trio.CancelScope()
+
+    async def watch() -> None:
+        nonlocal ended
+        ended = await machine.wait()
+        scope.cancel()
+
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        with scope:
+            try:
+                yield
+            except Exception as error:  # raised below, outside the nursery, so that it arrives as it is
+                failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None and not (ended and isinstance(failure, DependencyDown)):
+        raise failure
+    if ended is not None:
+        raise DependencyDown(
+            f"the VM ended before its guest answered ({ended.reason}{f': {ended.detail}' if ended.detail else ''})."
+            f"{console_tail(directory)} Check the image's kernel and root file system."
+        ) from failure
+
+
+def console_tail(directory: Path) -> str:
+    """Return the last console lines of the machine in *directory* as a sentence, or an empty string."""
+    try:
+        with (directory / "serial.log").open("rb") as log:
+            log.seek(0, 2)
+            log.seek(max(0, log.tell() - _TAIL_BYTES))
+            text = log.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in _UNPRINTABLE.sub("", text.replace("\r", "")).split("\n")]
+    shown = [line[:200] for line in lines if line][-_TAIL_LINES:]
+    return f" Its console said last: {' | '.join(shown)!r}." if shown else " Its console said nothing."
