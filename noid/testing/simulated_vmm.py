@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -259,14 +260,19 @@ class SimulatedMachine:
             self._why()
 
     async def _ended(self) -> None:
-        """Wait for the end of the process, on a descriptor of one's own: trio allows one waiter for each."""
+        """Wait for the end of the process, on a descriptor of one's own: trio allows one waiter for each.
+
+        It is looked at again after each wake-up: a cancelled wait on a duplicate leaves epoll watching the old number
+        for a hang-up, and whoever gets that number next is woken in its stead.
+        """
         if self._end is not None:
             return
         if self._pidfd < 0:
             raise BackendError("this machine was let go of; adopt it to wait for it.")
         mine = os.dup(self._pidfd)
         try:
-            await trio.lowlevel.wait_readable(mine)
+            while not select.select([mine], [], [], 0)[0]:
+                await trio.lowlevel.wait_readable(mine)
         finally:
             os.close(mine)
 
