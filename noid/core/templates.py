@@ -183,7 +183,7 @@ class Templates:
         try:
             with trio.fail_after(secs):
                 async with until_it_ends(machine, directory), link.guest() as guest:
-                    process = await guest.start(ExecRequest(argv=image.ready, user="0"))
+                    process = await guest.start(ExecRequest(argv=image.ready))
                     while not isinstance(await process.receive(), ProcessExit):
                         pass
                     await guest.release(process)

@@ -25,7 +25,7 @@ async def plain_nursery() -> AsyncIterator[trio.Nursery]:
             yield nursery
     except BaseExceptionGroup as group:
         if len(group.exceptions) == 1:
-            raise group.exceptions[0]  # noqa: B904  # the group adds nothing
+            raise group.exceptions[0] from None
         raise
 
 
