@@ -1,0 +1,72 @@
+"""``noid create``, ``list``, ``info``, ``destroy``: a VM's life."""
+
+from __future__ import annotations
+
+import click
+
+from noid.cli.options import Command, call, chosen_name, resolved_vm, with_endpoint, with_json, with_vm
+from noid.cli.output import printable, progress, show, table
+from noid.client import api
+
+DEFAULT_CPUS = 1
+DEFAULT_MEM_MIB = 2048
+
+
+@click.command(cls=Command, epilog="noid create web --cpus 2 --mem 512")
+@with_vm
+@click.option("--cpus", type=int, default=DEFAULT_CPUS, show_default=True, metavar="N", help="Virtual CPUs.")
+@click.option("--mem", type=int, default=DEFAULT_MEM_MIB, show_default=True, metavar="MIB", help="Memory.")
+@click.option("--image", metavar="IMAGE", help="What it boots; the server's default if not given.")
+@with_json
+@with_endpoint
+def create(name: str | None, name_option: str | None, cpus: int, mem: int, image: str | None) -> None:
+    """Make a VM and wait until it answers.
+
+    The first of a shape (CPUs, memory, image) boots and may take a minute; later ones wake in milliseconds.
+    """
+    wanted = chosen_name(name, name_option)
+    if wanted is None:
+        raise click.UsageError("Missing argument 'NAME'. A new VM needs a name: noid create web")
+    with progress(f"Creating VM {wanted!r}"):
+        vm = api.create_vm(call().endpoint, wanted, cpus=cpus, mem_mib=mem, image=image)
+    show(vm, f"VM '{vm['name']}' created (state: {vm['state']})")
+
+
+@click.command("list", cls=Command, epilog="noid list")
+@with_json
+@with_endpoint
+def list_() -> None:
+    """Show your VMs."""
+    vms = api.vms(call().endpoint)
+    header = ("name", "state", "cpus", "mem (MiB)", "created")
+    rows = [[vm["name"], vm["state"], str(vm["cpus"]), str(vm["mem_mib"]), vm["created_at"]] for vm in vms]
+    show(vms, table(header, rows) if rows else "No VMs found.")
+
+
+@click.command(cls=Command, epilog="noid info web")
+@with_vm
+@with_json
+@with_endpoint
+def info(name: str | None, name_option: str | None) -> None:
+    """Show one VM."""
+    vm = api.vm(call().endpoint, resolved_vm(name, name_option))
+    fields = [
+        ("Name:", vm["name"]),
+        ("State:", vm["state"]),
+        ("CPUs:", vm["cpus"]),
+        ("Memory:", f"{vm['mem_mib']} MiB"),
+        ("Created:", vm["created_at"]),
+    ]
+    show(vm, "\n".join(f"{label:<9}{printable(str(value))}" for label, value in fields))
+
+
+@click.command(cls=Command, epilog="noid destroy web")
+@with_vm
+@with_json
+@with_endpoint
+def destroy(name: str | None, name_option: str | None) -> None:
+    """End a VM and remove it, without asking. Its checkpoints stay."""
+    doomed = resolved_vm(name, name_option)
+    with progress(f"Destroying VM {doomed!r}"):
+        api.destroy_vm(call().endpoint, doomed)
+    show({"name": doomed, "destroyed": True}, f"VM '{doomed}' destroyed")

@@ -1,0 +1,329 @@
+"""HTTP/1.1 with one agent over TCP, TLS or a unix socket: blocking, one request per connection, nothing else.
+
+Written by hand because a command that lists VMs shall start and end faster than one blinks: ``http.client`` alone costs
+more to import than all of this takes to run, and the agent and its predecessor need no more of HTTP than this.
+
+Deadlines: `CONNECT_SECS` to reach the agent; `ANSWER_SECS` of silence while reading the answer to a quick question,
+none for work, which may take minutes. There TCP keep-alive tells a network that is gone from an agent that is busy.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from noid import __version__
+from noid.client.errors import ConnectionFailed
+from noid.client.settings import Endpoint
+from noid.errors import NoidError
+
+API_VERSION = 1
+CONNECT_SECS = 5.0
+CONNECT_FALLBACK_SECS = 2.0
+ANSWER_SECS = 30.0
+HEAD_BYTES_MAX = 65536
+BODY_BYTES_MAX = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """An answer. Header names are lower case; of several headers with one name the last counts."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """Return the decoded body. Leading blanks, which keep a connection alive, are legal.
+
+        Raises:
+            ValueError: it is not JSON.
+        """
+        return json.loads(self.body)
+
+
+def request(endpoint: Endpoint, method: str, path: str, body: object = None, *, quick: bool = True) -> Reply:
+    """Send one request and return the answer, whatever its status. *quick* bounds the silence before it.
+
+    Raises:
+        ConnectionFailed: there is no agent, or the connection ended before the whole answer was there.
+        NoidError: the other side speaks another version of the API.
+    """
+    content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode("ascii")
+    extra = {"Connection": "close"}
+    if content or method == "POST":
+        extra |= {"Content-Type": "application/json", "Content-Length": str(len(content))}
+    with connect(endpoint) as sock:
+        sock.settimeout(ANSWER_SECS if quick else None)
+        stream = Incoming(sock, endpoint)
+        try:
+            sock.sendall(_head(endpoint, method, path, extra) + content)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it may have answered before it had read everything; without an answer, reading says so
+        except OSError as error:
+            raise ConnectionFailed(f"{endpoint.address} went away: {error.strerror or error}.") from error
+        status, headers = stream.head()
+        return Reply(status=status, headers=headers, body=stream.body(method, status, headers))
+
+
+def upgrade(endpoint: Endpoint, path: str) -> tuple[socket.socket, bytes] | Reply:
+    """Ask for a WebSocket. Return the socket and what the server sent already, or the answer that refuses it.
+
+    Raises:
+        ConnectionFailed: there is no agent, or it is not one that follows RFC 6455.
+        NoidError: the other side speaks another version of the API.
+    """
+    import os
+    from base64 import b64encode
+    from hashlib import sha1
+
+    key = b64encode(os.urandom(16)).decode()
+    wanted = b64encode(
+        sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode(), usedforsecurity=False).digest()
+    ).decode()
+    extra = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": key,
+    }
+    sock = connect(endpoint)
+    try:
+        sock.settimeout(ANSWER_SECS)
+        stream = Incoming(sock, endpoint)
+        try:
+            sock.sendall(_head(endpoint, "GET", path, extra))
+        except OSError as error:
+            raise ConnectionFailed(f"{endpoint.address} went away: {error.strerror or error}.") from error
+        status, headers = stream.head()
+        if status != 101:
+            reply = Reply(status=status, headers=headers, body=stream.body("GET", status, headers))
+            sock.close()
+            return reply
+        if headers.get("sec-websocket-accept") != wanted:
+            raise ConnectionFailed(f"{endpoint.address} answered like a WebSocket server that is none.")
+        return sock, stream.rest()
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _head(endpoint: Endpoint, method: str, path: str, extra: Mapping[str, str]) -> bytes:
+    parts = urlsplit(endpoint.url or "http://localhost")
+    headers = {"Host": parts.netloc, "User-Agent": f"noid/{__version__}", "Accept": "application/json", **extra}
+    if endpoint.token is not None:
+        headers["Authorization"] = f"Bearer {endpoint.token}"
+    lines = [f"{method} {parts.path}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+
+
+class Incoming:
+    """What arrives on a socket, in pieces of the size one asks for. Every way it can fail is a `ConnectionFailed`."""
+
+    def __init__(self, sock: socket.socket, endpoint: Endpoint) -> None:
+        self._sock = sock
+        self._endpoint = endpoint
+        self._buffer = bytearray()
+
+    def head(self) -> tuple[int, dict[str, str]]:
+        """Return status and headers of the next answer that is final."""
+        while True:
+            first, *lines = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
+            version, _, rest = first.partition(" ")
+            if not version.startswith("HTTP/1.") or not rest[:3].isdigit():
+                raise ConnectionFailed(f"{self._endpoint.address} does not speak HTTP. Is the port right?")
+            headers = {
+                name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+            }
+            _check_version(headers, self._endpoint)
+            status = int(rest[:3])
+            if status == 101 or status >= 200:
+                return status, headers
+
+    def body(self, method: str, status: int, headers: Mapping[str, str]) -> bytes:
+        """Return the body that belongs to that head."""
+        if method == "HEAD" or status in (204, 304):
+            return b""
+        if "chunked" in headers.get("transfer-encoding", "").lower():
+            return self._chunks()
+        length = headers.get("content-length")
+        if length is None:
+            while self._receive():
+                pass
+            return self.rest()
+        if not length.isdigit() or int(length) > BODY_BYTES_MAX:
+            raise self._broken("an answer of unreasonable length")
+        return self._exactly(int(length))
+
+    def rest(self) -> bytes:
+        """Return what has arrived beyond what was asked for."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+    def _chunks(self) -> bytes:
+        body = bytearray()
+        while True:
+            size_text = self._until(b"\r\n").partition(b";")[0].strip()
+            try:
+                size = int(size_text, 16)
+            except ValueError:
+                raise self._broken("a malformed answer") from None
+            if not 0 <= size <= BODY_BYTES_MAX - len(body):
+                raise self._broken("an answer of unreasonable length")
+            if size == 0:
+                while self._until(b"\r\n"):
+                    pass  # trailers
+                return bytes(body)
+            body += self._exactly(size)
+            self._exactly(2)
+
+    def _until(self, mark: bytes) -> bytes:
+        while (end := self._buffer.find(mark)) < 0:
+            if len(self._buffer) > HEAD_BYTES_MAX:
+                raise self._broken("an answer with endless headers")
+            if not self._receive():
+                raise self._broken("nothing more" if self._buffer else "no answer: it closed the connection")
+        found = bytes(self._buffer[:end])
+        del self._buffer[: end + len(mark)]
+        return found
+
+    def _exactly(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            if not self._receive():
+                raise self._broken("half an answer: it closed the connection")
+        found = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return found
+
+    def _receive(self) -> bool:
+        try:
+            data = self._sock.recv(65536)
+        except TimeoutError as error:
+            raise self._broken(
+                f"no answer for {ANSWER_SECS:.0f} s. Is the server overloaded or a proxy stuck?"
+            ) from error
+        except OSError as error:
+            raise ConnectionFailed(f"{self._endpoint.address} went away: {error.strerror or error}.") from error
+        if len(self._buffer) > BODY_BYTES_MAX:
+            raise self._broken("an answer of unreasonable length")
+        self._buffer += data
+        return bool(data)
+
+    def _broken(self, what: str) -> ConnectionFailed:
+        return ConnectionFailed(f"{self._endpoint.address} sent {what}.")
+
+
+def _check_version(headers: Mapping[str, str], endpoint: Endpoint) -> None:
+    version = headers.get("x-noid-api-version")
+    if version is None or version == str(API_VERSION):
+        return
+    raise NoidError(
+        f"{endpoint.address} speaks version {version!r} of the API, and this noid {__version__} version {API_VERSION}."
+        " Install a noid that fits the server."
+    )
+
+
+# --- connecting -----------------------------------------------------------------------------------------------------
+
+
+def connect(endpoint: Endpoint) -> socket.socket:
+    """Return a connected socket, starting this user's own agent if that is what *endpoint* means and it does not run.
+
+    Raises:
+        ConnectionFailed: names the address and the reason.
+        ConfigError: the local agent cannot be started.
+    """
+    if endpoint.data_dir is not None:
+        from noid.client import local
+
+        return local.connect(endpoint.data_dir)
+    if endpoint.socket_path is not None:
+        try:
+            return connect_unix(endpoint.socket_path)
+        except OSError as error:
+            raise ConnectionFailed(f"cannot connect to {endpoint.address}: {error.strerror or error}.") from error
+    return _connect_tcp(endpoint)
+
+
+def connect_unix(path: Path) -> socket.socket:
+    """Return a socket connected to *path*, waiting for a place in a full queue for at most `CONNECT_SECS`.
+
+    Raises:
+        OSError: as connect(2) says; EAGAIN when it took too long.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Not settimeout(): that makes the socket non-blocking, and then a full queue fails at once.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CONNECT_SECS), 0))
+        sock.connect(str(path))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _connect_tcp(endpoint: Endpoint) -> socket.socket:
+    """Try each address, IPv4 first, through the TLS handshake, within `CONNECT_SECS` altogether."""
+    parts = urlsplit(endpoint.url or "")
+    host, secure = parts.hostname or "", parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    deadline = time.monotonic() + CONNECT_SECS
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConnectionFailed(f"cannot find {host!r}: {getattr(error, 'strerror', None) or error}.") from error
+    addresses = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
+    failures: list[str] = []
+    for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(left if number == len(addresses) else min(left, CONNECT_FALLBACK_SECS))
+            sock.connect(address)
+            sock.settimeout(max(deadline - time.monotonic(), 0.1))
+            _keep_alive(sock)
+            return _secured(sock, host) if secure else sock
+        except OSError as error:  # TimeoutError and ssl.SSLError are among them
+            sock.close()
+            failures.append(f"{address[0]} port {port}: {_reason(error)}")
+        except BaseException:
+            sock.close()
+            raise
+    detail = "; ".join(failures) or "no address answered in time"
+    raise ConnectionFailed(
+        f"cannot connect to {endpoint.address} ({detail}). Is noid-server running there, on that port?"
+    )
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return getattr(error, "verify_message", None) or error.strerror or str(error)
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Notice within a minute that the other side is gone, both while waiting and while sending."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 60000)):
+        if hasattr(socket, option):  # the client also runs where Linux's names are not known
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _secured(sock: socket.socket, host: str) -> socket.socket:
+    import ssl  # 20 ms that only https pays
+
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context.wrap_socket(sock, server_hostname=host)
