@@ -1,0 +1,158 @@
+"""The keeper of tokens: who gets in, what is kept, and what several processes may do at once."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import noid_auth_token
+import pytest
+import trio
+import trio.testing
+from noid_auth_token import TokenConfig, open_auth
+from sqlite_utils import Database
+
+from noid.core.backends import AgentContext, AuthBackend
+from noid.core.model import Credentials, User, now
+from noid.errors import Damaged
+
+ANNA = User(id="user-anna", name="anna", created_at=now())
+BERT = User(id="user-bert", name="bert", created_at=now())
+
+ELSEWHERE = """
+import sys, trio
+from pathlib import Path
+from noid.core.backends import AgentContext
+from noid.core.model import User, now
+from noid_auth_token import TokenConfig, open_auth
+
+async def main(database, verb, user_id):
+    context = AgentContext(data_dir=database.parent, run_dir=database.parent, database=database)
+    async with open_auth(TokenConfig(), context) as auth:
+        user = User(id=user_id, name=user_id, created_at=now())
+        print(await (auth.create_token if verb == "create" else auth.revoke_tokens)(user))
+
+trio.run(main, Path(sys.argv[1]), *sys.argv[2:])
+"""
+
+
+def context(tmp_path: Path) -> AgentContext:
+    return AgentContext(data_dir=tmp_path, run_dir=tmp_path, database=tmp_path / "noid.db")
+
+
+def database_files(tmp_path: Path) -> list[Path]:
+    return [path for path in tmp_path.iterdir() if path.name.startswith("noid.db")]
+
+
+def start_elsewhere(tmp_path: Path, verb: str, user: User) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "noid.db"), verb, user.id]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+async def auth(tmp_path: Path) -> AsyncIterator[AuthBackend]:
+    async with open_auth(TokenConfig(), context(tmp_path)) as auth:
+        yield auth
+
+
+async def test_a_token_says_whose_it_is(auth: AuthBackend) -> None:
+    of_anna, of_bert = await auth.create_token(ANNA), await auth.create_token(BERT)
+    assert auth.authenticate(Credentials(token=of_anna)) == ANNA.id
+    assert auth.authenticate(Credentials(token=of_bert)) == BERT.id
+
+
+async def test_nothing_but_the_exact_token_gets_in(auth: AuthBackend) -> None:
+    token = await auth.create_token(ANNA)
+    last = "0" if token[-1] != "0" else "1"
+    near = (token[:-1] + last, token[:-1], token + "0", token.upper(), token.removeprefix("noid_tok_"), " " + token)
+    far = ("", "noid_tok_", "noid_tok_" + "é" * 64, "noid_tok_" + "\udcff" * 64, "' OR 1 --")
+    for wrong in (*near, *far):
+        assert auth.authenticate(Credentials(token=wrong)) is None
+    assert auth.authenticate(Credentials(peer_uid=0)) is None
+
+
+async def test_a_user_may_have_several_tokens_until_all_are_revoked_at_once(auth: AuthBackend) -> None:
+    tokens = [await auth.create_token(ANNA) for _ in range(3)]
+    of_bert = await auth.create_token(BERT)
+    assert {auth.authenticate(Credentials(token=token)) for token in tokens} == {ANNA.id}
+    await auth.revoke_tokens(ANNA)
+    await auth.revoke_tokens(ANNA)
+    assert {auth.authenticate(Credentials(token=token)) for token in tokens} == {None}
+    assert auth.authenticate(Credentials(token=of_bert)) == BERT.id
+
+
+async def test_no_file_holds_a_token_and_only_the_owner_may_read_the_hashes(auth: AuthBackend, tmp_path: Path) -> None:
+    token = await auth.create_token(ANNA)
+    files = database_files(tmp_path)
+    assert files
+    for path in files:
+        assert token.removeprefix("noid_tok_").encode() not in path.read_bytes()
+        assert path.stat().st_mode & 0o077 == 0
+
+
+async def test_tokens_made_and_revoked_by_another_process_count_at_once(auth: AuthBackend, tmp_path: Path) -> None:
+    made, _ = await trio.to_thread.run_sync(start_elsewhere(tmp_path, "create", ANNA).communicate)
+    assert auth.authenticate(Credentials(token=made.strip())) == ANNA.id
+    await trio.to_thread.run_sync(start_elsewhere(tmp_path, "revoke", ANNA).communicate)
+    assert auth.authenticate(Credentials(token=made.strip())) is None
+
+
+async def test_processes_that_start_at_once_on_no_database_all_work(tmp_path: Path) -> None:
+    started = [start_elsewhere(tmp_path, "create", ANNA) for _ in range(4)]
+    tokens = [(await trio.to_thread.run_sync(process.communicate))[0].strip() for process in started]
+    assert [process.returncode for process in started] == [0] * 4
+    async with open_auth(TokenConfig(), context(tmp_path)) as auth:
+        assert {auth.authenticate(Credentials(token=token)) for token in tokens} == {ANNA.id}
+
+
+async def test_while_another_process_writes_callers_still_get_in(auth: AuthBackend, tmp_path: Path) -> None:
+    token = await auth.create_token(ANNA)
+    other = sqlite3.connect(tmp_path / "noid.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    waiting: list[str] = []
+
+    async def create() -> None:
+        waiting.append(await auth.create_token(BERT))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(create)
+        await trio.testing.wait_all_tasks_blocked()
+        assert auth.authenticate(Credentials(token=token)) == ANNA.id
+        assert not waiting
+        other.execute("ROLLBACK")
+    assert auth.authenticate(Credentials(token=waiting[0])) == BERT.id
+    other.close()
+
+
+async def test_tokens_outlive_the_agent(tmp_path: Path) -> None:
+    async with open_auth(TokenConfig(), context(tmp_path)) as auth:
+        token = await auth.create_token(ANNA)
+    async with open_auth(TokenConfig(), context(tmp_path)) as auth:
+        assert auth.authenticate(Credentials(token=token)) == ANNA.id
+
+
+async def test_a_file_that_is_no_database_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "noid.db").write_bytes(b"not a database, surely" * 100)
+    with pytest.raises(Damaged, match="not a database"):
+        async with open_auth(TokenConfig(), context(tmp_path)):
+            pytest.fail("it opened")
+
+
+async def test_a_table_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    async with open_auth(TokenConfig(), context(tmp_path)):
+        pass
+    connection = sqlite3.connect(tmp_path / "noid.db")
+    Database(connection)["_sqlite_migrations"].insert(
+        {"migration_set": "auth_token", "name": "from_the_future", "applied_at": "2030-01-01"}
+    )
+    connection.close()
+    with pytest.raises(Damaged, match="from_the_future"):
+        async with open_auth(TokenConfig(), context(tmp_path)):
+            pytest.fail("it opened")
+
+
+def test_the_plugin_offers_itself_as_token() -> None:
+    assert noid_auth_token.auth_backend().name == "token"
