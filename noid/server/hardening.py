@@ -200,7 +200,8 @@ class Http1Protocol(H11Protocol):
             and connection.our_state is h11.SEND_RESPONSE
             and connection.their_http_version == b"1.1"
         ):
-            await self._send_h11_event(h11.InformationalResponse(status_code=100, headers=[]))
+            headers = self.config.response_headers("h11")
+            await self._send_h11_event(h11.InformationalResponse(status_code=100, headers=headers))
 
     async def _check_protocol(self, event: h11.Request) -> None:
         """Never switch to HTTP/2."""

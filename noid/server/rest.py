@@ -1,0 +1,262 @@
+"""The REST routes: JSON in, one call of the agent, JSON out. Wire format and statuses are the predecessor's (0.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quart import Response, request
+
+from noid import __version__
+from noid.core.agent import Agent, Outcome
+from noid.core.model import (
+    DEFAULT_CPUS,
+    DEFAULT_MEM_MIB,
+    NAME_LENGTH_MAX,
+    Checkpoint,
+    Vm,
+    VmSpec,
+    checked_name,
+    wire_time,
+)
+from noid.core.wire import API_VERSION
+from noid.errors import InvalidRequest
+from noid.server.guard import current_user, json_reply
+from noid.server.hardening import App
+from noid.server.interim import still_working
+from noid.server.streams import OUTPUT_BYTES_MAX
+
+_U32_MAX = 2**32 - 1
+_MISSING = object()
+
+
+def add_routes(app: App, agent: Agent) -> None:
+    """Add every route that answers with JSON, except exec's (`noid.server.streams`)."""
+    routes = Routes(agent)
+    for method, rule, handler in (
+        ("GET", "/healthz", routes.healthz),
+        ("GET", "/version", routes.version),
+        ("GET", "/v1/whoami", routes.whoami),
+        ("GET", "/v1/capabilities", routes.capabilities),
+        ("POST", "/v1/vms", routes.create),
+        ("GET", "/v1/vms", routes.vms),
+        ("GET", "/v1/vms/<name>", routes.vm),
+        ("DELETE", "/v1/vms/<name>", routes.destroy),
+        ("POST", "/v1/vms/<name>/checkpoints", routes.checkpoint),
+        ("GET", "/v1/vms/<name>/checkpoints", routes.checkpoints),
+        ("POST", "/v1/vms/<name>/restore", routes.restore),
+    ):
+        app.add_url_rule(rule, f"{method} {rule}", handler, methods=[method])
+    for method in ("GET", "POST", "DELETE"):  # an empty name would otherwise be the list
+        app.add_url_rule("/v1/vms/", f"{method} /v1/vms/", routes.no_name, methods=[method], strict_slashes=True)
+
+
+class Routes:
+    """Handlers, one per route. Names in paths are checked here: a bad one is 400, an unknown one 404."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def healthz(self) -> Response:
+        """Say that requests are answered."""
+        return json_reply({"status": "ok"})
+
+    async def version(self) -> Response:
+        """Say what answers."""
+        return json_reply({"version": __version__, "api_version": API_VERSION})
+
+    async def whoami(self) -> Response:
+        """Say who asks."""
+        user = current_user()
+        return json_reply({"user_id": user.id, "name": user.name})
+
+    async def capabilities(self) -> Response:
+        """Say what a client may count on."""
+        config = self._agent.config
+        return json_reply(
+            {
+                "api_version": API_VERSION,
+                "max_exec_output_bytes": OUTPUT_BYTES_MAX,
+                "exec_timeout_secs": _whole(config.exec_timeout_secs),
+                "console_timeout_secs": _whole(config.console_timeout_secs),
+                "max_vm_name_length": NAME_LENGTH_MAX,
+                "default_cpus": DEFAULT_CPUS,
+                "default_mem_mib": DEFAULT_MEM_MIB,
+            }
+        )
+
+    async def no_name(self) -> Response:
+        """Refuse ``/v1/vms/``."""
+        raise InvalidRequest("missing VM name in path")
+
+    async def create(self) -> Response:
+        """Create a VM: 201."""
+        body = await read_body()
+        spec = VmSpec(
+            name=checked_name(body.text("name")),
+            cpus=body.u32("cpus", DEFAULT_CPUS),
+            mem_mib=body.u32("mem_mib", DEFAULT_MEM_MIB),
+            image=body.optional_text("image") or "default",
+        )
+        async with still_working():
+            outcome = await self._agent.create_vm(current_user(), spec)
+        return _vm_reply(outcome, 201)
+
+    async def vms(self) -> Response:
+        """List the caller's VMs, oldest first."""
+        return json_reply([vm_fields(vm) for vm in self._agent.vms(current_user())])
+
+    async def vm(self, name: str) -> Response:
+        """Show one VM."""
+        return json_reply(vm_fields(self._agent.vm(current_user(), checked_name(name))))
+
+    async def destroy(self, name: str) -> Response:
+        """Destroy a VM: 204. A 204 has no body, so the timings go into the header made for them."""
+        async with still_working():
+            outcome = await self._agent.destroy_vm(current_user(), checked_name(name))
+        reply = Response(b"", 204)
+        reply.headers["Server-Timing"] = ", ".join(
+            f"{phase};dur={secs * 1000:.1f}" for phase, secs in outcome.timings.items()
+        )
+        return reply
+
+    async def checkpoint(self, name: str) -> Response:
+        """Checkpoint a VM: 201. The body may be missing altogether."""
+        checked_name(name)
+        body = await read_body(may_be_empty=True)
+        label = body.optional_text("label")
+        async with still_working():
+            outcome = await self._agent.checkpoint_vm(current_user(), name, label)
+        assert outcome.checkpoint is not None  # noqa: S101  # what a checkpoint's outcome has
+        return json_reply(checkpoint_fields(outcome.checkpoint) | {"timings": dict(outcome.timings)}, 201)
+
+    async def checkpoints(self, name: str) -> Response:
+        """List a VM's checkpoints, oldest first."""
+        found = self._agent.checkpoints(current_user(), checked_name(name))
+        return json_reply([checkpoint_fields(checkpoint) for checkpoint in found])
+
+    async def restore(self, name: str) -> Response:
+        """Restore a checkpoint, in place or as a new VM: 200, as the predecessor does for both."""
+        checked_name(name)
+        body = await read_body()
+        checkpoint_id, new_name = body.text("checkpoint_id"), body.optional_text("new_name")
+        if new_name is not None:
+            checked_name(new_name, "new VM name")
+        async with still_working():
+            outcome = await self._agent.restore_vm(current_user(), name, checkpoint_id, new_name)
+        return _vm_reply(outcome, 200)
+
+
+def vm_fields(vm: Vm) -> dict[str, Any]:
+    """Return *vm* as VmInfo: the predecessor's five fields, then ours."""
+    return {
+        "name": vm.name,
+        "state": vm.state.value,
+        "cpus": vm.cpus,
+        "mem_mib": vm.mem_mib,
+        "created_at": wire_time(vm.created_at),
+        "id": vm.id,
+        "generation": vm.generation,
+        "busy": vm.busy,
+        "image": vm.image,
+        "network": vm.network,
+        "origin": vm.origin,
+        "receipt": None if vm.receipt is None else [dataclasses.asdict(item) for item in vm.receipt.items],
+    }
+
+
+def checkpoint_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return *checkpoint* as CheckpointInfo: the predecessor's four fields, then ours."""
+    return {
+        "id": checkpoint.id,
+        "vm_name": checkpoint.vm_name,
+        "label": checkpoint.label,
+        "created_at": wire_time(checkpoint.created_at),
+        "cpus": checkpoint.cpus,
+        "mem_mib": checkpoint.mem_mib,
+        "image": checkpoint.image,
+        "parent": checkpoint.parent,
+    }
+
+
+def _vm_reply(outcome: Outcome, status: int) -> Response:
+    assert outcome.vm is not None  # noqa: S101  # what the outcome of a create or restore has
+    return json_reply(vm_fields(outcome.vm) | {"timings": dict(outcome.timings)}, status)
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A request's JSON object. Types are strict, unknown fields are ignored."""
+
+    fields: Mapping[str, Any]
+
+    def text(self, name: str) -> str:
+        """Return a string that must be there.
+
+        Raises:
+            InvalidRequest: it is not, or is something else.
+        """
+        value = self.fields.get(name, _MISSING)
+        if value is _MISSING:
+            raise InvalidRequest(f"invalid request body: missing field {name!r}.")
+        return _checked_text(name, value)
+
+    def optional_text(self, name: str) -> str | None:
+        """Return a string, or None if it is null or missing.
+
+        Raises:
+            InvalidRequest: it is something else.
+        """
+        value = self.fields.get(name)
+        return None if value is None else _checked_text(name, value)
+
+    def u32(self, name: str, default: int) -> int:
+        """Return a non-negative 32-bit integer; booleans, strings and fractions are none.
+
+        Raises:
+            InvalidRequest: it is something else.
+        """
+        value = self.fields.get(name, default)
+        if type(value) is not int or not 0 <= value <= _U32_MAX:
+            shown = json.dumps(value)[:40]
+            raise InvalidRequest(
+                f"invalid request body: {name!r} is {shown}; it must be an integer from 0 to {_U32_MAX}."
+            )
+        return value
+
+
+async def read_body(*, may_be_empty: bool = False) -> Body:
+    """Return the current request's JSON object.
+
+    Raises:
+        InvalidRequest: it is not one.
+    """
+    raw = await request.get_data()
+    assert isinstance(raw, bytes)  # noqa: S101  # as_text is off
+    if may_be_empty and not raw.strip():
+        return Body({})
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"invalid request body: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidRequest("invalid request body: expected a JSON object.")
+    return Body(fields)
+
+
+def _checked_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"invalid request body: {name!r} must be a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"invalid request body: {name!r} contains half a surrogate pair.") from error
+    return value
+
+
+def _whole(secs: float) -> float:
+    """Return *secs* as an integer where it is one: the predecessor's clients expect integers."""
+    return int(secs) if secs.is_integer() else secs

@@ -1,0 +1,95 @@
+"""Serving: an agent, an application around it, listening sockets, and an orderly end. The agent outlives all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+import trio
+from hypercorn.config import Sockets
+from hypercorn.trio.run import worker_serve
+from hypercorn.utils import wrap_app
+
+from noid.core.agent import Agent
+from noid.core.config import Config
+from noid.server import rest
+from noid.server.guard import Guard
+from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
+from noid.server.listening import tcp_listeners, unix_listener
+from noid.server.streams import ExecRoutes
+
+logger = logging.getLogger(__name__)
+
+BODY_TIMEOUT_SECS = 30
+
+
+async def serve(agent: Agent, config: Config, *, ready: Callable[[], None]) -> None:
+    """Serve *agent* until SIGTERM or SIGINT; *ready* is called once when connections are accepted.
+
+    Always on the unix socket, and on ``config.listen`` unless the agent is a local one. A signal stops the listening,
+    ends WebSockets with 1012 and gives requests in flight a moment; a second one gives them none. VMs keep running.
+
+    Raises:
+        ConfigError: an address cannot be listened on.
+    """
+    stopping = trio.Event()
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            nursery.start_soon(_stop_on_signal, signals, stopping, nursery.cancel_scope)
+            await serve_until(stopping, agent, config, ready=ready)
+            nursery.cancel_scope.cancel()
+
+
+async def serve_until(
+    stopping: trio.Event, agent: Agent, config: Config, *, ready: Callable[[], None], settings: Settings | None = None
+) -> None:
+    """Serve *agent* until *stopping* is set. Otherwise as `serve`."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(unix_listener(config.socket_path))]
+        if not config.local:
+            listeners += stack.enter_context(tcp_listeners(config.listen))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(
+                partial(
+                    worker_serve,
+                    wrap_app(create_app(agent, config, stopping), MESSAGE_BYTES_MAX, "asgi"),
+                    settings or Settings(),
+                    sockets=Sockets([], listeners, []),
+                    shutdown_trigger=stopping.wait,
+                )
+            )
+            logger.info("serving %s%s", config.socket_path, "" if config.local else f" and http://{config.listen}")
+            ready()
+            gc.collect()
+            gc.freeze()  # what exists by now is permanent: not walking it again keeps pauses below a millisecond
+
+
+def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
+    """Return the application: every route, behind the guard. *stopping* ends its WebSockets."""
+    app = App("noid.server", static_folder=None)
+    app.config.update(
+        MAX_CONTENT_LENGTH=MESSAGE_BYTES_MAX,
+        BODY_TIMEOUT=BODY_TIMEOUT_SECS,
+        RESPONSE_TIMEOUT=None,  # K: it truncates; slow readers are dropped by the bounded writes
+        PROVIDE_AUTOMATIC_OPTIONS=False,
+    )
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    guard = Guard(agent, config)
+    guard.protect(app)
+    rest.add_routes(app, agent)
+    ExecRoutes(agent, guard, stopping).add_to(app)
+    return app
+
+
+async def _stop_on_signal(signals: AsyncIterator[int], stopping: trio.Event, everything: trio.CancelScope) -> None:
+    async for signo in signals:
+        if stopping.is_set():
+            logger.warning("stopping at once: second %s", signal.Signals(signo).name)
+            everything.cancel()
+        logger.info("stopping: %s. VMs keep running.", signal.Signals(signo).name)
+        stopping.set()
