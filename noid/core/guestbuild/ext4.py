@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from noid.core.guestbuild import programs
-from noid.errors import InvalidRequest
+from noid.errors import BackendError, InvalidRequest
 
 _SUPERBLOCK_OFFSET = 1024
 _SUPERBLOCK_BYTES = 1024
@@ -77,7 +77,7 @@ def make(tree: Path, target: Path, size_bytes: int, owners: Mapping[str, tuple[i
     """
     # A new sparse file reads as zeros, so nothing needs zeroing: neither now, nor by the guest while it boots.
     zeroed = "assume_storage_prezeroed=1" if _version() >= _PREZEROED_SINCE else "lazy_itable_init=1"
-    argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-L", "noid"]
+    argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-b", "4096", "-L", "noid"]
     argv += [
         "-E",
         f"{zeroed},lazy_journal_init=1,root_owner=0:0",
@@ -100,11 +100,21 @@ def _version() -> tuple[int, ...]:
 
 
 def _set_owners(tree: Path, target: Path, owners: Mapping[str, tuple[int, int]]) -> None:
+    """Change owners inside the file system, where no privileges are needed."""
     commands: list[str] = []
     for path in sorted(tree.rglob("*")):
         inside = path.relative_to(tree).as_posix()
+        facts = path.lstat()
         uid, gid = owners.get(inside, (0, 0))
-        commands += [f'set_inode_field "/{inside}" uid {uid}', f'set_inode_field "/{inside}" gid {gid}']
-    programs.run(
-        ["debugfs", "-w", "-f", "-", str(target)], "setting owners", stdin="\n".join(commands).encode() + b"\n"
-    )
+        if uid != facts.st_uid:
+            commands.append(f'set_inode_field "/{inside}" uid {uid}')
+        if gid != facts.st_gid:
+            commands.append(f'set_inode_field "/{inside}" gid {gid}')
+    program = programs.require("debugfs", "setting owners")
+    script = "\n".join(commands).encode() + b"\n"
+    argv = [program, "-w", "-f", "-", str(target)]
+    done = subprocess.run(argv, input=script, capture_output=True, env=programs.environment(), check=False)
+    # debugfs exits with 0 whatever its commands did; beside its own name it writes only complaints to stderr
+    complaints = [line for line in done.stderr.splitlines() if line and not line.startswith(b"debugfs ")]
+    if done.returncode != 0 or complaints:
+        raise BackendError(f"setting owners failed: {programs.failure(program, done.returncode, done.stderr)}")

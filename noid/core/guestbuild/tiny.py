@@ -14,7 +14,7 @@ from noid.core.guestbuild.stages import Stage, silent
 from noid.errors import BackendError
 
 TINY_SIZE_BYTES = 64 << 20
-_RECIPE = 1  # raise it when the same package must give another file system
+_RECIPE = 2  # raise it when the same package must give another file system
 
 _DIRECTORIES = ("dev", "etc", "home/noid", "mnt", "proc", "root", "run", "sys", "tmp", "usr/lib", "var/log", "var/tmp")
 _STICKY = ("tmp", "var/tmp")
@@ -57,6 +57,7 @@ def tiny_rootfs(stage: Stage = silent) -> Path:
 
 
 def _furnish(tree: Path, busybox: bytes) -> None:
+    tree.chmod(0o755)  # newer versions of mke2fs give the root directory the mode found here
     for name in _DIRECTORIES:
         (tree / name).mkdir(parents=True, exist_ok=True)
     for name in _STICKY:
