@@ -124,8 +124,9 @@ class SimulatedGuest:
                 self.events.append((pid, "stdin", len(data)))  # nobody will read it: it counts as read
             return
         held = base64.b64decode(process["stdin"]) + (data or b"")
-        self._page(pid, stdin=base64.b64encode(held).decode(), stdin_open=data is not None)
-        self._consume(pid)
+        process = self._page(pid, stdin=base64.b64encode(held).decode(), stdin_open=data is not None)
+        if process["now"]["kind"] == "read" and self._drain(pid):
+            self._proceed(pid, status=0)
 
     def signal(self, pid: int, signo: int) -> None:
         """Send a signal, as the kernel would."""
@@ -288,24 +289,20 @@ class SimulatedGuest:
                 self._page(pid, now={"kind": "yes"})
             case _:
                 return self._say(pid, f"{argv[0]}: not found", 127)
-        self._consume(pid)
-        return None if f"process:{pid}" in self.memory else 0
+        reads = self.memory[f"process:{pid}"]["now"]["kind"] == "read"
+        return 0 if reads and self._drain(pid) else None
 
-    def _consume(self, pid: int) -> None:
-        """Let a reading process read what it was given."""
+    def _drain(self, pid: int) -> bool:
+        """Let a reading process read what it was given; return whether that was the end."""
         process = self.memory[f"process:{pid}"]
         now = process["now"]
-        if now["kind"] != "read":
-            return
-        data = base64.b64decode(process["stdin"])
-        if data:
+        if data := base64.b64decode(process["stdin"]):
             if now["path"]:
                 self._write(now["path"], (self._read(now["path"]) or b"") + data)
             self._out(pid, now["target"], data)
             self.events.append((pid, "stdin", len(data)))
             self._page(pid, stdin="")
-        if not process["stdin_open"]:
-            self._proceed(pid, status=0)
+        return not process["stdin_open"]
 
 
 def parse(script: str) -> list[list[Any]]:
