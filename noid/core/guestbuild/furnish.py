@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,4 +206,4 @@ def _mask(tree: Path) -> None:
     default.symlink_to("/lib/systemd/system/multi-user.target")
     wants = units / "multi-user.target.wants"
     wants.mkdir(exist_ok=True)
-    os.symlink("/etc/systemd/system/noid-console.service", wants / "noid-console.service")
+    (wants / "noid-console.service").symlink_to("/etc/systemd/system/noid-console.service")
