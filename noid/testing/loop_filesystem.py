@@ -8,9 +8,10 @@ the loop device: nothing can be left behind.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,23 @@ def loop_filesystem(kind: str, scratch: Path, size_mib: int = 512) -> Iterator[P
         place.mkdir()
         yield place
     image.unlink()
+
+
+@pytest.fixture(scope="session")
+def filesystem(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Return a function from ``ext4``, ``btrfs`` or ``xfs`` to a new empty directory on one. Import it in a conftest.
+
+    One filesystem of each kind serves all tests, so none of them may fill it.
+    """
+    mounted: dict[str, Path] = {}
+    numbers = itertools.count()
+    with contextlib.ExitStack() as stack:
+
+        def directory_on(kind: str) -> Path:
+            if kind not in mounted:
+                mounted[kind] = stack.enter_context(loop_filesystem(kind, tmp_path_factory.mktemp("loop")))
+            directory = mounted[kind] / f"test{next(numbers)}"
+            directory.mkdir()
+            return directory
+
+        yield directory_on
