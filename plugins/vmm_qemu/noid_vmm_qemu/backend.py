@@ -1,0 +1,306 @@
+"""Starts QEMU, continues captures with it, and takes hold of what an earlier agent started."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePlan, VmmFeatures
+from noid.core.model import ProcessRef
+from noid.errors import BackendError, ConfigError, DependencyDown, NoidError
+from noid.hostfs import os_errors
+from noid_vmm_qemu.capture import MEMORY_NAME
+from noid_vmm_qemu.channel import connected
+from noid_vmm_qemu.command_line import DEVICE_SET, MACHINES, Descriptors, Host, cpu_model, launch_argv, restore_argv
+from noid_vmm_qemu.machine import MachineEvents, QemuMachine
+from noid_vmm_qemu.probe import missing, probe, version_text
+from noid_vmm_qemu.process import VmmProcess
+from noid_vmm_qemu.qmp import Qmp
+from noid_vmm_qemu.tsc import tsc_khz
+
+QMP_SOCKET = "qmp.sock"
+CHANNEL_SOCKET = "agent.sock"
+LOG_NAME = "vmm.log"
+_ACCELERATORS = ("auto", "kvm", "tcg")
+_ADOPT_SECS = 5.0
+_CLEANUP_SECS = 5.0
+_LOG_TAIL_BYTES = 2000
+_FINGERPRINT_VARIABLE = "NOID_VMM_FINGERPRINT"
+_PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "TMPDIR")
+_CPU_FACTS = ("vendor_id", "cpu family", "model", "stepping", "flags")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuConfig:
+    """``[plugins.vmm_qemu]``.
+
+    Attributes:
+        accelerator: ``auto`` (KVM where it works, else emulation), ``kvm`` or ``tcg``.
+        machine: ``microvm``, or ``q35`` for guests that need PCI. A checkpoint belongs to one of them.
+        binary: QEMU's program, by name or path.
+    """
+
+    accelerator: str = "auto"
+    machine: str = "microvm"
+    binary: str = "qemu-system-x86_64"
+
+
+@contextlib.asynccontextmanager
+async def open_backend(config: QemuConfig, context: AgentContext) -> AsyncIterator[QemuBackend]:
+    """Find out what QEMU can do here and offer it. Closing it leaves every VM running.
+
+    Raises:
+        ConfigError: a setting has no such value, or KVM is demanded and does not work.
+        DependencyDown: QEMU is missing, broken or too old.
+    """
+    if config.accelerator not in _ACCELERATORS:
+        raise ConfigError(f"[plugins.vmm_qemu] accelerator is {config.accelerator!r}; use {_listed(_ACCELERATORS)}.")
+    if config.machine not in MACHINES:
+        raise ConfigError(f"[plugins.vmm_qemu] machine is {config.machine!r}; use {_listed(tuple(MACHINES))}.")
+    abilities = await probe(config.binary, context.run_dir, try_kvm=config.accelerator != "tcg")
+    accelerator = "tcg" if config.accelerator == "tcg" or abilities.kvm_refusal else "kvm"
+    if config.accelerator == "kvm" and abilities.kvm_refusal:
+        raise ConfigError(
+            f'[plugins.vmm_qemu] accelerator is "kvm", but KVM does not work here: {abilities.kvm_refusal}. '
+            'Use "auto" to fall back to emulation.'
+        )
+    if config.accelerator == "auto" and abilities.kvm_refusal:
+        log.info("VMs are emulated, because KVM does not work here: %s", abilities.kvm_refusal)
+    host = Host(
+        binary=config.binary,
+        version=abilities.version,
+        accelerator=accelerator,
+        machine=config.machine,
+        sandbox=abilities.sandbox,
+        tsc_khz=await trio.to_thread.run_sync(tsc_khz) if accelerator == "tcg" else 0,
+    )
+    yield QemuBackend(host)
+
+
+class QemuBackend:
+    """`noid.core.backends.VmmBackend` on QEMU."""
+
+    name = "qemu"
+
+    def __init__(self, host: Host) -> None:
+        self.features = VmmFeatures(
+            accelerator=host.accelerator,
+            disk_formats=frozenset({"raw", "qcow2"}),
+            disk_pivot=True,
+            network_kinds=frozenset({"none", "user"}),
+        )
+        self._host = host
+        self._fingerprint = {
+            "vmm": "qemu",
+            "version": version_text(host.version),
+            "accelerator": host.accelerator,
+            "machine": host.machine,
+            "cpu": cpu_model(host.accelerator) + (f" {_host_cpu()}" if host.accelerator == "kvm" else ""),
+            "devices": DEVICE_SET,
+        }
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """See `VmmBackend.fingerprint`."""
+        return dict(self._fingerprint)
+
+    async def launch(self, plan: LaunchPlan) -> QemuMachine:
+        """See `VmmBackend.launch`. The memory image is made as ``directory/memory``: sparse, and the captures' parent."""
+        memory = plan.directory / MEMORY_NAME
+        with os_errors("making the memory file of a VM"):
+            _make_sparse(memory, plan.mem_mib << 20)
+
+        async def boot(qmp: Qmp, _: MachineEvents) -> None:
+            status = (await qmp.execute("query-status"))["status"]
+            if status != "running":
+                raise BackendError(f"QEMU is {status!r} after its start")
+
+        return await self._start(plan, memory, lambda fds: launch_argv(self._host, plan, memory, fds), None, boot)
+
+    async def restore(self, plan: RestorePlan) -> QemuMachine:
+        """See `VmmBackend.restore`."""
+        with os_errors("opening the device state of a checkpoint"):
+            state_fd = os.open(plan.state, os.O_RDONLY | os.O_CLOEXEC)
+
+        async def load(qmp: Qmp, events: MachineEvents) -> None:
+            # Events first, then the load: a machine that cannot get its disk's lock stays paused without a word on
+            # QMP but that the migration "completed". Polling for the good end would never see the bad one.
+            events_on = {"capabilities": [{"capability": "events", "state": True}]}
+            await qmp.execute("migrate-set-capabilities", events_on)
+            await qmp.execute("migrate-incoming", {"uri": f"fd:{state_fd}"})
+            await qmp.event(lambda: events.migration in ("completed", "failed"))
+            if not events.resumed:
+                status = (await qmp.execute("query-status"))["status"]
+                if status != "running":
+                    raise BackendError(f"QEMU loaded the checkpoint but is {status!r} instead of running")
+
+        try:
+            return await self._start(plan, plan.memory, lambda fds: restore_argv(self._host, plan, fds), state_fd, load)
+        finally:
+            os.close(state_fd)
+
+    async def adopt(self, ref: ProcessRef, plan: MachinePlan, memory: Path) -> QemuMachine:
+        """See `VmmBackend.adopt`."""
+        process = VmmProcess.adopt(ref)
+        events = MachineEvents(plan.instance)
+        qmp: Qmp | None = None
+        try:
+            with trio.move_on_after(_ADOPT_SECS):
+                qmp = Qmp(await connected(str(plan.run_dir / QMP_SOCKET)), events.note)
+                await qmp.negotiate()
+                status = (await qmp.execute("query-status"))["status"]
+                events.adopt(paused=status != "running")
+                return self._machine(plan, process, qmp, events, memory, _difference(self._fingerprint, ref.pid))
+            raise DependencyDown(
+                f"VM process {ref.pid} is alive but did not answer within {_ADOPT_SECS:.0f} s; it may be stuck, or "
+                "another noid-server holds it."
+            )
+        except BaseException:
+            process.close()
+            if qmp is not None:
+                with trio.move_on_after(_CLEANUP_SECS, shield=True):
+                    await qmp.aclose()
+            raise
+
+    async def _start(
+        self,
+        plan: MachinePlan,
+        memory: Path,
+        argv: Callable[[Descriptors], list[str]],
+        state_fd: int | None,
+        set_off: Callable[[Qmp, MachineEvents], Awaitable[None]],
+    ) -> QemuMachine:
+        """Spawn QEMU and let *set_off* bring it to run. Whatever fails or is cancelled: no process is left."""
+        log_path = plan.directory / LOG_NAME
+        with os_errors("starting QEMU"), _listening(plan.run_dir) as (qmp_fd, channel_fd):
+            logged_bytes = log_path.stat().st_size if log_path.exists() else 0
+            inherited = (qmp_fd, channel_fd) if state_fd is None else (qmp_fd, channel_fd, state_fd)
+            try:
+                process = VmmProcess.spawn(
+                    argv(Descriptors(qmp=qmp_fd, channel=channel_fd)),
+                    environment=self._environment(plan),
+                    log_path=log_path,
+                    pass_fds=inherited,
+                )
+            except FileNotFoundError as error:
+                raise DependencyDown(missing(self._host.binary)) from error
+        qmp: Qmp | None = None
+        events = MachineEvents(plan.instance)
+        try:
+            # The socket has been listening since before the process began, so connecting needs no patience.
+            qmp = Qmp(await connected(str(plan.run_dir / QMP_SOCKET)), events.note)
+            version = await qmp.negotiate()
+            if version != version_text(self._host.version):
+                raise BackendError(
+                    f"QEMU is now version {version}, but was {version_text(self._host.version)} when noid-server "
+                    "started. Restart noid-server"
+                )
+            await set_off(qmp, events)
+        except BaseException as error:
+            process.send_kill()
+            with trio.move_on_after(_CLEANUP_SECS, shield=True):
+                if qmp is not None:
+                    await qmp.aclose()
+                await process.wait()
+            process.close()
+            if isinstance(error, NoidError):
+                said = _said_since(log_path, logged_bytes)
+                raise BackendError(f"VM {plan.instance} did not start: {error} QEMU's own words: {said}") from error
+            raise
+        return self._machine(plan, process, qmp, events, memory)
+
+    def _environment(self, plan: MachinePlan) -> dict[str, str]:
+        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        return environment | {
+            "LC_ALL": "C",
+            "NOID_INSTANCE": plan.instance,
+            "NOID_DATA_DIR": str(plan.data_dir),
+            _FINGERPRINT_VARIABLE: json.dumps(self._fingerprint),
+        }
+
+    def _machine(
+        self, plan: MachinePlan, process: VmmProcess, qmp: Qmp, events: MachineEvents, memory: Path, foreign: str = ""
+    ) -> QemuMachine:
+        return QemuMachine(
+            process=process,
+            qmp=qmp,
+            events=events,
+            channel_path=str(plan.run_dir / CHANNEL_SOCKET),
+            memory=memory,
+            mem_mib=plan.mem_mib,
+            foreign=foreign,
+        )
+
+
+@contextlib.contextmanager
+def _listening(run_dir: Path) -> Iterator[tuple[int, int]]:
+    """Make the control and the channel socket, listening, for a process to inherit; our own copies close again."""
+    with contextlib.ExitStack() as stack:
+        numbers = []
+        for name in (QMP_SOCKET, CHANNEL_SOCKET):
+            path = run_dir / name
+            path.unlink(missing_ok=True)
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            listener.bind(str(path))
+            path.chmod(0o600)
+            listener.listen(1)
+            numbers.append(listener.fileno())
+        yield numbers[0], numbers[1]
+
+
+def _make_sparse(path: Path, size_bytes: int) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, size_bytes)
+    finally:
+        os.close(fd)
+
+
+def _said_since(log_path: Path, offset: int) -> str:
+    """Return the end of what QEMU wrote to its log, on one line."""
+    try:
+        with log_path.open("rb") as file:
+            file.seek(max(offset, log_path.stat().st_size - _LOG_TAIL_BYTES))
+            said = file.read().decode(errors="replace")
+    except OSError as error:
+        return f"(its log cannot be read: {error})"
+    return " / ".join(line.strip() for line in said.splitlines() if line.strip()) or "(none)"
+
+
+def _difference(fingerprint: Mapping[str, str], pid: int) -> str:
+    """Return in what the process *pid* was started differs from how it would be started now; empty when in nothing."""
+    prefix = f"{_FINGERPRINT_VARIABLE}=".encode()
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        started = json.loads(next(entry for entry in entries if entry.startswith(prefix))[len(prefix) :])
+    except (OSError, StopIteration, ValueError):
+        return "settings that are not known"
+    names = sorted(fingerprint.keys() | started.keys())
+    return ", ".join(
+        f"{name} {started.get(name)!r} (now {fingerprint.get(name)!r})"
+        for name in names
+        if started.get(name) != fingerprint.get(name)
+    )
+
+
+def _host_cpu() -> str:
+    """Return a digest of what kind of CPU this host has: under KVM the guest sees just that."""
+    text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    facts = dict(re.findall(r"^(.+?)\s*: (.*)$", text, re.MULTILINE))
+    wanted = "\n".join(" ".join(sorted(facts.get(name, "").split())) for name in _CPU_FACTS)
+    return hashlib.sha256(wanted.encode()).hexdigest()[:16]
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return " or ".join(f'"{name}"' for name in names)

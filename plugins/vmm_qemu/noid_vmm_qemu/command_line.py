@@ -1,0 +1,192 @@
+"""Turns a plan into QEMU's command line. Pure functions: the same arguments give the same list.
+
+Every device a guest sees is decided here. A checkpoint can only be continued by the same devices in the same order,
+so whoever changes what a guest sees raises `DEVICE_SET`, and checkpoints of before are refused instead of crashing.
+
+Paths go through JSON wherever QEMU takes it, because in its ``key=value,...`` syntax a comma in a path ends it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from noid.core.backends import LaunchPlan, MachinePlan, RestorePlan
+from noid.errors import InvalidRequest, Unsupported
+
+DEVICE_SET = "1"
+DISK_DEVICE = "disk"
+DISK_NODE = "disk0"
+READONLY_RAM_SINCE = (8, 2)
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+MACHINES = {
+    # acpi=on: Debian's kernels find virtio-mmio devices through ACPI only. rtc=on: without it Linux waits 2 s at boot.
+    "microvm": "microvm,acpi=on,pic=off,pit=off,rtc=on,isa-serial=on",
+    "q35": "q35,vmport=off,smm=off",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What of the host decides a command line. *tsc_khz* matters under emulation only."""
+
+    binary: str
+    version: tuple[int, int, int]
+    accelerator: str
+    machine: str
+    sandbox: bool
+    tsc_khz: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descriptors:
+    """The numbers under which the new process inherits its two sockets, which listen already."""
+
+    qmp: int
+    channel: int
+
+
+def launch_argv(host: Host, plan: LaunchPlan, memory: Path, fds: Descriptors) -> list[str]:
+    """Return the command that boots *plan*. *memory* is a sparse file of the guest's size, the parent of its pages."""
+    if "\n" in plan.cmdline or "\0" in plan.cmdline:
+        raise InvalidRequest("the kernel command line contains a line break or a NUL byte.")
+    arguments = [kernel_arguments(host), plan.cmdline.strip()]
+    return [
+        *_common(host, plan, memory, fds),
+        *("-kernel", str(plan.kernel)),
+        *("-initrd", str(plan.initrd)),
+        *("-append", " ".join(part for part in arguments if part)),
+    ]
+
+
+def restore_argv(host: Host, plan: RestorePlan, fds: Descriptors) -> list[str]:
+    """Return the command that waits for ``migrate-incoming`` with the devices `launch_argv` gives.
+
+    The wait is needed: only a machine that expects a migration skips the reset that would copy ROMs over its memory.
+    It begins with the ``defer`` of QMP and not with the descriptor on the command line, so that somebody is listening
+    for events when the load ends; see `QemuBackend.restore`.
+    """
+    return [
+        *_common(host, plan, plan.memory, fds),
+        # The device state of a checkpoint is written without the section a live migration begins with.
+        *("-global", "migration.send-configuration=off"),
+        *("-incoming", "defer"),
+    ]
+
+
+def kernel_arguments(host: Host) -> str:
+    """Return the kernel arguments every guest needs here."""
+    arguments = [
+        "console=ttyS0",
+        "quiet",
+        "reboot=t",
+        "panic=-1",
+        "mitigations=off",
+        "cryptomgr.notests",
+        "random.trust_cpu=on",
+        "root=/dev/vda",
+        "rw",
+    ]
+    if host.accelerator == "tcg":
+        # This machine has no PIT; where calibrating the TSC against it fails, Linux spins for ever. So it is told.
+        arguments.append(f"tsc_early_khz={host.tsc_khz}")
+    else:
+        # A clone's TSC jumps, which is no reason to mistrust it.
+        arguments.append("tsc=reliable")
+    return " ".join(arguments)
+
+
+def cpu_model(accelerator: str) -> str:
+    """Return the CPU a guest sees."""
+    return "host" if accelerator == "kvm" else "max"
+
+
+def disk_node(node: str, path: Path, disk_format: str, *, backing: bool) -> dict[str, Any]:
+    """Return the block node for *path*, as ``-blockdev`` and ``blockdev-add`` take it.
+
+    Without *backing*, a qcow2 file is opened alone: `blockdev-snapshot` is about to put it on what is there already.
+    """
+    description: dict[str, Any] = {
+        "driver": disk_format,
+        "node-name": node,
+        "discard": "unmap",
+        "cache": {"direct": False, "no-flush": False},
+        "file": {
+            "driver": "file",
+            "node-name": f"{node}-file",
+            "filename": str(path),
+            "discard": "unmap",
+            "cache": {"direct": False, "no-flush": False},
+        },
+    }
+    if disk_format == "qcow2" and not backing:
+        description["backing"] = None
+    return description
+
+
+def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> list[str]:
+    bus = "device" if host.machine == "microvm" else "pci"
+    argv = [
+        host.binary,
+        *("-name", f"guest={_escaped(plan.instance)},debug-threads=on"),
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        *("-display", "none"),
+        *("-msg", "timestamp=on"),
+        *("-machine", f"{MACHINES[host.machine]},memory-backend=ram,suppress-vmdesc=on"),
+        *("-accel", "kvm" if host.accelerator == "kvm" else "tcg,thread=multi"),
+        *("-cpu", cpu_model(host.accelerator)),
+        *("-m", f"{plan.mem_mib}M"),
+        *("-smp", str(plan.cpus)),
+        *("-object", json.dumps(_memory(host, plan, memory))),
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off"),
+        *("-mon", "chardev=qmp,mode=control"),
+        # Appending, so that the file can be shortened from outside while QEMU writes.
+        *("-chardev", f"file,id=serial,path={_escaped(str(plan.directory / 'serial.log'))},append=on"),
+        *("-serial", "chardev:serial"),
+        *("-device", f"virtio-serial-{bus},max_ports=2"),
+        *("-chardev", f"socket,id=agent,fd={fds.channel},server=on,wait=off"),
+        *("-device", "virtserialport,chardev=agent,name=agent.0"),
+        *("-blockdev", json.dumps(disk_node(DISK_NODE, plan.volume.path, plan.volume.format, backing=True))),
+        *("-device", f"virtio-blk-{bus},id={DISK_DEVICE},drive={DISK_NODE}"),
+        *("-device", f"virtio-rng-{bus}"),
+        *_network(plan, bus),
+    ]
+    if host.sandbox:
+        argv += ["-sandbox", SANDBOX]
+    return argv
+
+
+def _memory(host: Host, plan: MachinePlan, memory: Path) -> dict[str, Any]:
+    backend: dict[str, Any] = {
+        "qom-type": "memory-backend-file",
+        "id": "ram",  # a RAM block is found again by this name
+        "size": plan.mem_mib << 20,
+        "mem-path": str(memory),
+        "share": False,  # the guest's writes stay private: one image serves any number of clones
+        "dump": False,
+        "merge": False,
+    }
+    if host.version[:2] >= READONLY_RAM_SINCE:
+        # Older ones open the image for writing, though nothing is ever written to it.
+        backend |= {"readonly": True, "rom": "off"}
+    return backend
+
+
+def _network(plan: MachinePlan, bus: str) -> list[str]:
+    lease = plan.lease
+    if lease is None or lease.kind == "none":
+        return []
+    if lease.kind != "user":
+        raise Unsupported("qemu", f"connect a VM by a {lease.kind!r} lease")
+    device = f"virtio-net-{bus},netdev=net0"
+    if lease.mac:
+        device += f",mac={lease.mac}"
+    return ["-netdev", "user,id=net0", "-device", device]
+
+
+def _escaped(text: str) -> str:
+    return text.replace(",", ",,")

@@ -1,0 +1,225 @@
+"""One running QEMU, as noid holds it: `noid.core.backends.Machine`."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import signal
+from pathlib import Path
+
+import trio
+
+from noid.core.backends import Capture, MachineExit
+from noid.core.model import ProcessRef
+from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoSpace
+from noid.hostfs import os_errors
+from noid_vmm_qemu.capture import STATE_NAME, take
+from noid_vmm_qemu.channel import Gate, GatedStream, connected
+from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node
+from noid_vmm_qemu.process import VmmProcess
+from noid_vmm_qemu.qmp import Qmp, QmpError, QmpEvent
+
+# QEMU takes 4 KiB from the agent's socket per turn of its loop; a unix socket and one chunk of ours hold 60 of these.
+_SETTLE_TURNS_MAX = 128
+_STATE_ROOM_BYTES = 1 << 20
+_REASONS = {
+    "guest-shutdown": "shutdown",
+    "guest-reset": "reset",
+    "host-signal": "killed",
+    "host-qmp-quit": "killed",
+}
+
+log = logging.getLogger(__name__)
+
+
+class MachineEvents:
+    """What a machine's events have told so far. It exists before the machine, because QEMU talks from the start."""
+
+    def __init__(self, instance: str) -> None:
+        self.gate = Gate()
+        self.paused = False
+        self.resumed = False
+        self.shutdown_reason: str | None = None
+        self.migration: str | None = None
+        self._instance = instance
+
+    def adopt(self, *, paused: bool) -> None:
+        """Begin with what a machine that is there already is."""
+        self.paused = paused
+        if paused:
+            self.gate.shut()
+
+    def note(self, event: QmpEvent) -> None:
+        """Take notice of *event*."""
+        if event.name == "STOP":
+            self.paused = True
+        elif event.name == "RESUME":
+            self.paused, self.resumed = False, True
+            self.gate.open()
+        elif event.name == "SHUTDOWN":
+            self.shutdown_reason = str(event.data.get("reason", "unknown"))
+        elif event.name == "MIGRATION":
+            self.migration = str(event.data.get("status"))
+        elif event.name == "BLOCK_IO_ERROR" and event.data.get("action") == "stop":
+            log.error(
+                "the disk of VM instance %s could not be written on the host (%s), so QEMU has paused the guest before "
+                "it loses data. Free space, then resume the VM.",
+                self._instance,
+                event.data.get("reason", "no reason given"),
+            )
+
+
+class QemuMachine:
+    """See `noid.core.backends.Machine`. Made by `QemuBackend` only.
+
+    *foreign* says what differs when the process was started by a noid with other settings or another QEMU: everything
+    works but `capture`, because its checkpoint could be continued by nobody here.
+    """
+
+    def __init__(
+        self,
+        *,
+        process: VmmProcess,
+        qmp: Qmp,
+        events: MachineEvents,
+        channel_path: str,
+        memory: Path,
+        mem_mib: int,
+        foreign: str = "",
+    ) -> None:
+        self.ref: ProcessRef = process.ref
+        self._process = process
+        self._qmp = qmp
+        self._events = events
+        self._channel_path = channel_path
+        self._memory = memory
+        self._mem_mib = mem_mib
+        self._foreign = foreign
+        self._top_node: str | None = None
+        self._killed = False
+
+    async def pause(self) -> None:
+        """See `Machine.pause`."""
+        self._events.gate.shut()
+        try:
+            await self._qmp.execute("stop")
+        finally:
+            if not self._events.paused:
+                self._events.gate.open()
+
+    async def resume(self) -> None:
+        """See `Machine.resume`."""
+        await self._qmp.execute("cont")
+        self._events.gate.open()
+
+    async def capture(self, into: Path) -> Capture:
+        """See `Machine.capture`."""
+        if self._foreign:
+            raise Incompatible(
+                f"this VM was started with {self._foreign}, so nothing on this host could continue its checkpoint. "
+                "It goes on running; to make checkpoints again, restore or create it anew."
+            )
+        if not self._events.paused:
+            raise BackendError("this VM is not paused, so its memory and devices cannot be captured as of one instant.")
+        await self._settle()
+        state = into / STATE_NAME
+        try:
+            await self._qmp.execute("xen-save-devices-state", {"filename": str(state), "live": False})
+        except QmpError as error:
+            await trio.to_thread.run_sync(_check_room, state)
+            raise BackendError(f"saving the VM's devices to {state} failed: {error.description}") from error
+        with os_errors("reading the memory of a VM for its checkpoint"):
+            return await trio.to_thread.run_sync(take, self.ref.pid, self._memory, self._mem_mib, into)
+
+    async def pivot_disk(self, new_top: Path, format: str) -> None:
+        """See `Machine.pivot_disk`. The file's own header must name its backing file already, relatively."""
+        if self._top_node is None:
+            self._top_node = (await self._disk())[0]
+        # Names of nodes are only ever added, by any agent that held this machine; chance keeps them apart.
+        node = f"disk-{secrets.token_hex(8)}"
+        await self._qmp.execute("blockdev-add", disk_node(node, new_top, format, backing=False))
+        try:
+            await self._qmp.execute("blockdev-snapshot", {"node": self._top_node, "overlay": node})
+        except QmpError:
+            with trio.move_on_after(2, shield=True):
+                await self._qmp.execute("blockdev-del", {"node-name": node})
+            raise
+        self._top_node = node
+
+    async def disk_path(self) -> Path:
+        """See `Machine.disk_path`."""
+        return (await self._disk())[1]
+
+    async def channel(self) -> trio.abc.Stream:
+        """See `Machine.channel`. Sending waits while the machine is paused.
+
+        Raises:
+            Conflict: there is a connection already.
+        """
+        await self._events.gate.passed()
+        if self._events.gate.is_taken:
+            raise Conflict("the guest channel of this VM is in use; close the other connection first.")
+        return GatedStream(await connected(self._channel_path), self._events.gate)
+
+    async def wait(self) -> MachineExit:
+        """See `Machine.wait`.
+
+        Raises:
+            NotFound: `aclose` was called meanwhile.
+        """
+        await self._qmp.drained()
+        await self._process.wait()
+        told = self._events.shutdown_reason
+        if told is not None:
+            return MachineExit(reason=_REASONS.get(told, "unknown"), detail=f"QEMU says {told}")
+        how = self._process.exit_text or "how is not known, because an earlier agent started it"
+        killed = self._killed or self._process.exit_signal in (signal.SIGKILL, signal.SIGTERM)
+        return MachineExit(reason="killed" if killed else "unknown", detail=f"the process ended without a word: {how}")
+
+    async def kill(self) -> None:
+        """See `Machine.kill`."""
+        self._killed = True
+        self._process.send_kill()
+        await self._process.wait()
+
+    async def aclose(self) -> None:
+        """See `Machine.aclose`."""
+        self._events.gate.open()
+        if self._events.gate.stream is not None:
+            await self._events.gate.stream.aclose()
+        self._process.close()
+        await self._qmp.aclose()
+
+    async def _settle(self) -> None:
+        """Let QEMU take what was sent to the guest, so that nothing changes once the devices have been saved.
+
+        Every command is a turn of QEMU's main loop. What is left after so many turns has no room in the guest, and
+        gets none while the guest does not run.
+        """
+        for _ in range(_SETTLE_TURNS_MAX):
+            if self._events.gate.settled():
+                return
+            await self._qmp.execute("query-status")
+
+    async def _disk(self) -> tuple[str, Path]:
+        for device in await self._qmp.execute("query-block"):
+            if device.get("qdev", "").split("/")[-1] in (DISK_DEVICE, "virtio-backend") and "inserted" in device:
+                inserted = device["inserted"]
+                return inserted["node-name"], Path(inserted["image"]["filename"])
+        raise DependencyDown("QEMU does not know the VM's disk any more.")
+
+
+def _check_room(state: Path) -> None:
+    """Raise `NoSpace` if *state* could not grow: QEMU says of a full disk only that there was an I/O error."""
+    try:
+        fd = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, _STATE_ROOM_BYTES)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"saving the VM's devices failed: the disk of {state.parent} is full.") from error
+        log.info("%s cannot be written: %s", state, error)
