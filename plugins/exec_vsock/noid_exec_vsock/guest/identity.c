@@ -1,0 +1,299 @@
+// Each item of the receipt is tried whatever became of the others: a clone with an old clock is better than one with an
+// old clock and an old hostname. All of it without a fork: under emulation a shell costs more than everything here.
+#include "identity.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/random.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "network.h"
+#include "protocol.h"
+
+enum { ENTROPY_BYTES_MIN = 32, ENTROPY_BYTES_MAX = 256, HOSTS_BYTES_MAX = 64 * 1024 };
+
+static const char boot_id_path[] = "/proc/sys/kernel/random/boot_id";
+
+struct wake {
+    char hostname[65];
+    char machine_id[33];
+    uint64_t unix_ns, generation;
+    struct text entropy;
+    struct network_request network;
+};
+
+static bool parse(const uint8_t *body, size_t length, struct wake *wake) {
+    struct reader reader = read_body(body, length);
+    memset(wake, 0, sizeof *wake);
+    wake->unix_ns = read_u64(&reader);
+    wake->generation = read_u64(&reader);
+    struct text hostname = read_text(&reader), machine_id = read_text(&reader);
+    wake->entropy = read_text(&reader);
+    wake->network.wanted = read_u8(&reader) != 0;
+    struct text mac = read_text(&reader), address = read_text(&reader), gateway = read_text(&reader);
+    struct text dns = read_text(&reader);
+    struct network_request *network = &wake->network;
+    return read_whole(&reader) && text_copy(hostname, wake->hostname, sizeof wake->hostname) &&
+           text_copy(machine_id, wake->machine_id, sizeof wake->machine_id) &&
+           wake->entropy.length >= ENTROPY_BYTES_MIN && wake->entropy.length <= ENTROPY_BYTES_MAX &&
+           text_copy(mac, network->mac, sizeof network->mac) &&
+           text_copy(address, network->address, sizeof network->address) &&
+           text_copy(gateway, network->gateway, sizeof network->gateway) &&
+           text_copy(dns, network->dns, sizeof network->dns);
+}
+
+// --- files ----------------------------------------------------------------------------------------------------------
+
+// Reads the first line, empty if there is none.
+static void read_line(const char *path, char *line, size_t capacity) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd >= 0 ? read(fd, line, capacity - 1) : 0;
+    if (fd >= 0) close(fd);
+    line[n > 0 ? n : 0] = 0;
+    line[strcspn(line, "\n")] = 0;
+}
+
+static int write_whole(const char *path, int flags, mode_t mode, const char *data, size_t length) {
+    int fd = open(path, O_WRONLY | O_CLOEXEC | flags, mode);
+    if (fd < 0) return -1;
+    int failed = write(fd, data, length) != (ssize_t)length || fchmod(fd, mode);
+    int error = errno;
+    close(fd);
+    errno = error;
+    return failed ? -1 : 0;
+}
+
+// Replaces a file so that a reader sees the old or the new one. In place where rename cannot: over a bind mount.
+static int replace_file(const char *path, mode_t mode, const char *data, size_t length) {
+    char fresh[128];
+    snprintf(fresh, sizeof fresh, "%.100s.noid", path);
+    unlink(fresh);
+    if (write_whole(fresh, O_CREAT | O_EXCL, mode, data, length) == 0 && rename(fresh, path) == 0) return 0;
+    int error = errno;
+    unlink(fresh);
+    errno = error;
+    return error == EBUSY ? write_whole(path, O_TRUNC, mode, data, length) : -1;
+}
+
+int identity_replace_file(const char *path, const char *data, size_t length) {
+    return replace_file(path, 0644, data, length);
+}
+
+// --- items ----------------------------------------------------------------------------------------------------------
+
+struct item {
+    const char *name;
+    char before[80], after[80], detail[200];
+    int error; // 0: done
+};
+
+static void finish(struct writer *receipt, const struct item *item) {
+    bool impossible = item->error == EROFS || item->error == ENOSYS || item->error == EOPNOTSUPP;
+    write_text(receipt, item->name);
+    write_u8(receipt, item->error == 0 ? ITEM_DONE : impossible ? ITEM_NOT_POSSIBLE : ITEM_FAILED);
+    write_text(receipt, item->before);
+    write_text(receipt, item->after);
+    char detail[300];
+    if (item->error && item->detail[0])
+        snprintf(detail, sizeof detail, "%s: %s", item->detail, strerror(item->error));
+    else snprintf(detail, sizeof detail, "%s", item->error ? strerror(item->error) : item->detail);
+    write_text(receipt, detail);
+}
+
+static void format_now(char *text, size_t capacity) {
+    struct timespec now;
+    struct tm utc;
+    clock_gettime(CLOCK_REALTIME, &now);
+    gmtime_r(&now.tv_sec, &utc);
+    char seconds[32];
+    strftime(seconds, sizeof seconds, "%Y-%m-%dT%H:%M:%S", &utc);
+    snprintf(text, capacity, "%s.%03ldZ", seconds, now.tv_nsec / 1000000);
+}
+
+static void set_clock(const struct wake *wake, struct item *item) {
+    format_now(item->before, sizeof item->before);
+    struct timespec now = {.tv_sec = (time_t)(wake->unix_ns / 1000000000u),
+                           .tv_nsec = (long)(wake->unix_ns % 1000000000u)};
+    if (clock_settime(CLOCK_REALTIME, &now)) item->error = errno;
+    format_now(item->after, sizeof item->after);
+}
+
+// Credits the host's entropy and makes the generator use it at once: a clone that only mixed it in would still give the
+// bytes of its siblings until the next scheduled reseed.
+static void seed_randomness(const struct wake *wake, struct item *item) {
+    struct {
+        int entropy_count;
+        int size;
+        uint8_t data[ENTROPY_BYTES_MAX];
+    } pool = {.entropy_count = (int)wake->entropy.length * 8, .size = (int)wake->entropy.length};
+    memcpy(pool.data, wake->entropy.data, wake->entropy.length);
+    int fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
+    if (fd < 0) {
+        item->error = errno;
+        snprintf(item->detail, sizeof item->detail, "/dev/urandom");
+    } else if (ioctl(fd, RNDADDENTROPY, &pool)) {
+        item->error = errno;
+        snprintf(item->detail, sizeof item->detail, "RNDADDENTROPY");
+    } else if (ioctl(fd, RNDRESEEDCRNG)) {
+        item->error = errno;
+        snprintf(item->detail, sizeof item->detail, "RNDRESEEDCRNG");
+    } else {
+        snprintf(item->detail, sizeof item->detail, "%zu bytes credited, generator reseeded", wake->entropy.length);
+    }
+    if (fd >= 0) close(fd);
+    explicit_bzero(&pool, sizeof pool);
+}
+
+// Puts `127.0.1.1 name` into /etc/hosts, in place of the line that was there. Debian's way to resolve the own name.
+static int rewrite_hosts(const char *hostname) {
+    static char old[HOSTS_BYTES_MAX], new[HOSTS_BYTES_MAX + 128];
+    int fd = open("/etc/hosts", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd >= 0 ? read(fd, old, sizeof old - 1) : 0;
+    if (fd >= 0) close(fd);
+    if (n < 0) return -1;
+    if (n == (ssize_t)sizeof old - 1) {
+        errno = EFBIG;
+        return -1;
+    }
+    old[n] = 0;
+    size_t length = 0;
+    bool placed = false;
+    if (n == 0) length += (size_t)sprintf(new, "127.0.0.1\tlocalhost\n::1\tlocalhost\n");
+    for (const char *line = old; *line;) {
+        size_t size = strcspn(line, "\n");
+        size += line[size] == '\n';
+        if (!strncmp(line, "127.0.1.1", 9) && strchr(" \t", line[9])) {
+            if (!placed) length += (size_t)sprintf(new + length, "127.0.1.1\t%s\n", hostname);
+            placed = true;
+        } else {
+            memcpy(new + length, line, size);
+            length += size;
+        }
+        line += size;
+    }
+    if (!placed) {
+        if (length && new[length - 1] != '\n') new[length++] = '\n';
+        length += (size_t)sprintf(new + length, "127.0.1.1\t%s\n", hostname);
+    }
+    return replace_file("/etc/hosts", 0644, new, length);
+}
+
+static void set_hostname(const struct wake *wake, struct item *item) {
+    if (gethostname(item->before, sizeof item->before)) item->before[0] = 0;
+    char line[70];
+    int length = snprintf(line, sizeof line, "%s\n", wake->hostname);
+    if (sethostname(wake->hostname, strlen(wake->hostname))) {
+        item->error = errno;
+        snprintf(item->detail, sizeof item->detail, "sethostname");
+    } else if (replace_file("/etc/hostname", 0644, line, (size_t)length)) {
+        item->error = errno;
+        snprintf(item->detail, sizeof item->detail, "the kernel's name is set, /etc/hostname is not");
+    } else if (rewrite_hosts(wake->hostname)) {
+        item->error = errno;
+        snprintf(item->detail, sizeof item->detail, "the name is set, its line in /etc/hosts is not");
+    }
+    if (gethostname(item->after, sizeof item->after)) item->after[0] = 0;
+}
+
+static void set_machine_id(const struct wake *wake, struct item *item) {
+    static const char path[] = "/etc/machine-id", dbus[] = "/var/lib/dbus/machine-id";
+    read_line(path, item->before, sizeof item->before);
+    char line[40];
+    int length = snprintf(line, sizeof line, "%s\n", wake->machine_id);
+    struct stat status;
+    if (replace_file(path, 0444, line, (size_t)length)) {
+        item->error = errno;
+        snprintf(item->detail, sizeof item->detail, "%s", path);
+    } else if (lstat(dbus, &status) == 0 && S_ISREG(status.st_mode) &&
+               replace_file(dbus, 0444, line, (size_t)length)) {
+        // systemd takes a blank /etc/machine-id from here: an old one would come back with the next boot.
+        item->error = errno;
+        snprintf(item->detail, sizeof item->detail, "%s", dbus);
+    }
+    read_line(path, item->after, sizeof item->after);
+}
+
+void identity_boot_id(char *text, size_t capacity) { read_line(boot_id_path, text, capacity); }
+
+static void make_uuid(char *text) {
+    uint8_t b[16];
+    if (getrandom(b, sizeof b, 0) != (ssize_t)sizeof b) memset(b, 0, sizeof b); // cannot fail once seeded
+    b[6] = (uint8_t)((b[6] & 0x0f) | 0x40);
+    b[8] = (uint8_t)((b[8] & 0x3f) | 0x80);
+    for (int i = 0; i < 16; i++) {
+        if (i == 4 || i == 6 || i == 8 || i == 10) *text++ = '-';
+        text += sprintf(text, "%02x", b[i]);
+    }
+}
+
+// The kernel has no way to change its boot id, so a file is mounted over it. A clone of a clone first takes off the
+// old one. Fresh mounts of proc (other mount namespaces, ProtectProc=) still show the kernel's.
+static void set_boot_id(struct item *item) {
+    static const char file[] = "/run/noid/boot_id";
+    identity_boot_id(item->before, sizeof item->before);
+    char line[40];
+    make_uuid(line);
+    strcat(line, "\n");
+    snprintf(item->detail, sizeof item->detail, "%s", file);
+    if (replace_file(file, 0444, line, strlen(line))) {
+        item->error = errno;
+        return;
+    }
+    for (int i = 0; i < 16 && umount2(boot_id_path, MNT_DETACH) == 0; i++) continue;
+    if (mount(file, boot_id_path, NULL, MS_BIND, NULL)) item->error = errno;
+    else snprintf(item->detail, sizeof item->detail, "mounted over the kernel's");
+    identity_boot_id(item->after, sizeof item->after);
+}
+
+static void set_generation(const struct wake *wake, struct item *item) {
+    static const char file[] = "/run/noid/generation";
+    read_line(file, item->before, sizeof item->before);
+    char line[32];
+    int length = snprintf(line, sizeof line, "%llu\n", (unsigned long long)wake->generation);
+    if (replace_file(file, 0444, line, (size_t)length)) item->error = errno;
+    read_line(file, item->after, sizeof item->after);
+    snprintf(item->detail, sizeof item->detail, "%s", file);
+}
+
+static void set_network(const struct wake *wake, struct item *item) {
+    const char *detail = "";
+    item->error = network_configure(&wake->network, item->before, item->after, sizeof item->after, &detail);
+    snprintf(item->detail, sizeof item->detail, "%s", detail);
+}
+
+bool identity_wake(const uint8_t *body, size_t length, bool owns_machine, struct writer *receipt) {
+    static struct wake wake;
+    if (!parse(body, length, &wake)) return false;
+    struct item items[] = {{.name = "randomness"}, {.name = "clock"},      {.name = "hostname"}, {.name = "machine-id"},
+                           {.name = "boot-id"},    {.name = "generation"}, {.name = "network"}};
+    int count = wake.network.wanted ? 7 : 6;
+    if (owns_machine) {
+        mkdir("/run", 0755);
+        mkdir("/run/noid", 0755);
+        set_clock(&wake, &items[1]); // the only one that gets worse by waiting
+        seed_randomness(&wake, &items[0]);
+        set_hostname(&wake, &items[2]);
+        set_machine_id(&wake, &items[3]);
+        set_boot_id(&items[4]);
+        set_generation(&wake, &items[5]);
+        if (wake.network.wanted) set_network(&wake, &items[6]);
+    }
+    write_u16(receipt, (uint16_t)count);
+    for (int i = 0; i < count; i++) {
+        if (!owns_machine) {
+            items[i].error = EOPNOTSUPP;
+            snprintf(items[i].detail, sizeof items[i].detail, "the agent does not own this machine");
+        }
+        finish(receipt, &items[i]);
+    }
+    explicit_bzero(&wake, sizeof wake);
+    return true;
+}

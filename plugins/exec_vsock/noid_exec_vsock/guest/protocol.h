@@ -1,0 +1,53 @@
+// What both ends of the guest channel agree on: message types and limits. PROTOCOL.md says what they mean.
+#ifndef NOID_PROTOCOL_H
+#define NOID_PROTOCOL_H
+
+#include <stdint.h>
+
+enum { PROTOCOL_VERSION = 1 };
+
+// Host to guest.
+enum {
+    MSG_SYNC = 0x01,
+    MSG_PING = 0x02,
+    MSG_START = 0x03,
+    MSG_START_PART = 0x04,
+    MSG_STDIN = 0x05,
+    MSG_STDIN_EOF = 0x06,
+    MSG_CREDIT = 0x07, // also guest to host, for stdin
+    MSG_SIGNAL = 0x08,
+    MSG_RELEASE = 0x09,
+    MSG_WAKE = 0x0a,
+    MSG_POWER = 0x0b,
+};
+
+// Guest to host.
+enum {
+    MSG_HELLO = 0x81,
+    MSG_PONG = 0x82,
+    MSG_STARTED = 0x83,
+    MSG_FAILED = 0x84,
+    MSG_STDOUT = 0x85,
+    MSG_STDERR = 0x86,
+    MSG_EXIT = 0x87,
+    MSG_STDIN_CLOSED = 0x88,
+    MSG_RELEASED = 0x89,
+    MSG_RECEIPT = 0x8a,
+    MSG_POWERING = 0x8b,
+    MSG_ERROR = 0x8f,
+};
+
+enum { STREAM_STDIN = 0, STREAM_STDOUT = 1, STREAM_STDERR = 2 };
+enum { START_WITH_STDIN = 1 };
+enum { POWER_OFF = 0, POWER_REBOOT = 1 };
+enum { ITEM_DONE = 0, ITEM_FAILED = 1, ITEM_NOT_POSSIBLE = 2 };
+enum { STATE_READY = 0, STATE_NO_ROOT = 1 };
+
+enum {
+    PROCESSES_MAX = 512,
+    START_BYTES_MAX = 1 << 20,
+    STREAM_CHUNK_BYTES = 16 * 1024,
+    GRACE_MS_MAX = 60 * 1000,
+};
+
+#endif

@@ -1,0 +1,144 @@
+// The child's side of a start: identity, directory, environment, and exec with a shell's exit codes.
+#include "start.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+struct rlimit start_file_limit = {.rlim_cur = 1024, .rlim_max = 4096};
+
+static bool skip_texts(struct reader *reader, uint32_t count, size_t *bytes) {
+    for (uint32_t i = 0; i < count && !reader->bad; i++) {
+        struct text text = read_text(reader);
+        if (text.length && memchr(text.data, 0, text.length)) return false;
+        *bytes += text.length + 1;
+    }
+    return !reader->bad;
+}
+
+bool start_parse(const uint8_t *body, size_t length, struct start_request *request) {
+    struct reader reader = read_body(body, length);
+    memset(request, 0, sizeof *request);
+    request->flags = read_u32(&reader);
+    request->stdout_credit = read_u32(&reader);
+    request->stderr_credit = read_u32(&reader);
+    struct text user = read_text(&reader), cwd = read_text(&reader);
+    if (reader.bad || !text_copy(user, request->user, sizeof request->user) ||
+        !text_copy(cwd, request->cwd, sizeof request->cwd))
+        return false;
+    request->argument_count = read_u32(&reader);
+    request->arguments = reader;
+    if (request->argument_count == 0 || !skip_texts(&reader, request->argument_count, &request->text_bytes))
+        return false;
+    request->environment_count = read_u32(&reader);
+    request->environment = reader;
+    return skip_texts(&reader, request->environment_count, &request->text_bytes) && read_whole(&reader);
+}
+
+static _Noreturn void fail(int status_fd, int reason, int error) {
+    struct start_failure failure = {.reason = reason, .error = error};
+    ssize_t written = write(status_fd, &failure, sizeof failure);
+    (void)written; // the agent is gone; so are we
+    _exit(126);
+}
+
+// A cgroup of our own, so that systemd neither counts these processes as its own nor waits for them at shutdown.
+// It is looked for at every start because an init may mount /sys/fs/cgroup after the agent has begun.
+static void enter_cgroup(void) {
+    int fd = open("/sys/fs/cgroup/noid/cgroup.procs", O_WRONLY | O_CLOEXEC);
+    if (fd < 0 && access("/sys/fs/cgroup/cgroup.procs", F_OK) == 0 && mkdir("/sys/fs/cgroup/noid", 0755) == 0)
+        fd = open("/sys/fs/cgroup/noid/cgroup.procs", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return; // no cgroup2 here (yet): the process stays beside the agent
+    ssize_t written = write(fd, "0", 1);
+    (void)written;
+    close(fd);
+}
+
+static void take_part_in_oom(void) {
+    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    ssize_t written = write(fd, "0", 1); // the agent's own -1000 must not be inherited
+    (void)written;
+    close(fd);
+}
+
+static void become(const struct user *user, int status_fd) {
+    if (geteuid() != 0) return; // an agent that is not root runs everything as itself; `process_start` has checked
+    if (setgroups((size_t)user->group_count, user->groups) || setresgid(user->gid, user->gid, user->gid) ||
+        setresuid(user->uid, user->uid, user->uid))
+        fail(status_fd, FAILED_RESOURCES, errno);
+}
+
+static void enter_directory(const struct start_request *request, const struct user *user, int status_fd) {
+    if (chdir("/")) fail(status_fd, FAILED_INVALID, errno);
+    if (request->cwd[0]) {
+        if (chdir(request->cwd)) fail(status_fd, FAILED_INVALID, errno);
+    } else if (user->home[0] && chdir(user->home)) {
+        errno = 0; // a home that is not there is no reason not to run: stay in /
+    }
+}
+
+static bool overridden(char *const *environment, const char *entry) {
+    size_t name = (size_t)(strchr(entry, '=') - entry) + 1;
+    for (; *environment; environment++)
+        if (!strncmp(*environment, entry, name)) return true;
+    return false;
+}
+
+static char **copy_texts(struct reader reader, uint32_t count, uint32_t spare, char **pool, int status_fd) {
+    char **texts = calloc((size_t)count + spare + 1, sizeof *texts);
+    if (!texts) fail(status_fd, FAILED_RESOURCES, ENOMEM);
+    for (uint32_t i = 0; i < count; i++) {
+        struct text text = read_text(&reader);
+        texts[i] = *pool;
+        if (text.length) memcpy(*pool, text.data, text.length);
+        (*pool)[text.length] = 0;
+        *pool += text.length + 1;
+    }
+    return texts;
+}
+
+_Noreturn void start_child(const struct start_request *request, const struct user *user, bool owns_machine,
+                           int status_fd) {
+    setsid();
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    signal(SIGPIPE, SIG_DFL);
+    umask(022);
+    setrlimit(RLIMIT_NOFILE, &start_file_limit); // lowering never fails
+    if (owns_machine) {
+        enter_cgroup();
+        take_part_in_oom();
+    }
+    become(user, status_fd);
+    enter_directory(request, user, status_fd);
+    char *pool = malloc(request->text_bytes + 1);
+    if (!pool) fail(status_fd, FAILED_RESOURCES, ENOMEM);
+    char defaults[6][288];
+    snprintf(defaults[0], sizeof *defaults, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    snprintf(defaults[1], sizeof *defaults, "HOME=%s", user->home);
+    snprintf(defaults[2], sizeof *defaults, "USER=%s", user->name);
+    snprintf(defaults[3], sizeof *defaults, "LOGNAME=%s", user->name);
+    snprintf(defaults[4], sizeof *defaults, "SHELL=%s", user->shell);
+    snprintf(defaults[5], sizeof *defaults, "LANG=C.UTF-8");
+    char **arguments = copy_texts(request->arguments, request->argument_count, 0, &pool, status_fd);
+    char **environment = copy_texts(request->environment, request->environment_count, 6, &pool, status_fd);
+    uint32_t n = request->environment_count;
+    for (int i = 0; i < 6; i++)
+        if (!overridden(environment, defaults[i])) environment[n++] = defaults[i];
+    extern char **environ;
+    environ = environment; // execvp searches the PATH the program will see
+    execvp(arguments[0], arguments);
+    int error = errno;
+    bool missing = error == ENOENT || error == ENOTDIR;
+    dprintf(STDERR_FILENO, "noid: cannot run '%s': %s\n", arguments[0],
+            missing && !strchr(arguments[0], '/') ? "command not found" : strerror(error));
+    _exit(missing ? 127 : 126);
+}

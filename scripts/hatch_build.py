@@ -1,0 +1,104 @@
+"""Compiles the guest agent when noid is built, and by hand: ``python scripts/hatch_build.py``.
+
+One static program for each guest architecture, made by the C compiler in the ``ziglang`` wheel, so that no system
+compiler is needed. The same source gives the same bytes on every machine: the compiler version is pinned, and neither
+paths nor times get into the program. What is up to date is not built again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # by hand, without a build environment, only the compiler is needed
+    BuildHookInterface = object  # type: ignore[misc, assignment]  # the same name, for the class statement below
+
+GUEST_DIR = Path("plugins/exec_vsock/noid_exec_vsock/guest")
+ARCHITECTURES = ("x86_64", "aarch64")
+ZIG_VERSION = "0.17.0"
+FLAGS = (
+    *("-std=gnu11", "-D_GNU_SOURCE", "-static", "-Os", "-s", "-fno-ident", "-fstack-protector-strong"),
+    *("-Wall", "-Wextra", "-Wshadow", "-Wvla", "-Wconversion", "-Wno-sign-conversion", "-Wstrict-prototypes"),
+    *("-Wmissing-prototypes", "-Wformat=2", "-Wno-format-nonliteral", "-Werror", "-Wl,--build-id=none"),
+)
+
+
+class CustomBuildHook(BuildHookInterface):  # type: ignore[misc, type-arg]  # hatchling's is only typed when installed
+    """What hatchling calls before it makes a wheel or an editable install."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile what is missing or out of date. An sdist carries sources only."""
+        del version, build_data
+        if self.target_name == "wheel":
+            build_all(Path(self.root))
+
+
+def sources_digest(guest_dir: Path) -> str:
+    """Return what identifies the programs *guest_dir* makes: every source, the flags, the compiler's version."""
+    digest = hashlib.sha256(repr((FLAGS, ZIG_VERSION)).encode())
+    for path in sorted([*guest_dir.glob("*.c"), *guest_dir.glob("*.h")]):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_agent(guest_dir: Path, architecture: str, output: Path, *, scratch: Path) -> None:
+    """Compile the sources in *guest_dir* for *architecture* into *output*, which appears whole or not at all.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler's words went to stderr.
+    """
+    sources = sorted(path.name for path in guest_dir.glob("*.c"))
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    environment = {**os.environ, "ZIG_LOCAL_CACHE_DIR": str(scratch)}
+    environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(scratch))
+    try:
+        # Relative names from inside the directory: no path of this machine can get into the program.
+        subprocess.run(
+            [sys.executable, "-m", "ziglang", "cc", "-target", f"{architecture}-linux-musl", *FLAGS, *sources]
+            + ["-o", str(temporary.resolve())],
+            cwd=guest_dir,
+            env=environment,
+            check=True,
+        )
+        temporary.chmod(0o755)
+        temporary.rename(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def build_all(root: Path) -> list[Path]:
+    """Bring ``guest/bin`` under *root* up to date and return the programs.
+
+    Raises:
+        SystemExit: the compiler is not installed; says how to get it.
+    """
+    guest_dir = root / GUEST_DIR
+    binaries = guest_dir / "bin"
+    binaries.mkdir(exist_ok=True)
+    digest = sources_digest(guest_dir)
+    built = []
+    for architecture in ARCHITECTURES:
+        output = binaries / f"noid-agent-{architecture}"
+        stamp = binaries / f"noid-agent-{architecture}.sources"
+        built.append(output)
+        if output.is_file() and stamp.is_file() and stamp.read_text() == digest:
+            continue
+        if importlib.util.find_spec("ziglang") is None:
+            sys.exit(f"The guest agent's compiler is missing. Install it: pip install ziglang=={ZIG_VERSION}")
+        with tempfile.TemporaryDirectory(prefix="noid-agent-") as scratch:
+            compile_agent(guest_dir, architecture, output, scratch=Path(scratch))
+        stamp.write_text(digest)
+    return built
+
+
+if __name__ == "__main__":
+    for program in build_all(Path(__file__).resolve().parent.parent):
+        print(f"{program} ({program.stat().st_size} bytes)")
