@@ -1,0 +1,178 @@
+"""Wrong servers, broken files, closed pipes: one paragraph that says what to do, and the right exit code."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+
+def one_paragraph(done: Any, code: int = 1) -> str:
+    assert done.returncode == code
+    assert done.stdout == b""
+    text = done.stderr.decode()
+    assert text.startswith("Error: ")
+    assert "Traceback" not in text
+    return str(text)
+
+
+def test_the_server_s_own_words_are_shown_with_its_status(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms/web", 404, {"error": "VM 'web' not found", "code": "not_found"})
+    assert one_paragraph(noid("info", "web")) == "Error: server error (404): VM 'web' not found\n"
+
+
+def test_a_wrong_token_says_how_to_set_one(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 401, {"error": "invalid token"})
+    text = one_paragraph(noid("list"))
+    assert "server error (401): invalid token" in text
+    assert "noid auth setup" in text
+
+
+def test_nobody_listening_is_said_with_the_address(noid: Any) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        text = one_paragraph(noid("--server", url, "list"))
+    assert "connection error:" in text
+    assert url in text
+    assert "refused" in text
+
+
+def test_an_unknown_host_is_said_by_name(noid: Any) -> None:
+    assert "'no-such-host.invalid'" in one_paragraph(noid("--server", "http://no-such-host.invalid", "list"))
+
+
+def test_a_web_page_from_a_proxy_is_not_dumped(noid: Any, agent: Any) -> None:
+    page = b"<html><body>" + b"sorry " * 1000 + b"</body></html>"
+    head = b"HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(page)
+    agent.answers_raw(head + page)
+    text = one_paragraph(noid("list"))
+    assert "server error (502)" in text
+    assert "web page" in text
+    assert len(text) < 400
+
+
+def test_a_login_page_with_status_200_is_not_taken_for_an_answer(noid: Any, agent: Any) -> None:
+    agent.answers_raw(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>log in</html>")
+    assert "something noid-server would not" in one_paragraph(noid("list"))
+
+
+def test_a_list_where_an_object_belongs_is_not_taken_for_an_answer(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms/web", 200, ["web"])
+    assert "something noid-server would not" in one_paragraph(noid("info", "web"))
+
+
+def test_a_server_that_is_no_http_server_is_said_to_be_one(noid: Any, agent: Any) -> None:
+    agent.answers_raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+    assert "does not speak HTTP" in one_paragraph(noid("list"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n[{",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n[",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n[",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\n",
+    ],
+)
+def test_an_answer_that_breaks_off_is_a_connection_error(noid: Any, agent: Any, answer: bytes) -> None:
+    agent.answers_raw(answer)
+    assert "connection error:" in one_paragraph(noid("list"))
+
+
+def test_a_newer_api_is_refused_with_both_versions(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 200, [], X_Noid_Api_Version="2")
+    text = one_paragraph(noid("list"))
+    assert "'2'" in text
+    assert "version 1" in text
+
+
+def test_a_server_without_the_version_header_is_fine(noid: Any, agent: Any) -> None:
+    agent.answers_raw(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n \r\n2;x=y\r\n[]\r\n0\r\nA: b\r\n\r\n"
+    )
+    assert noid("list").stdout == b"No VMs found.\n"
+
+
+def test_a_redirect_is_not_followed_but_shown(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 301, None, Location="https://elsewhere.example/v1/vms")
+    assert "https://elsewhere.example/v1/vms" in one_paragraph(noid("list"))
+
+
+def test_a_path_in_the_url_is_put_before_every_request(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/behind/a/proxy/v1/vms", 200, [])
+    assert noid("--server", f"{agent.url}/behind/a/proxy/", "list").returncode == 0
+
+
+@pytest.mark.parametrize("url", ["", "ftp://x", "http://", "http://x:y", "http://a b", "x.example", "http://x?q=1"])
+def test_what_is_no_url_is_refused(noid: Any, url: str) -> None:
+    done = noid("auth", "setup", "--url", url, "--token", "x")
+    assert "is not a server URL" in one_paragraph(done)
+    assert not (noid.home / ".noid").exists()
+
+
+def test_a_broken_config_file_is_named_with_line_and_column_and_use_still_works(offline_noid: Any) -> None:
+    config = offline_noid.home / ".noid" / "config.toml"
+    config.parent.mkdir()
+    config.write_text("[server]\nurl = oops\n")
+    text = one_paragraph(offline_noid("list"))
+    assert str(config) in text
+    assert "line 2, column 7" in text
+    assert offline_noid("use", "web").returncode == 0
+
+
+def test_a_token_that_cannot_be_one_is_refused_without_being_repeated(noid: Any, agent: Any) -> None:
+    done = noid("list", NOID_TOKEN="secret\r\nX-Evil: 1")
+    assert "secret" not in one_paragraph(done)
+    assert agent.requests == []
+
+
+def test_local_and_server_exclude_each_other(noid: Any) -> None:
+    assert noid("--local", "--server", "http://x", "list").returncode == 2
+
+
+@pytest.mark.parametrize("args", [["nope"], ["list", "surplus"], ["create", "x", "--cpus", "two"], ["auth", "setup"]])
+def test_wrong_usage_is_exit_code_2(noid: Any, args: list[str]) -> None:
+    done = noid(*args)
+    assert done.returncode == 2
+    assert b"Error: " in done.stderr
+
+
+def test_no_command_at_all_shows_the_help_and_is_wrong_usage(offline_noid: Any) -> None:
+    done = offline_noid()
+    assert done.returncode == 2
+    assert b"Commands:" in done.stderr
+
+
+def test_a_reader_that_leaves_early_ends_a_listing_in_silence(noid: Any, agent: Any) -> None:
+    vm = {"name": "web", "state": "running", "cpus": 1, "mem_mib": 512, "created_at": "2026-01-02 03:04:05"}
+    agent.answers("GET", "/v1/vms", 200, [vm] * 5000)
+    done = noid.sh("noid list | head -1; echo ${PIPESTATUS[0]}")
+    rule, code = done.stdout.decode().splitlines()
+    assert rule.startswith("+--")
+    assert code == "141"
+    assert done.stderr == b""
+
+
+def test_a_full_disk_under_the_output_is_an_error(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 200, [])
+    done = noid.sh("noid list > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == b"Error: cannot write the output: No space left on device.\n"
+
+
+def test_closed_standard_streams_do_no_harm(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 200, [])
+    done = noid.sh("noid list <&- >&- 2>&-")
+    assert done.returncode == 0
+
+
+def test_a_bug_is_one_paragraph_and_a_traceback_only_on_demand(noid: Any, agent: Any) -> None:
+    vm = {"name": 7, "state": "running", "cpus": 1, "mem_mib": 512, "created_at": "2026-01-02 03:04:05"}
+    agent.answers("GET", "/v1/vms", 200, [vm])  # a name that is a number is beyond what anybody checks
+    assert "this is a bug in noid" in one_paragraph(noid("list"))
+    assert b"Traceback" in noid("list", NOID_VERBOSE="1").stderr

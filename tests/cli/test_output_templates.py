@@ -1,0 +1,163 @@
+"""What commands print, byte by byte where scripts written for the predecessor depend on it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+VM = {
+    "name": "web",
+    "state": "running",
+    "cpus": 2,
+    "mem_mib": 512,
+    "created_at": "2026-01-02 03:04:05",
+    "image": "default",
+}
+CHECKPOINT = {"id": "0123456789abcdef", "vm_name": "web", "label": None, "created_at": "2026-01-02 03:04:05"}
+
+
+def test_create_says_the_name_and_the_state(noid: Any, agent: Any) -> None:
+    agent.answers("POST", "/v1/vms", 201, VM)
+    done = noid("create", "web", "--cpus", "2", "--mem", "512")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"VM 'web' created (state: running)\n", b"")
+    request = agent.requests[0]
+    assert request.json == {"name": "web", "cpus": 2, "mem_mib": 512}
+    assert request.headers["authorization"].startswith("Bearer noid_tok_")
+
+
+def test_create_takes_the_name_as_an_option_too_and_passes_the_image_on(noid: Any, agent: Any) -> None:
+    agent.answers("POST", "/v1/vms", 201, VM)
+    assert noid("create", "--name", "web", "--image", "mine").returncode == 0
+    assert agent.requests[0].json == {"name": "web", "cpus": 1, "mem_mib": 2048, "image": "mine"}
+
+
+def test_list_draws_a_rule_above_and_below_every_row(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 200, [VM, VM | {"name": "a-longer-name", "cpus": 1}])
+    assert noid("list").stdout.decode() == (
+        "+---------------+---------+------+-----------+---------------------+\n"
+        "| name          | state   | cpus | mem (MiB) | created             |\n"
+        "+---------------+---------+------+-----------+---------------------+\n"
+        "| web           | running | 2    | 512       | 2026-01-02 03:04:05 |\n"
+        "+---------------+---------+------+-----------+---------------------+\n"
+        "| a-longer-name | running | 1    | 512       | 2026-01-02 03:04:05 |\n"
+        "+---------------+---------+------+-----------+---------------------+\n"
+    )
+
+
+def test_an_empty_list_is_a_sentence_and_with_json_an_empty_array(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 200, [])
+    assert noid("list").stdout == b"No VMs found.\n"
+    assert noid("list", "--json").stdout == b"[]\n"
+
+
+def test_info_aligns_its_labels(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms/web", 200, VM)
+    assert noid("info", "web").stdout.decode() == (
+        "Name:    web\nState:   running\nCPUs:    2\nMemory:  512 MiB\nCreated: 2026-01-02 03:04:05\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("label", "line"),
+    [
+        (None, "Checkpoint '0123456789abcdef' created\n"),
+        ("before", "Checkpoint '0123456789abcdef' created (label: before)\n"),
+    ],
+)
+def test_checkpoint_says_its_id_and_label(noid: Any, agent: Any, label: str | None, line: str) -> None:
+    agent.answers("POST", "/v1/vms/web/checkpoints", 201, CHECKPOINT | {"label": label})
+    done = noid("checkpoint", "web", *(["--label", label] if label else []))
+    assert done.stdout.decode() == line
+    assert agent.requests[0].json == ({"label": label} if label else {})
+
+
+def test_checkpoints_shows_a_dash_for_no_label_and_no_escape_sequence_reaches_the_terminal(
+    noid: Any, agent: Any
+) -> None:
+    nasty = CHECKPOINT | {"label": "\x1b[31m日本\n"}
+    agent.answers("GET", "/v1/vms/web/checkpoints", 200, [CHECKPOINT, nasty])
+    assert noid("checkpoints", "web").stdout.decode() == (
+        "+------------------+-----------------+---------------------+\n"
+        "| id               | label           | created             |\n"
+        "+------------------+-----------------+---------------------+\n"
+        "| 0123456789abcdef | -               | 2026-01-02 03:04:05 |\n"
+        "+------------------+-----------------+---------------------+\n"
+        "| 0123456789abcdef | \\x1b[31m日本\\n | 2026-01-02 03:04:05 |\n"
+        "+------------------+-----------------+---------------------+\n"
+    )
+
+
+def test_no_checkpoints_is_a_sentence(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms/web/checkpoints", 200, [])
+    assert noid("checkpoints", "web").stdout == b"No checkpoints for VM 'web'.\n"
+
+
+def test_restore_says_which_vm_came_from_which_checkpoint(noid: Any, agent: Any) -> None:
+    agent.answers("POST", "/v1/vms/web/restore", 200, VM | {"name": "copy"})
+    done = noid("restore", "web", "0123456789abcdef", "--as", "copy")
+    assert done.stdout == b"VM 'copy' restored from checkpoint '0123456789abcdef'\n"
+    assert agent.requests[0].json == {"checkpoint_id": "0123456789abcdef", "new_name": "copy"}
+
+
+def test_destroy_says_so(noid: Any, agent: Any) -> None:
+    agent.answers("DELETE", "/v1/vms/web", 204)
+    assert noid("destroy", "web").stdout == b"VM 'web' destroyed\n"
+
+
+def test_whoami_shows_name_and_id(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/whoami", 200, {"user_id": "0198-x", "name": "ada"})
+    assert noid("whoami").stdout == b"User: ada\nID:   0198-x\n"
+
+
+def test_use_and_current_name_the_vm_of_this_directory(noid: Any, agent: Any) -> None:
+    assert noid("current").stdout.decode() == f"Server: {agent.url}\nActive VM: (none — run `noid use <name>`)\n"
+    assert noid("use", "web").stdout == b"Active VM set to 'web'\n"
+    assert (noid.cwd / ".noid-vm").read_text() == "web\n"
+    assert noid("current").stdout.decode() == f"Server: {agent.url}\nActive VM: web\n"
+
+
+def test_every_command_speaks_json_with_the_option_before_or_after_it(noid: Any, agent: Any) -> None:
+    agent.answers("POST", "/v1/vms", 201, VM)
+    agent.answers("GET", "/v1/vms", 200, [VM])
+    agent.answers("GET", "/v1/vms/web", 200, VM)
+    agent.answers("DELETE", "/v1/vms/web", 204)
+    agent.answers("POST", "/v1/vms/web/checkpoints", 201, CHECKPOINT)
+    agent.answers("GET", "/v1/vms/web/checkpoints", 200, [CHECKPOINT])
+    agent.answers("POST", "/v1/vms/web/restore", 200, VM)
+    agent.answers("GET", "/v1/whoami", 200, {"user_id": "1", "name": "ada"})
+
+    def said(*args: str) -> Any:
+        done = noid(*args)
+        assert (done.returncode, done.stderr, done.stdout.count(b"\n")) == (0, b"", 1)
+        return json.loads(done.stdout)
+
+    assert said("--json", "create", "web") == VM
+    assert said("list", "--json") == [VM]
+    assert said("info", "web", "--json") == VM
+    assert said("destroy", "web", "--json") == {"name": "web", "destroyed": True}
+    assert said("checkpoint", "web", "--json") == CHECKPOINT
+    assert said("checkpoints", "web", "--json") == [CHECKPOINT]
+    assert said("restore", "web", CHECKPOINT["id"] or "", "--json") == VM
+    assert said("whoami", "--json") == {"user_id": "1", "name": "ada"}
+    assert said("use", "web", "--json") == {"active_vm": "web", "file": str(noid.cwd / ".noid-vm")}
+    assert said("--json", "current") == {"server": agent.url, "active_vm": "web"}
+
+
+def test_the_version_is_one_line(offline_noid: Any) -> None:
+    from noid import __version__
+
+    assert offline_noid("--version").stdout == offline_noid("-V").stdout == f"noid {__version__}\n".encode()
+
+
+def test_help_lists_every_command_and_fits_a_screen(offline_noid: Any) -> None:
+    from noid.cli.main import COMMANDS
+
+    everything = offline_noid("--help")
+    assert everything.returncode == 0
+    for name in COMMANDS:
+        assert f"  {name} " in everything.stdout.decode()
+        help_ = offline_noid("help", name).stdout.decode()
+        assert help_.startswith(f"Usage: noid {name}")
+        assert help_.count("\n") <= 40
