@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import select
@@ -35,7 +34,7 @@ from noid.core.backends import (
     VmmBackend,
     VmmFeatures,
 )
-from noid.core.model import Image, ProcessRef, now
+from noid.core.model import ProcessRef
 from noid.errors import BackendError, DependencyDown, NoidError, NoSpace, NotFound, Unsupported
 from noid.hookspecs import hookimpl
 from noid.hostfs import os_errors
@@ -396,22 +395,3 @@ def _checked(answer: Mapping[str, Any], step: str) -> Any:
         return answer["ok"]
     kind = NoSpace if answer["errno"] in (errno.ENOSPC, errno.EDQUOT) else BackendError
     raise kind(f"the simulated VMM failed to {step}: {answer['error']}.")
-
-
-def simulated_image(directory: Path, *, cmdline: str = "") -> Image:
-    """Write a kernel, an initrd and a 1 MiB root disk that a simulated VMM accepts into *directory*."""
-    kernel, initrd, rootfs = (directory / name for name in ("kernel", "initrd", "rootfs.ext4"))
-    kernel.write_bytes(b"\x7fELF simulated")
-    initrd.write_bytes(b"070701 simulated")
-    rootfs.touch()
-    os.truncate(rootfs, 1 << 20)
-    return Image(
-        name="simulated",
-        directory=directory,
-        kernel=kernel,
-        initrd=initrd,
-        rootfs=rootfs,
-        digest=hashlib.sha256(cmdline.encode()).hexdigest(),
-        cmdline=cmdline,
-        created_at=now(),
-    )

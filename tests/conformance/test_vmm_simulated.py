@@ -9,7 +9,8 @@ import pytest
 
 from noid.core.backends import AgentContext
 from noid.testing.simulated_exec import SimulatedExec
-from noid.testing.simulated_vmm import SimulatedVmm, simulated_image
+from noid.testing.simulated_image import simulated_image
+from noid.testing.simulated_vmm import SimulatedVmm
 from noid.testing.vmm_conformance import VmmConformance, full_disk
 from noid.testing.vmm_rig import Argv, VmmRig
 

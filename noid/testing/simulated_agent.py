@@ -1,0 +1,58 @@
+"""An agent on simulated VMs: everything but the VMM and the guest is the real thing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import types
+from pathlib import Path
+from typing import Any
+
+from noid.core.config import Backends, Config
+from noid.core.images import Images
+from noid.core.layout import Layout
+from noid.core.plugins import GROUP, Plugins
+from noid.testing.faults import Faults
+from noid.testing.simulated_image import add_simulated_image
+from noid.testing.simulated_vmm import SimulatedPlugin
+
+_BUNDLED = {
+    "auth_token": "noid_auth_token",
+    "net_user": "noid_net_user",
+    "storage_copy": "noid_storage_copy",
+    "storage_overlay": "noid_storage_overlay",
+}
+
+
+def simulated_plugins(faults: Faults | None = None, **options: Any) -> Plugins:
+    """Return the installed plugins and the simulated one; *options* are those of `SimulatedPlugin`.
+
+    In a checkout that is on the path but not installed, the bundled plugins are taken from there.
+    """
+    installed = {entry.name for entry in importlib.metadata.entry_points(group=GROUP)}
+    bundled = [_named(name, module) for name, module in _BUNDLED.items() if name not in installed]
+    return Plugins(SimulatedPlugin(faults, **options), *bundled)
+
+
+def _named(name: str, module: str) -> object:
+    """Return the hooks of a module as an object that says its name, as an entry point would."""
+    hooks = {
+        hook: implemented
+        for hook, implemented in vars(importlib.import_module(module)).items()
+        if hasattr(implemented, "noid_impl")
+    }
+    return types.SimpleNamespace(name=name, **hooks)
+
+
+def simulated_config(data_dir: Path, *, storage: str = "copy", **fields: Any) -> Config:
+    """Return the configuration of an agent of *data_dir* on simulated VMs; *fields* are those of `Config`."""
+    backends = Backends(vmm="simulated", storage=storage, exec=("simulated",), network="none", auth="token")
+    defaults: dict[str, Any] = {"local": True, "backends": backends, "wake_timeout_secs": 10.0}
+    return Config(data_dir=data_dir, **defaults | fields)
+
+
+def give_default_image(data_dir: Path, *, cmdline: str = "") -> None:
+    """Register an image named ``default`` in *data_dir*, before or while its agent runs. Blocks."""
+    scratch = data_dir / "image-files"
+    scratch.mkdir(parents=True, exist_ok=True)
+    add_simulated_image(Images(Layout(data_dir).images, {}), scratch, cmdline=cmdline)
