@@ -50,7 +50,7 @@ def candidates(wanted: Iterable[str]) -> dict[str, Package]:
     # apt-cache exits with 100 when one of several names is unknown, which is an answer here
     done = subprocess.run([program, *argv[1:]], capture_output=True, env=programs.environment(), check=False)
     if done.returncode not in (0, 100):
-        raise BackendError(f"looking for packages failed: {programs.failure(argv[0], done.returncode, done.stderr)}")
+        raise BackendError(f"looking for packages failed: {programs.failure(argv[0], done.returncode, done.stderr)}.")
     found: dict[str, Package] = {}
     for paragraph in done.stdout.decode(errors="replace").split("\n\n"):
         fields = dict(line.split(": ", 1) for line in paragraph.splitlines() if re.match(r"[A-Za-z-]+: ", line))
@@ -103,7 +103,7 @@ def _download(package: Package, place: Path) -> None:
         programs.run(argv, f"downloading {package.name} {package.version}", cwd=place)
     except BackendError as error:
         raise DependencyDown(
-            f"{error}. Check the network and the apt sources, run 'apt-get update' (with sudo), and try again."
+            f"{error} Check the network and the apt sources, run 'apt-get update' (with sudo), and try again."
         ) from error
 
 

@@ -117,4 +117,4 @@ def _set_owners(tree: Path, target: Path, owners: Mapping[str, tuple[int, int]])
     # debugfs exits with 0 whatever its commands did; beside its own name it writes only complaints to stderr
     complaints = [line for line in done.stderr.splitlines() if line and not line.startswith(b"debugfs ")]
     if done.returncode != 0 or complaints:
-        raise BackendError(f"setting owners failed: {programs.failure(program, done.returncode, done.stderr)}")
+        raise BackendError(f"setting owners failed: {programs.failure(program, done.returncode, done.stderr)}.")

@@ -49,6 +49,9 @@ _MASKED = (
     "systemd-random-seed.service",
     "systemd-pstore.service",
     "systemd-machine-id-commit.service",
+    "systemd-remount-fs.service",
+    # sessions and seats: without libpam-systemd nobody opens one, and it is a second of every boot
+    "systemd-logind.service",
     # modules and mounts this kernel has built in, or nobody asked for
     "kmod-static-nodes.service",
     "systemd-modules-load.service",
@@ -72,7 +75,6 @@ ConditionPathExists=/dev/ttyS0
 
 [Service]
 ExecStart=-/sbin/agetty --autologin {USER} --noissue --keep-baud 115200,57600,38400,9600 ttyS0 vt220
-Type=idle
 Restart=always
 RestartSec=0
 UtmpIdentifier=ttyS0
@@ -201,6 +203,8 @@ def _mask(tree: Path) -> None:
         path = units / name
         path.unlink(missing_ok=True)
         path.symlink_to("/dev/null")
+    for name in ("etc/.updated", "var/.updated"):  # the tree is fresh: no first-boot updates, which look at these dates
+        _write(tree, name, "")
     default = units / "default.target"
     default.unlink(missing_ok=True)
     default.symlink_to("/lib/systemd/system/multi-user.target")

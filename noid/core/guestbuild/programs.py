@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -11,7 +12,9 @@ from pathlib import Path
 from noid.errors import BackendError, DependencyDown
 
 _SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-_OUTPUT_CHARS_MAX = 2000
+_LINES_MAX = 3
+_WORDS_CHARS_MAX = 600
+_ERROR_LINE = re.compile(r"(E|[\w.-]*\b(error|fatal)):", re.IGNORECASE)
 
 # Which package has a program, for the message that says what to install.
 _PACKAGES = {
@@ -83,7 +86,9 @@ def run(argv: list[str], purpose: str, *, stdin: bytes = b"", cwd: Path | None =
 
 
 def failure(program: str, status: int, output: bytes) -> str:
-    """Return how *program* ended and the end of what it said, for an error message."""
+    """Return how *program* ended and why, for an error message: the lines it marked as errors, else its last ones."""
     ended = f"was ended by signal {-status}" if status < 0 else f"exited with {status}"
-    words = output.decode(errors="replace").strip()[-_OUTPUT_CHARS_MAX:]
-    return f"{program} {ended}{': ' + words if words else ' and said nothing'}"
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
+    marked = [line for line in lines if _ERROR_LINE.match(line)]
+    words = " / ".join(marked[:_LINES_MAX] or lines[-_LINES_MAX:])[:_WORDS_CHARS_MAX]
+    return f"{Path(program).name} {ended}{': ' + words.rstrip('.') if words else ' and said nothing'}"

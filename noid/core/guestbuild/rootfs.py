@@ -31,8 +31,10 @@ PACKAGES = (
     "curl",
     "dbus",
     "iproute2",
+    "iputils-ping",
     "login",
     "passwd",
+    "procps",
     "python3",
     "sudo",
     "systemd",
@@ -99,17 +101,13 @@ def _versions(wanted: Sequence[str], suite: str) -> list[str]:
         return [now().date().isoformat()]  # apt has no lists of another release: good for a day
     kinds = ("recommends", "suggests", "enhances", "breaks", "conflicts", "replaces")
     argv = ["apt-cache", "depends", "--recurse", *(f"--no-{kind}" for kind in kinds), "apt", *wanted]
-    try:
-        said = programs.run(argv, "resolving dependencies").decode()
-    except BackendError as error:
-        known = debs.candidates(wanted)
-        unknown = [name for name in wanted if name not in known]
-        if not unknown:
-            raise
+    said = programs.run(argv, "resolving dependencies").decode()
+    found = debs.candidates([*wanted, *(line for line in said.splitlines() if line[:1].isalnum())])
+    unknown = [name for name in wanted if name not in found]
+    if unknown:
         raise InvalidRequest(
             f"apt knows no package {', '.join(unknown)}. Correct the name, or run 'apt-get update' (with sudo)."
-        ) from error
-    found = debs.candidates(line for line in said.splitlines() if line[:1].isalnum())
+        )
     return sorted(f"{package.name}={package.version}" for package in found.values())
 
 
@@ -137,7 +135,7 @@ def _bootstrap(suite: str, wanted: Sequence[str], sources: Sequence[aptsources.S
             programs.run(argv, purpose)
         except BackendError as error:
             raise BackendError(
-                f"{error}\nCheck that the network reaches the package archives and that 'apt-get update' works, then "
+                f"{error} Check that the network reaches the package archives and that 'apt-get update' works, then "
                 "try again; or import a root file system of your own with 'noid-server image import'."
             ) from error
 
