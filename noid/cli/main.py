@@ -42,6 +42,7 @@ COMMANDS = {
     "current": "noid.cli.account:current",
     "whoami": "noid.cli.account:whoami",
     "auth": "noid.cli.account:auth",
+    "bench": "noid_bench.command:bench",
 }
 INTERRUPTED = 130
 READER_GONE = 141

@@ -53,11 +53,12 @@ CONNECT_SECS = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What an operation came to. *timings* maps its phases to seconds."""
+    """What an operation came to. *timings* are its phases in seconds; *changed_bytes* a checkpoint's memory delta."""
 
     vm: Vm | None = None
     checkpoint: Checkpoint | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
+    changed_bytes: int | None = None
 
 
 class Agent:
@@ -65,7 +66,7 @@ class Agent:
 
     def __init__(self, services: Services, auth: AuthBackend, operations: Operations, templates: Templates) -> None:
         self.config = services.config
-        self._services = services
+        self.services = services
         self._store = services.store
         self._auth = auth
         self._operations = operations
@@ -94,7 +95,7 @@ class Agent:
             NotFound: no such image.
         """
         spec.checked(host_mem_mib())
-        self._services.plugins.hook.validate_vm(spec=spec, owner=user)
+        self.services.plugins.hook.validate_vm(spec=spec, owner=user)
         facts = lifecycle.facts_of_new_vm(spec.name, None)
         return await self._run(lifecycle.CREATE_VM, "create", user, (spec.name,), facts, self._work(user, spec=spec))
 
@@ -119,11 +120,12 @@ class Agent:
         vm = self._store.vm(user.id, checked_name(name))
         states.require("checkpoint", name, vm.state)
         work = self._work(user, vm=vm)
-        work.machine = self._services.supervisor.get(vm).machine
+        work.machine = self.services.supervisor.get(vm).machine
         facts = lifecycle.facts_of_checkpoint(vm, label)
         outcome = await self._run(lifecycle.CHECKPOINT_VM, "checkpoint", user, (name,), facts, work)
         timings = dict(outcome.timings) | {"pause": facts["pause_secs"]}
-        return dataclasses.replace(outcome, checkpoint=work.checkpoint, timings=timings)
+        changed = facts["changed_bytes"]
+        return dataclasses.replace(outcome, checkpoint=work.checkpoint, timings=timings, changed_bytes=changed)
 
     def checkpoints(self, user: User, name: str) -> list[Checkpoint]:
         """Return the checkpoints *user* has of the VM *name*, oldest first; they outlive the VM.
@@ -155,7 +157,7 @@ class Agent:
             raise NotFound(f"VM {name!r} not found")
         target = checked_name(new_name or name, "new VM name")
         spec = VmSpec(name=target, cpus=checkpoint.cpus, mem_mib=checkpoint.mem_mib, image=checkpoint.image)
-        self._services.plugins.hook.validate_vm(spec=spec, owner=user)
+        self.services.plugins.hook.validate_vm(spec=spec, owner=user)
         facts = lifecycle.facts_of_new_vm(target, checkpoint.id)
         return await self._run(lifecycle.FORK_VM, "restore", user, (target,), facts, self._work(user, spec=spec))
 
@@ -185,7 +187,7 @@ class Agent:
         """
         vm = self._store.vm(user.id, checked_name(name))
         states.require("exec", name, vm.state)
-        link = self._services.supervisor.get(vm).link
+        link = self.services.supervisor.get(vm).link
         connecting = link.guest()
         try:
             with trio.fail_after(CONNECT_SECS):
@@ -203,7 +205,7 @@ class Agent:
         """Return who commands run as in that VM when nobody is named: the image's user, or root."""
         vm = self._store.vm(user.id, name)
         try:
-            return self._services.images.get(vm.image).user
+            return self.services.images.get(vm.image).user
         except NotFound:
             return "root"
 
@@ -254,7 +256,7 @@ class Agent:
     # --- inside ----------------------------------------------------------------------------------------------------
 
     def _work(self, user: User, *, vm: Vm | None = None, spec: VmSpec | None = None) -> Work:
-        return Work(services=self._services, templates=self._templates, user=user, vm=vm, spec=spec)
+        return Work(services=self.services, templates=self._templates, user=user, vm=vm, spec=spec)
 
     def _with_busy(self, vm: Vm) -> Vm:
         holder = self._operations.holder(vm.owner, vm.name)
@@ -277,7 +279,7 @@ class Agent:
             timings = await saga.run(table, work, self._store, owner=user.id, vm_name=vm_names[0], facts=facts)
             replaced = None
             if work.machine is not None and work.link is not None:  # a new machine has woken
-                replaced = self._services.supervisor.hold(facts["vm_id"], facts["instance"], work.machine, work.link)
+                replaced = self.services.supervisor.hold(facts["vm_id"], facts["instance"], work.machine, work.link)
             if after is not None:
                 await after()
             if replaced is not None:
@@ -293,7 +295,7 @@ class Agent:
 
     def _tell(self, event: Event) -> None:
         try:
-            self._services.plugins.hook.on_event(event=event)
+            self.services.plugins.hook.on_event(event=event)
         except Exception:  # a listener's fault is not the operation's
             logger.exception("a plugin failed to hear of %s", event.kind)
 

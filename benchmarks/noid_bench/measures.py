@@ -1,0 +1,253 @@
+"""The measurements, a function for each line of the table. Floors alternate with noid: the machine's moods hit both."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from noid.core.agent import Outcome
+from noid.core.model import FrozenDisk, Vm
+from noid_bench.floors import BareMachine, Pattern
+from noid_bench.report import Figure
+from noid_bench.rig import Rig
+
+CLONES = 10
+IDLE_SECS = 10.0
+_COMMAND_SECS = 120.0
+_numbers = itertools.count(1)
+
+
+async def create_from_golden(rig: Rig, rounds: int) -> Figure:
+    """Create from the golden template until the first exec has answered, over a bare restore and ping."""
+    first = await rig.create("golden-first")  # boots the template, if there is none
+    pattern = _pattern(rig, first, rig.layout.golden / present_origin(first).removeprefix("golden/"))
+    samples, floor = [], []
+    for number in range(rounds):
+        floor += await _bare(rig, pattern, 1)
+        started = time.perf_counter()
+        await rig.create(f"golden-{number}")
+        await rig.run(f"golden-{number}", "true")
+        samples.append(time.perf_counter() - started)
+        await rig.agent.destroy_vm(rig.user, f"golden-{number}")
+    await rig.agent.destroy_vm(rig.user, first.name)
+    return Figure(
+        name="create from golden to first exec",
+        unit="ms",
+        samples=_ms(samples),
+        floor=_ms(floor),
+        floor_name="bare QEMU restore and agent ping",
+        must=2.0,
+        aim=1.3,
+    )
+
+
+async def checkpoint_pause(rig: Rig, rounds: int, storage: str) -> Figure:
+    """How long a checkpoint of a fresh clone with a few MB changed makes its guest stand still."""
+    source = await rig.create("pause-source")
+    origin = await _checkpoint(rig, source.name)
+    samples, changed = [], []
+    for number in range(rounds):
+        name = f"pause-{number}"
+        await rig.fork(source.name, origin, name)
+        await rig.run(name, "sh", "-c", "head -c 1000000 /dev/urandom > /dev/shm/noise")
+        outcome: Outcome = await rig.agent.checkpoint_vm(rig.user, name, None)
+        samples.append(outcome.timings["pause"])
+        changed.append((outcome.changed_bytes or 0) / 1e6)
+        await rig.agent.destroy_vm(rig.user, name)
+    await rig.agent.destroy_vm(rig.user, source.name)
+    return Figure(
+        name=f"checkpoint pause, {storage}",
+        unit="ms",
+        samples=_ms(samples),
+        must=15.0,
+        aim=5.0,
+        note=f"{min(changed):.1f} to {max(changed):.1f} MB of memory changed",
+        details={"changed_mb": changed},
+    )
+
+
+async def copied_by_a_clone(rig: Rig) -> list[Figure]:
+    """The bytes of memory and of disk that a clone copies: blocks of files that are its own and hold guest data."""
+    source = await rig.create("copied-source")
+    origin = await _checkpoint(rig, source.name)
+    clone = await rig.fork(source.name, origin, "copied")
+    directory = rig.directory(clone)
+    memory = 0 if (directory / "memory").stat().st_nlink > 1 else (directory / "memory").stat().st_blocks * 512
+    disk = sum(await trio.to_thread.run_sync(_own_data_bytes, path) for path in directory.glob("disk*"))
+    for name in (clone.name, source.name):
+        await rig.agent.destroy_vm(rig.user, name)
+    return [
+        Figure(name="bytes of RAM copied by a clone", unit="", samples=(float(memory),), must=0.0),
+        Figure(name="bytes of disk copied by a clone (overlay)", unit="", samples=(float(disk),), must=0.0),
+    ]
+
+
+async def ten_clones(rig: Rig, rounds: int) -> Figure:
+    """Ten clones of one checkpoint at once, until all answer, over a bare loop that starts the same ten."""
+    source = await rig.create("ten-source")
+    origin = await _checkpoint(rig, source.name)
+    one = await rig.fork(source.name, origin, "ten-pattern")
+    pattern = _pattern(rig, one, rig.layout.checkpoint(rig.user.id, origin))
+    samples, floor = [], []
+    for _ in range(rounds):
+        await _bare(rig, pattern, CLONES)
+        floor.append(_bare_wall.pop())
+        names = [f"ten-{next(_numbers)}" for _ in range(CLONES)]
+
+        async def clone(name: str) -> None:
+            await rig.fork(source.name, origin, name)
+            await rig.run(name, "true")
+
+        started = time.perf_counter()
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(clone, name)
+        samples.append(time.perf_counter() - started)
+        for name in names:
+            await rig.agent.destroy_vm(rig.user, name)
+    for name in (one.name, source.name):
+        await rig.agent.destroy_vm(rig.user, name)
+    return Figure(
+        name="ten clones at once, all answering",
+        unit="ms",
+        samples=_ms(samples),
+        floor=_ms(floor),
+        floor_name="bare loop that starts the same ten",
+        must=2.0,
+        aim=1.3,
+    )
+
+
+async def exec_command(rig: Rig, rounds: int, environment: dict[str, str]) -> Figure:
+    """What ``noid exec VM -- true`` takes beyond the same exec through the agent in this process."""
+    vm = await rig.create("exec")
+    await rig.run(vm.name, "true")
+    samples = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        await rig.run(vm.name, "true")
+        inside = time.perf_counter() - started
+        samples.append(await _command(("exec", vm.name, "--", "true"), environment) - inside)
+    await rig.agent.destroy_vm(rig.user, vm.name)
+    return Figure(name="noid exec VM -- true, beyond the API", unit="ms", samples=_ms(samples), must=250.0, aim=100.0)
+
+
+async def list_command(rounds: int, environment: dict[str, str]) -> Figure:
+    """``noid list``, the whole process."""
+    samples, python = [], []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        await trio.run_process([sys.executable, "-c", "pass"])
+        python.append(time.perf_counter() - started)
+        samples.append(await _command(("list",), environment))
+    note = f"python -c pass: {sorted(python)[len(python) // 2] * 1000:.0f} ms"
+    return Figure(name="noid list, cold", unit="ms", samples=_ms(samples), must=120.0, aim=60.0, note=note)
+
+
+async def idle_agent(pid: int, vmm_pids: list[int]) -> list[Figure]:
+    """What an agent with *vmm_pids* idle VMs takes: its resident memory, and CPU for each VM."""
+    await trio.sleep(2)  # start-up and adoption are not idling
+    before, vmms_before = _cpu_secs(pid), sum(map(_cpu_secs, vmm_pids))
+    await trio.sleep(IDLE_SECS)
+    each = (_cpu_secs(pid) - before) / IDLE_SECS / max(1, len(vmm_pids)) * 100
+    vmms = (sum(map(_cpu_secs, vmm_pids)) - vmms_before) / IDLE_SECS / max(1, len(vmm_pids)) * 100
+    note = f"the VMM processes themselves: {vmms:.2f} % each ({len(vmm_pids)} VMs)"
+    return [
+        Figure(name="idle agent: resident memory", unit="MB", samples=(_resident_mb(pid),), must=90.0),
+        Figure(name="idle agent: CPU for each idle VM", unit="%", samples=(each,), must=0.2, note=note),
+    ]
+
+
+def present_origin(vm: Vm) -> str:
+    """Return what *vm* was restored from."""
+    return vm.origin or ""
+
+
+_bare_wall: list[float] = []
+
+
+async def _bare(rig: Rig, pattern: Pattern, count: int) -> list[float]:
+    """Start *count* bare machines at once, and return how long each took; the whole is put into `_bare_wall`."""
+    machines = [BareMachine(pattern, rig.layout.data_dir / f"bare-{next(_numbers)}") for _ in range(count)]
+    storage = rig.agent.services.storage
+    source = storage.volume(pattern.directory)
+    frozen = FrozenDisk(
+        directory=pattern.disk, format=source.format, top=_frozen_top(pattern.disk), files=_names(pattern.disk)
+    )
+    try:
+        for machine in machines:
+            machine.prepare()
+            made = await storage.clone(frozen, machine.directory)
+            if made.top != source.top:  # the command line names the pattern's file
+                made.path.rename(machine.directory / source.top)
+
+        def start() -> list[float]:
+            started = time.perf_counter()
+            with concurrent.futures.ThreadPoolExecutor(count) as pool:
+                seconds = list(pool.map(BareMachine.start, machines))
+            _bare_wall.append(time.perf_counter() - started)
+            return seconds
+
+        return await trio.to_thread.run_sync(start)
+    finally:
+        for machine in machines:
+            machine.end()
+
+
+def _pattern(rig: Rig, vm: Vm, origin: Path) -> Pattern:
+    if vm.process is None:
+        raise RuntimeError("a VM without a process")
+    return Pattern.of(vm.process.pid, rig.directory(vm), origin / "state", origin / "disk")
+
+
+def _frozen_top(disk: Path) -> str:
+    return _names(disk)[-1]
+
+
+def _names(disk: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in disk.iterdir()))
+
+
+async def _checkpoint(rig: Rig, name: str) -> str:
+    checkpoint = (await rig.agent.checkpoint_vm(rig.user, name, None)).checkpoint
+    if checkpoint is None:
+        raise RuntimeError("a checkpoint operation without a checkpoint")
+    return checkpoint.id
+
+
+async def _command(arguments: tuple[str, ...], environment: dict[str, str]) -> float:
+    noid = str(Path(sys.executable).with_name("noid"))
+    started = time.perf_counter()
+    await trio.run_process([noid, *arguments], env=environment, capture_stdout=True, cwd="/")
+    return time.perf_counter() - started
+
+
+def _own_data_bytes(path: Path) -> int:
+    """Return the bytes of guest data a disk file holds by itself, not counting what it shares or lies over."""
+    if path.stat().st_nlink > 1:
+        return 0
+    argv = ["qemu-img", "map", "-U", "--output=json", str(path)]
+    extents: list[dict[str, Any]] = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+    return sum(extent["length"] for extent in extents if extent["depth"] == 0 and extent["data"])
+
+
+def _cpu_secs(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident_mb(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _ms(seconds: list[float]) -> tuple[float, ...]:
+    return tuple(value * 1000 for value in seconds)
