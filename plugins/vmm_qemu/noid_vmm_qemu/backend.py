@@ -116,7 +116,7 @@ class QemuBackend:
         return dict(self._fingerprint)
 
     async def launch(self, plan: LaunchPlan) -> QemuMachine:
-        """See `VmmBackend.launch`. The memory image is made as ``directory/memory``: sparse, and the captures' parent."""
+        """See `VmmBackend.launch`. Makes ``directory/memory``, sparse: the parent of its captures."""
         memory = plan.directory / MEMORY_NAME
         with os_errors("making the memory file of a VM"):
             _make_sparse(memory, plan.mem_mib << 20)

@@ -6,6 +6,7 @@ The changed pages are thought of as one sequence of bytes, run after run. Its be
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -16,7 +17,7 @@ import trio
 
 from noid.errors import BackendError
 from noid.hostfs import clone_file, os_errors
-from noid_vmm_qemu.pagemap import Run, changed_runs, private_mappings
+from noid_vmm_qemu.pagemap import Run, changed_runs, private_mappings, read_memory
 
 HELD_BYTES_MAX = 128 << 20
 MEMORY_NAME = "memory"
@@ -32,9 +33,13 @@ class ChangedPages:
         self.runs = runs
         self.total_bytes = sum(run.length for run in runs)
         self._held_bytes = min(self.total_bytes, held_bytes_max)
-        self._held: mmap.mmap | None = mmap.mmap(-1, self._held_bytes) if self._held_bytes else None
+        self._held: mmap.mmap | None = None
         self._spill_fd: int | None = None
         try:
+            if self._held_bytes:
+                self._held = mmap.mmap(-1, self._held_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                with contextlib.suppress(OSError):  # a kernel without huge pages only takes longer
+                    self._held.madvise(mmap.MADV_HUGEPAGE)  # a fault per page would take longer than the copying
             self._read(pid, spill_path)
         except BaseException:
             self.close()
@@ -60,28 +65,25 @@ class ChangedPages:
             self._spill_fd = None
 
     def _read(self, pid: int, spill_path: Path) -> None:
-        memory_fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            position = 0
-            view = memoryview(self._held) if self._held is not None else memoryview(b"")
-            with view:
-                for run in self.runs:
-                    for done, length in _chunks(run.length):
-                        kept = max(0, min(length, self._held_bytes - position))
-                        address = run.address + done
-                        _read_into(memory_fd, view[position : position + kept], address)
-                        if kept < length:
-                            self._spill(memory_fd, address + kept, length - kept, spill_path)
-                        position += length
-        finally:
-            os.close(memory_fd)
+        position = 0
+        view = memoryview(self._held) if self._held is not None else memoryview(b"")
+        with view:
+            for run in self.runs:
+                for done, length in _chunks(run.length):
+                    kept = max(0, min(length, self._held_bytes - position))
+                    address = run.address + done
+                    if kept:
+                        read_memory(pid, address, view[position : position + kept])
+                    if kept < length:
+                        self._spill(pid, address + kept, length - kept, spill_path)
+                    position += length
 
-    def _spill(self, memory_fd: int, address: int, length: int, path: Path) -> None:
+    def _spill(self, pid: int, address: int, length: int, path: Path) -> None:
         if self._spill_fd is None:
             self._spill_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             path.unlink()  # nobody else needs it, and so nobody has to remove it
         buffer = memoryview(bytearray(length))
-        _read_into(memory_fd, buffer, address)
+        read_memory(pid, address, buffer)
         while buffer:
             buffer = buffer[os.write(self._spill_fd, buffer) :]
 
@@ -166,15 +168,6 @@ def take(pid: int, parent: Path, mem_mib: int, into: Path) -> QemuCapture:
 def _chunks(length: int) -> Iterator[tuple[int, int]]:
     for done in range(0, length, _CHUNK_BYTES):
         yield done, min(_CHUNK_BYTES, length - done)
-
-
-def _read_into(fd: int, buffer: memoryview, offset: int) -> None:
-    while buffer:
-        count = os.preadv(fd, [buffer], offset)
-        if count == 0:
-            raise OSError(errno.EIO, "the VM's memory ended early; its process may have died")
-        buffer = buffer[count:]
-        offset += count
 
 
 def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -115,7 +115,7 @@ def disk_node(node: str, path: Path, disk_format: str, *, backing: bool) -> dict
         "cache": {"direct": False, "no-flush": False},
         "file": {
             "driver": "file",
-            "node-name": f"{node}-file",
+            "node-name": file_node(node),
             "filename": str(path),
             "discard": "unmap",
             "cache": {"direct": False, "no-flush": False},
@@ -124,6 +124,11 @@ def disk_node(node: str, path: Path, disk_format: str, *, backing: bool) -> dict
     if disk_format == "qcow2" and not backing:
         description["backing"] = None
     return description
+
+
+def file_node(node: str) -> str:
+    """Return the name of the node below *node*, the file itself."""
+    return f"{node}-file"
 
 
 def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> list[str]:

@@ -17,13 +17,14 @@ from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, No
 from noid.hostfs import os_errors
 from noid_vmm_qemu.capture import STATE_NAME, take
 from noid_vmm_qemu.channel import Gate, GatedStream, connected
-from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node
+from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node, file_node
 from noid_vmm_qemu.process import VmmProcess
 from noid_vmm_qemu.qmp import Qmp, QmpError, QmpEvent
 
 # QEMU takes 4 KiB from the agent's socket per turn of its loop; a unix socket and one chunk of ours hold 60 of these.
 _SETTLE_TURNS_MAX = 128
 _STATE_ROOM_BYTES = 1 << 20
+_PIVOT_SECS = 10.0
 _REASONS = {
     "guest-shutdown": "shutdown",
     "guest-reset": "reset",
@@ -135,22 +136,31 @@ class QemuMachine:
 
     async def pivot_disk(self, new_top: Path, format: str) -> None:
         """See `Machine.pivot_disk`. The file's own header must name its backing file already, relatively."""
-        if self._top_node is None:
-            self._top_node = (await self._disk())[0]
-        # Names of nodes are only ever added, by any agent that held this machine; chance keeps them apart.
+        # Any agent that held this machine may have added nodes; chance keeps their names apart.
         node = f"disk-{secrets.token_hex(8)}"
-        await self._qmp.execute("blockdev-add", disk_node(node, new_top, format, backing=False))
-        try:
-            await self._qmp.execute("blockdev-snapshot", {"node": self._top_node, "overlay": node})
-        except QmpError:
-            with trio.move_on_after(2, shield=True):
+        # Shielded, so that nobody has to find out after a cancellation where the guest's writes go.
+        with trio.move_on_after(_PIVOT_SECS, shield=True):
+            if self._top_node is None:
+                self._top_node = await self._disk_node()
+            await self._qmp.execute("blockdev-add", disk_node(node, new_top, format, backing=False))
+            try:
+                await self._qmp.execute("blockdev-snapshot", {"node": self._top_node, "overlay": node})
+            except QmpError:
                 await self._qmp.execute("blockdev-del", {"node-name": node})
-            raise
-        self._top_node = node
+                raise
+            self._top_node = node
+            return
+        self._top_node = None  # whatever it is now, the next one asks
+        raise DependencyDown(f"QEMU did not move the disk to {new_top} within {_PIVOT_SECS:.0f} s; it may be stuck.")
 
     async def disk_path(self) -> Path:
         """See `Machine.disk_path`."""
-        return (await self._disk())[1]
+        node = await self._disk_node()
+        # QEMU composes a json: text for the name of a disk that was pivoted; the file below it is just a file.
+        for known in await self._qmp.execute("query-named-block-nodes", {"flat": True}):
+            if known["node-name"] == file_node(node):
+                return Path(known["file"])
+        raise BackendError(f"QEMU does not say in which file the VM's disk {node} lies.")
 
     async def channel(self) -> trio.abc.Stream:
         """See `Machine.channel`. Sending waits while the machine is paused.
@@ -203,12 +213,11 @@ class QemuMachine:
                 return
             await self._qmp.execute("query-status")
 
-    async def _disk(self) -> tuple[str, Path]:
+    async def _disk_node(self) -> str:
         for device in await self._qmp.execute("query-block"):
-            if device.get("qdev", "").split("/")[-1] in (DISK_DEVICE, "virtio-backend") and "inserted" in device:
-                inserted = device["inserted"]
-                return inserted["node-name"], Path(inserted["image"]["filename"])
-        raise DependencyDown("QEMU does not know the VM's disk any more.")
+            if DISK_DEVICE in device.get("qdev", "").split("/") and "inserted" in device:
+                return str(device["inserted"]["node-name"])
+        raise BackendError("QEMU does not know the VM's disk any more.")
 
 
 def _check_room(state: Path) -> None:

@@ -9,6 +9,7 @@ Everything here blocks, and releases the interpreter lock where it takes long.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -32,7 +33,16 @@ _ENTRY_PRESENT = 1 << 63
 _ENTRY_SWAPPED = 1 << 62
 _ENTRY_FILE_OR_SHARED = 1 << 61
 _ENTRIES_PER_READ = 65536
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
 _NO_SCAN = frozenset({errno.ENOTTY, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+
+
+class _IoVec(ctypes.Structure):
+    """``struct iovec``."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +98,35 @@ def changed_runs(pid: int, mappings: list[Mapping]) -> list[Run]:
         return [run for mapping in mappings for run in read(fd, mapping)]
     finally:
         os.close(fd)
+
+
+def read_memory(pid: int, address: int, buffer: memoryview) -> None:
+    """Fill *buffer* with what process *pid* has at *address*.
+
+    Raises:
+        OSError: it has nothing there, or may not be looked into.
+    """
+    local = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    base = ctypes.addressof(local)
+    done = 0
+    while done < len(buffer):
+        left = len(buffer) - done
+        count = _libc.process_vm_readv(
+            pid, ctypes.byref(_IoVec(base + done, left)), 1, ctypes.byref(_IoVec(address + done, left)), 1, 0
+        )
+        if count > 0:
+            done += count
+            continue
+        number = ctypes.get_errno() if count < 0 else errno.EFAULT
+        if number not in (errno.ENOSYS, errno.EPERM):
+            raise OSError(number, f"reading the memory of process {pid}: {os.strerror(number)}")
+        # Some sandboxes forbid the call but not the file, which says the same at a third of the speed.
+        with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as file:
+            file.seek(address + done)
+            count = file.readinto(buffer[done:])
+        if not count:
+            raise OSError(errno.EIO, f"the memory of process {pid} ended early; it may have died")
+        done += count
 
 
 def scanned(pagemap_fd: int, mapping: Mapping) -> Iterator[Run]:
