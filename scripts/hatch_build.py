@@ -31,7 +31,7 @@ FLAGS = (
 )
 
 
-class CustomBuildHook(BuildHookInterface):  # type: ignore[misc, type-arg]  # hatchling's is only typed when installed
+class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # generic in hatchling, not in our fallback
     """What hatchling calls before it makes a wheel or an editable install."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
@@ -61,9 +61,9 @@ def compile_agent(guest_dir: Path, architecture: str, output: Path, *, scratch: 
     environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(scratch))
     try:
         # Relative names from inside the directory: no path of this machine can get into the program.
+        compiler = [sys.executable, "-m", "ziglang", "cc", "-target", f"{architecture}-linux-musl"]
         subprocess.run(
-            [sys.executable, "-m", "ziglang", "cc", "-target", f"{architecture}-linux-musl", *FLAGS, *sources]
-            + ["-o", str(temporary.resolve())],
+            [*compiler, *FLAGS, *sources, "-o", str(temporary.resolve())],
             cwd=guest_dir,
             env=environment,
             check=True,
