@@ -121,7 +121,7 @@ def _start(data_dir: Path) -> ConfigError | None:
         except TimeoutExpired:
             agent.returncode = 0  # as below
             raise ConfigError(f"the local agent (process {agent.pid}) gave up and does not end.{last_words}") from None
-        return ConfigError(f"the local agent ended at once (status {status}).{last_words}")
+        return ConfigError(f"the local agent cannot start (status {status}).{last_words}")
     agent.returncode = 0  # it outlives us by intent; without this Popen warns about a process left behind
     if word is None:
         raise ConfigError(
@@ -166,6 +166,8 @@ def _last_lines(log_path: Path, offset: int) -> str:
         return f" Its log {log_path} cannot be read: {error.strerror or error}."
     if not lines:
         return f" It wrote nothing to {log_path}."
+    if lines[-1].startswith("Error: "):
+        return f" {lines[-1].removeprefix('Error: ')} Its log is {log_path}."
     return "\n".join(["", f"Its last words in {log_path}:", *(f"    {line}" for line in lines)])
 
 
