@@ -97,9 +97,10 @@ class RawStorage:
         await trio.lowlevel.checkpoint()
 
     async def usage(self, thing: Volume | FrozenDisk) -> DiskUsage:
-        """Return what the file occupies; blocks shared by reflink are shared, and so is a file with several names."""
+        """Return what the file occupies, and which part of that other files share by reflink."""
         with os_errors(f"measuring the disk {thing.path}"):
-            return await trio.to_thread.run_sync(_usage, thing.path)
+            unique_bytes, shared_bytes = await trio.to_thread.run_sync(extent_bytes, thing.path)
+        return DiskUsage(unique_bytes=unique_bytes, shared_bytes=shared_bytes)
 
     async def delete(self, thing: Volume | FrozenDisk) -> None:
         """Remove the file. The directory stays: it is the caller's."""
@@ -122,10 +123,3 @@ def _write_out(path: Path) -> None:
         os.fdatasync(fd)
     finally:
         os.close(fd)
-
-
-def _usage(path: Path) -> DiskUsage:
-    unique_bytes, shared_bytes = extent_bytes(path)
-    if path.stat().st_nlink > 1:
-        return DiskUsage(unique_bytes=0, shared_bytes=unique_bytes + shared_bytes)
-    return DiskUsage(unique_bytes=unique_bytes, shared_bytes=shared_bytes)

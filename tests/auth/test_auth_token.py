@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 import subprocess
 import sys
@@ -106,6 +107,22 @@ async def test_processes_that_start_at_once_on_no_database_all_work(tmp_path: Pa
     assert [process.returncode for process in started] == [0] * 4
     async with open_auth(TokenConfig(), context(tmp_path)) as auth:
         assert {auth.authenticate(Credentials(token=token)) for token in tokens} == {ANNA.id}
+
+
+async def test_a_schema_is_brought_up_to_date_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with (tmp_path / "noid.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other = start_elsewhere(tmp_path, "create", ANNA)
+        with trio.fail_after(30):
+            while not waits_for_lock(other.pid):  # noqa: ASYNC110  the kernel tells nobody that somebody waits
+                await trio.sleep(0.01)
+        assert other.poll() is None
+    await trio.to_thread.run_sync(other.communicate)
+    assert other.returncode == 0
+
+
+def waits_for_lock(pid: int) -> bool:
+    return any(f"-> FLOCK  ADVISORY  WRITE {pid} " in line for line in Path("/proc/locks").read_text().splitlines())
 
 
 async def test_while_another_process_writes_callers_still_get_in(auth: AuthBackend, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ async def test_an_instance_keeps_its_lease_and_no_two_share_a_hardware_address()
     assert {(lease.guest_address, lease.gateway) for lease in leases} == {("10.0.2.15/24", "10.0.2.2")}
 
 
-async def test_hardware_addresses_are_unicast_and_locally_administered() -> None:
+def test_hardware_addresses_are_unicast_and_locally_administered() -> None:
     for number in range(100):
         first = int(noid_net_user.mac_of(f"instance-{number}").split(":")[0], 16)
         assert first & 0b11 == 0b10

@@ -138,16 +138,14 @@ class OverlayStorage:
         Raises:
             BackendError: the machine did not move and writes where it wrote.
         """
-        prepared = _prepared(plan)
         if machine is not None:
-            try:
-                await machine.pivot_disk(prepared, "qcow2")
-            except NoidError:
+            refusal = await _pivot(machine, plan)
+            if refusal is not None:
                 # Either the VMM failed, or an agent died between preparing and freezing, and left an empty layer the
                 # machine has never heard of between its top and ours. Then the plan is made again without it.
                 live = layer_of((await machine.disk_path()).name)
                 if live is None or live.name not in plan.volume.files[:-1]:
-                    raise
+                    raise refusal
                 logger.warning("disk in %s: dropping layers above the live %s", plan.volume.directory, live.name)
                 with os_errors(f"freezing the disk {plan.volume.path}"):
                     plan = await trio.to_thread.run_sync(_planned_again, plan, live)
@@ -213,6 +211,15 @@ def link_or_copy(source: Path, target: Path) -> int:
             raise
         return clone_file(source, target, trio.from_thread.check_cancelled)
     return 0
+
+
+async def _pivot(machine: Machine, plan: FreezePlan) -> NoidError | None:
+    """Move *machine* to the prepared layer; return why it did not."""
+    try:
+        await machine.pivot_disk(_prepared(plan), "qcow2")
+    except NoidError as error:
+        return error
+    return None
 
 
 def _put_top(directory: Path, below: Layer) -> Path:
