@@ -1,6 +1,9 @@
-"""Guests for tests: a VM that boots in two seconds, made from packages of the host's distribution and cached."""
+"""Guests for tests: one that boots in two seconds, and files that pass for a kernel until somebody boots them."""
 
 from __future__ import annotations
+
+import platform
+import struct
 
 from noid.core.guestbuild import distribution_kernel, tiny_rootfs
 from noid.core.images import Images
@@ -8,6 +11,8 @@ from noid.core.model import Image
 from noid.errors import NotFound
 
 TINY = "tiny"
+FAKE_RELEASE = "6.12.0-test"
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
 def tiny_image(images: Images) -> Image:
@@ -30,3 +35,15 @@ def tiny_image(images: Images) -> Image:
             ready=("true",),
             description="busybox, for tests",
         )
+
+
+def fake_kernel(release: str = FAKE_RELEASE, architecture: str | None = None, filling: bytes = b"") -> bytes:
+    """Return an ELF file that says it is Linux of *release*, for the host's architecture unless told otherwise."""
+    machine = _ELF_MACHINES[architecture or platform.machine()]
+    header = (b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HH", 2, machine)).ljust(64, b"\0")
+    return header + f"Linux version {release} (somebody)\0".encode() + filling
+
+
+def fake_module(depends: str = "", release: str = FAKE_RELEASE) -> bytes:
+    """Return a file with the ``.modinfo`` strings of a kernel module. *depends* separates names by commas."""
+    return b"\x7fELF\0license=GPL\0" + f"depends={depends}\0vermagic={release} SMP mod_unload \0".encode()

@@ -50,8 +50,6 @@ _MASKED = (
     "systemd-pstore.service",
     "systemd-machine-id-commit.service",
     "systemd-remount-fs.service",
-    # sessions and seats: without libpam-systemd nobody opens one, and it is a second of every boot
-    "systemd-logind.service",
     # modules and mounts this kernel has built in, or nobody asked for
     "kmod-static-nodes.service",
     "systemd-modules-load.service",

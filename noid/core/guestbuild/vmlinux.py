@@ -101,7 +101,11 @@ def _bzimage_payload(data: bytes) -> bytes:
         raise _NotPacked(f"it has {len(data)} bytes, but its payload ends at {start + length}")
     if payload.startswith(b"\x1f\x8b"):
         # zlib knows where the stream ends; some builds leave the length after it, some do not
-        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(payload)
+        stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        content = stream.decompress(payload)
+        if not stream.eof:
+            raise _NotPacked("its payload ends too early")
+        return content
     if payload.startswith(b"\x7fELF"):
         return payload
     # every other packer is followed by the unpacked length, which is not part of its stream
