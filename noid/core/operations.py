@@ -58,12 +58,15 @@ class Operations:
         async def task() -> None:
             try:
                 result.value = await job()
-            except trio.Cancelled:
-                result.error = DependencyDown(f"{what} was interrupted because the noid agent stopped; it was undone.")
-                raise
             except Exception as error:  # the waiter raises it; nothing may cross the nursery
                 result.error = error
                 logger.info("%s of %s failed: %s", what, ", ".join(vm_names), error, extra={"op": what, "owner": owner})
+            except BaseException:  # a cancellation (perhaps several, in a group), or the end of the process
+                result.error = DependencyDown(
+                    f"{what} was interrupted because the noid agent stopped. What was not finished is undone, at the "
+                    "latest by the next start. Try again when the agent is back."
+                )
+                raise
             finally:
                 locks.__exit__(None, None, None)
                 result.done.set()

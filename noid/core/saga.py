@@ -17,12 +17,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import trio
 
 from noid.core.ids import new_id
 from noid.core.store import Store, Tx
+from noid.core.waiting import is_cancellation
 from noid.errors import DeadlineExceeded
 
 logger = logging.getLogger(__name__)
@@ -105,17 +107,18 @@ async def run(saga: Saga[C], context: C, store: Store, *, owner: str, vm_name: s
                 facts.update(await step.do(context, facts) or {})
                 timings[step.name] = time.perf_counter() - started
         if deadline.cancelled_caught:
+            where = f" in step {began[-1].name!r}" if began else ""
             raise DeadlineExceeded(
-                f"{saga.kind} of {vm_name!r} took longer than {saga.deadline_secs:g} s in step {began[-1].name!r}; "
-                "it was undone and nothing is left of it. Try again, or raise the timeouts in server.toml."
+                f"{saga.kind} of {vm_name!r} took longer than {saga.deadline_secs:g} s{where} and is being undone. "
+                "Try again when the host is less busy."
             )
         await journal.finish(lambda tx: saga.commit(context, facts, tx))
-    except Exception as error:
-        await unwind(saga, context, facts, journal, began, str(error) or repr(error))
-        raise
-    except trio.Cancelled:
-        await unwind(saga, context, facts, journal, began, "cancelled")
-        raise
+    except BaseException as error:
+        if isinstance(error, Exception):
+            await unwind(saga, context, facts, journal, began, str(error) or repr(error))
+        elif is_cancellation(error):
+            await unwind(saga, context, facts, journal, began, "cancelled")
+        raise  # anything else ends the agent: the next one undoes
     return timings
 
 
@@ -123,24 +126,27 @@ async def unwind(saga: Saga[C], context: C, facts: Facts, journal: Journal, bega
     """Undo the steps that *began*, last first, and close the journal. Return whether all of it worked.
 
     Each undo has `UNDO_SECS`. One that fails is logged; the others still run, and the page stays open so that the
-    next start repeats all of them.
+    next start repeats all of them. A journal that cannot be written, on a full disk, keeps no undo from running:
+    an undo may be what frees the space.
     """
     clean = True
     for step in reversed(began):
         if step.undo is None:
             continue
-        with trio.move_on_after(UNDO_SECS, shield=True) as scope:
-            try:
-                await journal.note(step.name, "undoing")
-                await step.undo(context, facts)
-                await journal.note(step.name, "undone")
-            except Exception:  # whatever it is, the other undos must still run
-                clean = False
-                logger.exception("%s: undo of step %r failed; the next start repeats it", saga.kind, step.name)
-        if scope.cancelled_caught:
-            clean = False
-            logger.error("%s: undo of step %r hangs; the next start repeats it", saga.kind, step.name)
-    if clean:
-        with trio.move_on_after(UNDO_SECS, shield=True):
-            await journal.unwound(error)
-    return clean
+        await _attempt(f"noting that {saga.kind} undoes {step.name!r}", partial(journal.note, step.name, "undoing"))
+        clean &= await _attempt(f"{saga.kind}: undo of step {step.name!r}", partial(step.undo, context, facts))
+        await _attempt(f"noting that {saga.kind} has undone {step.name!r}", partial(journal.note, step.name, "undone"))
+    return clean and await _attempt(f"closing the page of {saga.kind}", partial(journal.unwound, error))
+
+
+async def _attempt(what: str, act: Callable[[], Awaitable[None]]) -> bool:
+    """Do *act* whatever was cancelled, within `UNDO_SECS`, and return whether it worked; log it if not."""
+    with trio.move_on_after(UNDO_SECS, shield=True):
+        try:
+            await act()
+        except Exception:  # whatever it is, the other undos must still run
+            logger.exception("%s failed; the next start repeats it", what)
+            return False
+        return True
+    logger.error("%s took longer than %g s; the next start repeats it", what, UNDO_SECS)
+    return False

@@ -33,9 +33,14 @@ from noid.core.model import (
     now,
 )
 from noid.core.states import may_follow
-from noid.errors import Conflict, Damaged, NoSpace, NotFound
+from noid.errors import BackendError, Conflict, Damaged, DependencyDown, NoSpace, NotFound
+from noid.hostfs import os_errors
 
 T = TypeVar("T")
+
+_LOCK_SECS = 5
+#: What SQLite says about a file that is not what it wrote; `SQLITE_ERROR` is a table that should be there and is not.
+_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR})
 
 migrations = Migrations("noid")
 
@@ -252,19 +257,18 @@ def open_store(path: Path) -> Iterator[Store]:
         Damaged: not a database, a broken one, or one written by a newer noid.
         NoSpace: the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.ExitStack() as stack:
-        with _sqlite_errors(path):
-            writer = sqlite3.connect(path, check_same_thread=False, timeout=5, isolation_level=None)
+        with os_errors(f"opening the database {path}"), _sqlite_errors(path), contextlib.ExitStack() as opening:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = opening.enter_context(path.with_suffix(".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # switching to WAL and migrating do not wait for each other by themselves
+            writer = sqlite3.connect(path, check_same_thread=False, timeout=_LOCK_SECS, isolation_level=None)
             stack.callback(writer.close)
             path.chmod(0o600)
+            _check(writer)
             for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
                 writer.execute(f"PRAGMA {pragma}")
-            if (writer.execute("PRAGMA quick_check").fetchone() or [""])[0] != "ok":
-                raise sqlite3.DatabaseError("quick_check failed")
-            with path.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                _migrate(writer, path)
+            _migrate(writer, path)
             reader = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=1, isolation_level=None)
             stack.callback(reader.close)
             reader.execute("PRAGMA query_only=1")
@@ -275,6 +279,17 @@ def open_store(path: Path) -> Iterator[Store]:
         yield store
     finally:
         store.close()
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    """Look at the whole file before anything is written to it.
+
+    Raises:
+        sqlite3.DatabaseError: something in it is not as SQLite writes it.
+    """
+    found = [str(row[0]) for row in connection.execute("PRAGMA quick_check(3)")]
+    if found != ["ok"]:
+        raise sqlite3.DatabaseError("; ".join(found) or "quick_check says nothing")
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
@@ -292,10 +307,11 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
+        connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # SQLite itself rolls back after some errors, such as a full disk
+            connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 @contextlib.contextmanager
@@ -305,15 +321,22 @@ def _sqlite_errors(path: Path | None = None) -> Iterator[None]:
         yield
     except sqlite3.IntegrityError:
         raise
-    except sqlite3.OperationalError as error:
-        if "full" in str(error):
-            raise NoSpace("the disk of the noid database is full; nothing was changed. Free space.") from error
-        raise Damaged(f"cannot use the database{f' {path}' if path else ''}: {error}.") from error
     except sqlite3.DatabaseError as error:
-        where = path or "the noid database"
-        raise Damaged(
-            f"{where} is damaged ({error}). VMs and checkpoints are still on disk: move the file away and restart, "
-            "and noid takes over the checkpoints it finds; or bring back a copy of the file."
+        where = f"the database {path}" if path else "the noid database"
+        primary = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if primary == sqlite3.SQLITE_FULL:
+            raise NoSpace(f"the disk of {where} is full; nothing was changed. Free space and try again.") from error
+        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise DependencyDown(
+                f"{where} has been held by another process for {_LOCK_SECS} s; nothing was changed. Try again."
+            ) from error
+        if primary in _DAMAGE:
+            raise Damaged(
+                f"{where} is damaged ({error}); it was not changed. VMs and checkpoints are still on disk: move the "
+                "file away (with its -wal) and restart, and noid takes over what it finds; or bring back a copy."
+            ) from error
+        raise BackendError(
+            f"cannot use {where}: {error}; nothing was changed. Look at the disk and at the file's permissions."
         ) from error
 
 

@@ -29,6 +29,13 @@ async def plain_nursery() -> AsyncIterator[trio.Nursery]:
         raise
 
 
+def is_cancellation(error: BaseException) -> bool:
+    """Return whether *error* is a cancellation: a nursery inside turns one into a group of several."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)[1] is None
+    return isinstance(error, trio.Cancelled)
+
+
 @contextlib.asynccontextmanager
 async def until_it_ends(machine: Machine, directory: Path) -> AsyncIterator[None]:
     """Run the block, unless *machine* ends first.
@@ -38,20 +45,23 @@ async def until_it_ends(machine: Machine, directory: Path) -> AsyncIterator[None
     """
     ended: MachineExit | None = None
     scope = trio.CancelScope()
+    failure: Exception | None = None
 
     async def watch() -> None:
-        nonlocal ended
-        ended = await machine.wait()
+        nonlocal ended, failure
+        try:
+            ended = await machine.wait()
+        except Exception as error:  # as below
+            failure = error
         scope.cancel()
 
-    failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch)
         with scope:
             try:
                 yield
             except Exception as error:  # raised below, outside the nursery, so that it arrives as it is
-                failure = error
+                failure = failure or error
         nursery.cancel_scope.cancel()
     if failure is not None and not (ended and isinstance(failure, DependencyDown)):
         raise failure
