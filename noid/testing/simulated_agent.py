@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import types
 from pathlib import Path
 from typing import Any
 
 from noid.core.config import Backends, Config
 from noid.core.images import Images
 from noid.core.layout import Layout
-from noid.core.plugins import GROUP, Plugins
+from noid.core.plugins import Plugins
 from noid.testing.faults import Faults
 from noid.testing.simulated_image import add_simulated_image
 from noid.testing.simulated_vmm import SimulatedPlugin
 
-_BUNDLED = {
-    "auth_token": "noid_auth_token",
-    "net_user": "noid_net_user",
-    "storage_copy": "noid_storage_copy",
-    "storage_overlay": "noid_storage_overlay",
-}
-
 
 def simulated_plugins(faults: Faults | None = None, **options: Any) -> Plugins:
-    """Return the installed plugins and the simulated one; *options* are those of `SimulatedPlugin`.
-
-    In a checkout that is on the path but not installed, the bundled plugins are taken from there.
-    """
-    installed = {entry.name for entry in importlib.metadata.entry_points(group=GROUP)}
-    bundled = [_named(name, module) for name, module in _BUNDLED.items() if name not in installed]
-    return Plugins(SimulatedPlugin(faults, **options), *bundled)
-
-
-def _named(name: str, module: str) -> object:
-    """Return the hooks of a module as an object that says its name, as an entry point would."""
-    hooks = {
-        hook: implemented
-        for hook, implemented in vars(importlib.import_module(module)).items()
-        if hasattr(implemented, "noid_impl")
-    }
-    return types.SimpleNamespace(name=name, **hooks)
+    """Return the installed plugins and the simulated one; *options* are those of `SimulatedPlugin`."""
+    return Plugins(SimulatedPlugin(faults, **options))
 
 
 def simulated_config(data_dir: Path, *, storage: str = "copy", **fields: Any) -> Config:
