@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import platform
 import re
 import shlex
@@ -148,27 +150,31 @@ def import_(
 
 @image.command("list")
 @config_options
-def list_(config_path: Path | None, data_dir: Path | None) -> None:
-    """List images: name, digest, kernel, default user, size on disk."""
+@click.option("--json", "as_json", is_flag=True, help="Everything known about each, as a JSON array.")
+def list_(config_path: Path | None, data_dir: Path | None, as_json: bool) -> None:
+    """List images: name, digest, kernel, default user, size on disk. A damaged one makes the exit status 1."""
     from noid.errors import Damaged
 
     images = open_images(config_path, data_dir)
-    names = images.names()
-    if not names:
-        click.echo("No images. Make one with 'noid-server image build'.")
-        return
-    click.echo(f"{'NAME':<20} {'DIGEST':<12} {'KERNEL':<32} {'USER':<10} {'DISK':>8}  DESCRIPTION")
+    found: list[Image] = []
     damaged: list[Damaged] = []
-    for name in names:
+    for name in images.names():
         try:
-            found = images.get(name)
+            found.append(images.get(name))
         except Damaged as error:
             damaged.append(error)
-            click.echo(f"{name:<20} {'damaged':<12}")
-            continue
-        size = f"{_disk_bytes(found) >> 20} MiB"
-        row = f"{name:<20} {found.digest[:12]:<12} {found.kernel_release:<32} {found.user:<10} {size:>8}"
-        click.echo(f"{row}  {found.description}".rstrip())
+    if as_json:
+        click.echo(
+            json.dumps([{**dataclasses.asdict(one), "disk_bytes": _disk_bytes(one)} for one in found], default=str)
+        )
+    elif found:
+        click.echo(f"{'NAME':<20} {'DIGEST':<12} {'KERNEL':<32} {'USER':<10} {'DISK':>8}  DESCRIPTION")
+        for one in found:
+            size = f"{_disk_bytes(one) >> 20} MiB"
+            row = f"{one.name:<20} {one.digest[:12]:<12} {one.kernel_release:<32} {one.user:<10} {size:>8}"
+            click.echo(f"{row}  {one.description}".rstrip())
+    elif not damaged:
+        click.echo("No images. Make one with 'noid-server image build'.")
     if damaged:
         raise damaged[0]
 
