@@ -23,6 +23,7 @@ from noid.client.errors import ConnectionFailed, ConnectionLost, ServerError
 from noid.client.settings import Endpoint
 from noid.core import wire
 from noid.core.model import ExecRequest
+from noid.errors import DependencyDown
 
 RESULT_GRACE_SECS = 10.0
 """How much later than the request's own limit the result may come, before we stop believing in a server-side limit."""
@@ -46,7 +47,7 @@ def run(
     Raises:
         ConnectionFailed: nothing was run.
         ServerError: the agent refused, or could not run it.
-        ConnectionLost: the connection ended before the result.
+        ConnectionLost: the connection to the agent, or the agent's to the guest, ended before the result.
     """
     sock, leftover = _open(endpoint, name)
     try:
@@ -184,6 +185,8 @@ class _Exchange:
         match wire.reply_from_json(text):
             case wire.ExecResult() as result:
                 self._result = result
+            case wire.ErrorResponse(error=error, code=DependencyDown.code):
+                raise ConnectionLost(error)  # the agent stops, or it lost the guest: nobody knows how the command fares
             case wire.ErrorResponse(error=error, code=code):
                 raise ServerError(error, status=0, code=code)
 

@@ -116,6 +116,12 @@ def test_an_error_after_the_upgrade_is_shown_in_the_server_s_words(noid: Any, ag
     assert (done.returncode, done.stderr) == (1, b"Error: no such user: bob\n")
 
 
+def test_an_agent_that_lost_the_guest_does_not_know_the_result_either(noid: Any, agent: Any) -> None:
+    agent.runs(lambda exchange: (exchange.request(), exchange.send_json(error="the VM ended", code="unavailable")))
+    done = noid("exec", "web", "--", "x")
+    assert (done.returncode, done.stderr) == (125, b"Error: connection error: the VM ended\n")
+
+
 def test_the_command_is_only_what_comes_after_two_dashes(noid: Any, agent: Any) -> None:
     assert noid("exec", "web", "ls").returncode == 2
     done = noid("exec", "web")

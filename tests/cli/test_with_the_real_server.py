@@ -1,0 +1,138 @@
+"""The command line, the server and the core together, on simulated VMs: what a user types and what comes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATIENCE_SECS = 30.0
+SERVER = """
+import sys, pathlib, trio
+from noid.core.agent import open_agent
+from noid.server.serve import serve
+from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
+
+data_dir = pathlib.Path(sys.argv[1])
+give_default_image(data_dir)
+
+async def main():
+    config = simulated_config(data_dir)
+    async with open_agent(config, simulated_plugins()) as agent:
+        await serve(agent, config, ready=lambda: print("ready", flush=True))
+
+trio.run(main)
+"""
+
+
+@pytest.fixture
+def server(offline_noid: Any, data_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with (data_dir / "agent.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(data_dir)], env=offline_noid.env, stdout=subprocess.PIPE, stderr=log
+        )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"ready\n", (data_dir / "agent.log").read_text()
+        offline_noid.env["NOID_DATA_DIR"] = str(data_dir)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(PATIENCE_SECS)
+        process.stdout.close()
+
+
+@pytest.fixture
+def noid(offline_noid: Any, server: Any) -> Any:
+    return offline_noid
+
+
+def ok(done: subprocess.CompletedProcess[bytes]) -> str:
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout.decode()
+
+
+def test_a_vm_is_made_frozen_copied_put_back_and_removed(noid: Any) -> None:
+    assert ok(noid("list")) == "No VMs found.\n"
+    assert ok(noid("create", "web", "--mem", "256")) == "VM 'web' created (state: running)\n"
+    assert ok(noid("use", "web")) == "Active VM set to 'web'\n"
+    assert ok(noid("exec", "--", "sh", "-c", "echo before > /root/file")) == ""
+
+    made = ok(noid("checkpoint", "--label", "clean"))
+    found = re.fullmatch(r"Checkpoint '([0-9a-f]{16})' created \(label: clean\)\n", made)
+    assert found
+    checkpoint = found[1]
+    assert f"| {checkpoint} | clean |" in ok(noid("checkpoints"))
+
+    assert ok(noid("exec", "--", "sh", "-c", "echo after > /root/file")) == ""
+    assert ok(noid("restore", "web", checkpoint, "--as", "copy")) == (
+        f"VM 'copy' restored from checkpoint '{checkpoint}'\n"
+    )
+    assert ok(noid("exec", "copy", "--", "cat", "/root/file")) == "before\n"
+    assert ok(noid("exec", "web", "--", "cat", "/root/file")) == "after\n"
+    assert ok(noid("restore", checkpoint)) == f"VM 'web' restored from checkpoint '{checkpoint}'\n"
+    assert ok(noid("exec", "web", "--", "cat", "/root/file")) == "before\n"
+
+    assert [vm["name"] for vm in json.loads(ok(noid("list", "--json")))] == ["web", "copy"]
+    assert "Memory:  256 MiB\n" in ok(noid("info"))
+    for name in ("web", "copy"):
+        assert ok(noid("destroy", name)) == f"VM '{name}' destroyed\n"
+    assert ok(noid("list")) == "No VMs found.\n"
+
+
+def test_a_command_runs_as_if_it_were_here(noid: Any) -> None:
+    ok(noid("create", "web", "--mem", "256"))
+    data = bytes(range(256)) * 2000
+    assert noid("exec", "web", "-i", "--", "cat", stdin=data).stdout == data
+    assert noid("exec", "web", "--", "sh", "-c", "echo out; echo err >&2; exit 42").returncode == 42
+    done = noid("exec", "web", "--json", "--", "sh", "-c", "echo out; echo err >&2")
+    assert json.loads(done.stdout) == {
+        "exit_code": 0,
+        "signal": None,
+        "timed_out": False,
+        "truncated": False,
+        "stdout": "out\n",
+        "stderr": "err\n",
+    }
+    assert ok(noid("exec", "web", "-e", "GREETING=hello world", "--", "env")).splitlines().count("GREETING=hello world")
+    assert ok(noid("exec", "web", "-w", "/tmp", "--", "pwd")) == "/tmp\n"
+    assert noid("exec", "web", "--", "no-such-program").returncode == 127
+    assert noid("exec", "web", "--timeout", "0.2", "--", "sleep", "60").returncode == 124
+    assert noid("exec", "web", "-u", "nobody-like-that", "--", "true").returncode == 1
+
+
+def test_what_cannot_be_is_said_in_one_paragraph(noid: Any) -> None:
+    ok(noid("create", "web", "--mem", "256"))
+
+    def refused(*args: str) -> str:
+        done = noid(*args)
+        assert (done.returncode, done.stdout) == (1, b"")
+        text = str(done.stderr.decode())
+        assert text.startswith("Error: ")
+        assert text.count("\n") == 1
+        return text
+
+    assert "server error (409)" in refused("create", "web", "--mem", "256")
+    assert "server error (400)" in refused("create", "x", "--cpus", "0")
+    assert "server error (400)" in refused("create", "x", "--mem", "1")
+    assert "server error (404)" in refused("create", "x", "--mem", "256", "--image", "nope")
+    assert "server error (404)" in refused("info", "nope")
+    assert "server error (404)" in refused("destroy", "nope")
+    assert "server error (404)" in refused("exec", "nope", "--", "true")
+    assert "server error (404)" in refused("restore", "web", "0123456789abcdef")
+    assert "server error (404)" in refused("checkpoint", "nope")
+
+
+def test_the_server_going_down_in_the_middle_of_a_command_is_125(noid: Any, server: Any) -> None:
+    ok(noid("create", "web", "--mem", "256"))
+    with noid.start("exec", "web", "--", "sh", "-c", "echo begun; sleep 60", stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == b"begun\n"
+        server.send_signal(signal.SIGTERM)
+        assert running.wait(PATIENCE_SECS) == 125
