@@ -6,7 +6,6 @@ A storage plugin gives it a name and says whether sharing blocks is a wish (`sto
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import trio
@@ -14,7 +13,7 @@ import trio
 from noid.core.backends import FreezePlan, Machine, StorageFeatures
 from noid.core.model import DiskUsage, FrozenDisk, Volume
 from noid.errors import BackendError, Damaged, Incompatible
-from noid.hostfs import clone_file, extent_bytes, os_errors, reflink
+from noid.hostfs import clone_file, extent_bytes, os_errors, reflink, write_out
 
 DISK_NAME = "disk.raw"
 
@@ -69,7 +68,7 @@ class RawStorage:
     async def prepare_freeze(self, volume: Volume, into: Path) -> FreezePlan:
         """Write out what the guest has written so far, so that the reflink in the pause waits for little."""
         with os_errors(f"writing out the disk {volume.path}"):
-            await trio.to_thread.run_sync(_write_out, volume.path)
+            await trio.to_thread.run_sync(write_out, volume.path)
         return FreezePlan(volume=volume, into=into)
 
     async def freeze(self, plan: FreezePlan, machine: Machine | None) -> FrozenDisk:
@@ -115,11 +114,3 @@ class RawStorage:
 
 def _volume(directory: Path) -> Volume:
     return Volume(directory=directory, format="raw", top=DISK_NAME, files=(DISK_NAME,))
-
-
-def _write_out(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fdatasync(fd)
-    finally:
-        os.close(fd)

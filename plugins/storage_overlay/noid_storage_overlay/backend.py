@@ -29,7 +29,7 @@ import trio
 from noid.core.backends import FreezePlan, Machine, StorageFeatures
 from noid.core.model import DiskUsage, FrozenDisk, Volume
 from noid.errors import BackendError, Conflict, DependencyDown, NoidError, NoSpace
-from noid.hostfs import clone_file, os_errors
+from noid.hostfs import clone_file, os_errors, write_out
 from noid_storage_overlay.layers import (
     Layer,
     base_name,
@@ -107,6 +107,8 @@ class OverlayStorage:
     async def prepare_freeze(self, volume: Volume, into: Path) -> FreezePlan:
         """Link the chain into *into* and make the empty layer the guest will write to. *into* is the caller's.
 
+        Also writes out what the guest has written so far: the machine syncs its top when it leaves it, in the pause.
+
         The link to the present top is not immutable yet: it becomes so when `freeze` moves the machine off it. A plan
         whose freeze never happened leaves *into* to be removed by the caller, as after any error.
 
@@ -126,6 +128,7 @@ class OverlayStorage:
             for layer in chain[:-1]:
                 link_or_copy(directory / layer.name, into / layer.name)
             (into / chain[-1].name).hardlink_to(directory / chain[-1].name)  # live: a copy would be of no instant
+            write_out(directory / chain[-1].name)
             present = Volume(directory=directory, format=chain[-1].format, top=chain[-1].name, files=_names(chain))
             return FreezePlan(volume=present, into=into, prepared=_put_top(directory, chain[-1]))
 
