@@ -169,7 +169,7 @@ class QemuMachine:
             Conflict: there is a connection already.
         """
         await self._events.gate.passed()
-        if self._events.gate.is_taken:
+        if self._events.gate.is_taken and not self._process.has_ended():
             raise Conflict("the guest channel of this VM is in use; close the other connection first.")
         return GatedStream(await connected(self._channel_path), self._events.gate)
 
@@ -181,6 +181,7 @@ class QemuMachine:
         """
         await self._qmp.drained()
         await self._process.wait()
+        self._events.gate.open()
         told = self._events.shutdown_reason
         if told is not None:
             return MachineExit(reason=_REASONS.get(told, "unknown"), detail=f"QEMU says {told}")
@@ -189,10 +190,13 @@ class QemuMachine:
         return MachineExit(reason="killed" if killed else "unknown", detail=f"the process ended without a word: {how}")
 
     async def kill(self) -> None:
-        """See `Machine.kill`."""
+        """See `Machine.kill`. After `aclose` it does nothing: the process belongs to somebody else."""
+        if self._process.is_let_go:
+            return
         self._killed = True
         self._process.send_kill()
         await self._process.wait()
+        self._events.gate.open()  # what waited for the guest to go on learns that it never will
 
     async def aclose(self) -> None:
         """See `Machine.aclose`."""

@@ -96,6 +96,15 @@ class VmmProcess:
         finally:
             os.close(own_fd)
 
+    @property
+    def is_let_go(self) -> bool:
+        """Whether `close` was called."""
+        return self._pidfd < 0
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended; true of one that was let go, since it is not ours to say more."""
+        return self._pidfd < 0 or _has_ended(self._pidfd)
+
     def send_kill(self) -> None:
         """Send SIGKILL; whoever waits learns of the end. Does nothing to a process that has ended."""
         if self._pidfd >= 0:
