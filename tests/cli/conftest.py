@@ -159,8 +159,11 @@ class ScriptedAgent:
             sock.sendall("\r\n".join([*lines, "", ""]).encode())
             self._exec(Exchange(sock))
         else:
-            unknown = b'HTTP/1.1 404 \r\nContent-Length: 21\r\n\r\n{"error":"not found"}'
-            sock.sendall(self._answers.get((method, path), unknown))
+            sock.sendall(self.answer_of(method, path))
+
+    def answer_of(self, method: str, path: str) -> bytes:
+        unknown = b'HTTP/1.1 404 \r\nContent-Length: 21\r\n\r\n{"error":"not found"}'
+        return self._answers.get((method, path), unknown)
 
 
 @pytest.fixture
