@@ -11,6 +11,7 @@ cost every checkpoint seconds; its seal notices each write through the filesyste
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -114,10 +115,10 @@ def read(directory: Path) -> Manifest:
             raise Damaged(f"{_NAME} of checkpoint {directory.name} has a format of another noid version. Upgrade noid.")
         created_at = datetime.fromisoformat(body.pop("created_at"))
         files = {name: FileFacts(**facts) for name, facts in body.pop("files").items()}
-        return Manifest(**_tuples(body), files=files, created_at=created_at)
+        return _complete(Manifest(**_tuples(body), files=files, created_at=created_at))
     except FileNotFoundError as error:
         raise NotFound(f"checkpoint {directory.name!r} not found: it has no manifest") from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise Damaged(f"{_NAME} of checkpoint {directory.name} cannot be read: {error}. {_LOST}") from error
 
 
@@ -143,7 +144,9 @@ def verify(directory: Path, manifest: Manifest, fingerprint: Mapping[str, str], 
     try:
         seal = json.loads((directory / _SEAL).read_text())
     except (OSError, ValueError):
-        seal = {}
+        seal = None
+    if not isinstance(seal, dict):
+        seal = {}  # then the digests decide
     for name, facts in manifest.files.items():
         path = directory / name
         try:
@@ -173,10 +176,12 @@ def data_digest(path: Path) -> str:
         while offset < size:
             try:
                 offset = os.lseek(file.fileno(), offset, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing but a hole until the end
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # nothing but a hole until the end
+                    raise
                 break
             offset -= offset % _BLOCK  # blocks at fixed offsets: the digest must not depend on where extents begin
-            count = os.preadv(file.fileno(), [buffer], offset)
+            count = _fill(file.fileno(), view, offset)
             if view[:count] != zeros[:count]:  # a block of zeros equals a hole: copies may turn one into the other
                 digest.update(offset.to_bytes(8, "little"))
                 digest.update(view[:count])
@@ -184,7 +189,29 @@ def data_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _fill(fd: int, view: memoryview, offset: int) -> int:
+    """Read from *offset* until *view* is full or the file ends, and return how many bytes there were."""
+    count = 0
+    while count < len(view) and (more := os.preadv(fd, [view[count:]], offset + count)):
+        count += more
+    return count
+
+
 _LOST = "This checkpoint cannot be trusted any more; use another one or bring back its files from a copy."
+
+
+def _complete(manifest: Manifest) -> Manifest:
+    """Return *manifest* if it names everything a restore opens, and nothing outside its directory.
+
+    Raises:
+        ValueError: what is missing or does not belong there.
+    """
+    names = {"state", "memory", *(f"disk/{name}" for name in manifest.disk_files)}
+    if manifest.files.keys() != names or manifest.disk_top not in manifest.disk_files:
+        raise ValueError(f"it lists the files {', '.join(sorted(manifest.files))}, not {', '.join(sorted(names))}")
+    if any("/" in name or name in ("", ".", "..") for name in manifest.disk_files):
+        raise ValueError("a file of its disk lies elsewhere")
+    return manifest
 
 
 def _changed(checkpoint: str, name: str, how: str) -> str:

@@ -38,7 +38,7 @@ ALLOWED: dict[str, frozenset[VmState]] = {
 
 _HINTS = {
     _S.DEAD: "Its machine has ended; restore it from a checkpoint or destroy it.",
-    _S.STOPPED: "Start it, or restore it from a checkpoint.",
+    _S.STOPPED: "Its guest has powered off; restore it from a checkpoint or destroy it.",
     _S.PAUSED: "Resume it first.",
     _S.CREATING: "Wait until it is there.",
     _S.DESTROYING: "It is being destroyed; `noid destroy` again finishes that.",
