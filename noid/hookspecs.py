@@ -36,7 +36,7 @@ def vmm_backend() -> BackendSpec[VmmBackend] | None:
 
     Called once, in plugin-name order. Return ``None`` when this host can never use it (wrong platform, missing
     library); the reason belongs in the log. Which of the offered backends runs is decided by ``[backends] vmm`` alone,
-    never by the order of installation. Two offers of one name are an error.
+    never by the order of installation. Two offers of one name are an error. A list makes several offers.
     """
 
 
@@ -51,8 +51,8 @@ def exec_backend() -> BackendSpec[ExecBackend] | None:
 
 
 @hookspec
-def network_backend() -> BackendSpec[NetworkBackend] | None:
-    """Offer a network backend. Same rules as `vmm_backend`."""
+def network_backend() -> BackendSpec[NetworkBackend] | list[BackendSpec[NetworkBackend]] | None:
+    """Offer a network backend, or several. Same rules as `vmm_backend`."""
 
 
 @hookspec

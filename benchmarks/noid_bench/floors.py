@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from noid_exec_vsock import frames
+from noid_exec_vsock.frames import Frame, FrameDecoder, Message, encode
 
 CALL_SECS = 60.0
 
@@ -57,7 +57,7 @@ class BareMachine:
         qmp_path, agent_path = self.directory / "q", self.directory / "a"
         with _listener(qmp_path) as qmp, _listener(agent_path) as agent, self._pattern.state.open("rb") as state:
             argv = [self._rewritten(word, qmp.fileno(), agent.fileno()) for word in self._pattern.argv]
-            with (self.directory / "log").open("wb") as log:
+            with (self.directory / "vmm.log").open("wb") as log:
                 self._process = subprocess.Popen(  # the command noid runs
                     argv,
                     stdin=subprocess.DEVNULL,
@@ -96,7 +96,20 @@ class BareMachine:
 
 
 def _ping(channel: socket.socket) -> None:
-    raise NotImplementedError((secrets, frames))
+    """Begin a conversation with the agent and wait for one pong."""
+    epoch = secrets.randbits(32)
+    decoder = FrameDecoder(epoch)
+    for number, (question, answer) in enumerate(((Message.SYNC, Message.HELLO), (Message.PING, Message.PONG))):
+        channel.sendall(encode(Frame(type=question, epoch=epoch, id=number)))
+        while not any(frame.type == answer for frame in decoder.feed(_received(channel))):
+            pass
+
+
+def _received(channel: socket.socket) -> bytes:
+    data = channel.recv(65536)
+    if not data:
+        raise RuntimeError("the guest's channel ended")
+    return data
 
 
 def _listener(path: Path) -> socket.socket:

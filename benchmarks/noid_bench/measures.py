@@ -82,7 +82,7 @@ async def copied_by_a_clone(rig: Rig) -> list[Figure]:
     clone = await rig.fork(source.name, origin, "copied")
     directory = rig.directory(clone)
     memory = 0 if (directory / "memory").stat().st_nlink > 1 else (directory / "memory").stat().st_blocks * 512
-    disk = sum(await trio.to_thread.run_sync(_own_data_bytes, path) for path in directory.glob("disk*"))
+    disk = await trio.to_thread.run_sync(lambda: sum(_own_data_bytes(path) for path in directory.glob("disk*")))
     for name in (clone.name, source.name):
         await rig.agent.destroy_vm(rig.user, name)
     return [

@@ -19,7 +19,7 @@ from noid.core.images import Images
 from noid.core.layout import Layout
 from noid.core.model import ExecRequest, ProcessExit, User, Vm, VmSpec
 from noid.core.plugins import Plugins
-from noid.errors import BackendError
+from noid.errors import BackendError, Conflict, NotFound
 
 MEM_MIB = 256
 BTRFS_MIB = 8192
@@ -64,7 +64,7 @@ class Rig:
 
     def directory(self, vm: Vm) -> Path:
         """Return the VM's directory."""
-        return self.layout.vm(vm.owner, vm.instance)
+        return self.layout.vm(vm.instance)
 
 
 def present(vm: Vm | None) -> Vm:
@@ -87,7 +87,8 @@ async def open_rig(data_dir: Path, storage: str, image: str, images: Path) -> As
         finally:
             with trio.move_on_after(60, shield=True):
                 for vm in agent.vms(rig.user):
-                    await agent.destroy_vm(rig.user, vm.name)
+                    with contextlib.suppress(NotFound, Conflict):  # being undone: a measurement failed
+                        await agent.destroy_vm(rig.user, vm.name)
 
 
 @contextlib.contextmanager

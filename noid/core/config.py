@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 import types
@@ -102,11 +103,16 @@ def load_config(path: Path | None = None, *, data_dir: Path | None = None, local
     where = str(path) if path else "configuration"
     for key in _NOT_FROM_FILE & table.keys():
         raise ConfigError(f"{where}: unknown key {key!r}.")
-    table["data_dir"] = str(Path(data_dir or table.get("data_dir") or default).expanduser().absolute())
-    config = build_record(Config, table, where)
+    config = build_record(Config, {"data_dir": str(default)} | table, where)
+    # abspath and not resolve: two agents must agree on the name, and a link in it may be meant to move
+    chosen = Path(os.path.abspath(data_dir or config.data_dir))  # noqa: PTH100
+    config = dataclasses.replace(config, data_dir=chosen)
     for name, section in config.plugins.items():
         if not isinstance(section, Mapping):
             raise ConfigError(f"{where}: [plugins] {name} must be a section: [plugins.{name}].")
+    for key in ("max_ws_sessions", *(f.name for f in dataclasses.fields(Config) if f.name.endswith("_secs"))):
+        if not 0 < getattr(config, key) < math.inf:  # TOML knows nan and inf
+            raise ConfigError(f"{where}: {key} is {getattr(config, key)}; it must be a number above 0.")
     return dataclasses.replace(config, local=local, source=path)
 
 
@@ -138,8 +144,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint) or hint
     if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):
         return build_record(typing.cast("type[Any]", origin), value, where)
-    if origin is Path and isinstance(value, str):
-        return Path(os.path.expandvars(value)).expanduser()
+    if origin is Path and isinstance(value, str) and value:
+        try:
+            return Path(os.path.expandvars(value)).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"{where} is {value!r}: there is no such home directory.") from error
     if origin is tuple:
         if isinstance(value, str):
             return (value,)

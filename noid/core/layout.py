@@ -17,7 +17,7 @@ class Layout:
         noid.db                                     the store
         images/<name>/                              kernels, initrds, root filesystems
         golden/<fingerprint>/                       templates
-        storage/users/<owner>/vms/<instance>/       disk, memory, serial.log, vmm.log
+        storage/vms/<instance>/                     disk, memory, serial.log, vmm.log
         storage/users/<owner>/checkpoints/<id>/     manifest.json, state, memory, disk/
         storage/scratch/<instance>/                 machines that boot a template; wiped at start
         run/<instance>/                             sockets
@@ -45,9 +45,14 @@ class Layout:
         """What belongs to somebody."""
         return self.data_dir / "storage" / "users"
 
-    def vm(self, owner: str, instance: str) -> Path:
+    @property
+    def vms(self) -> Path:
+        """Directories of machines. Whose they are, the store knows: a waiting machine is nobody's yet."""
+        return self.data_dir / "storage" / "vms"
+
+    def vm(self, instance: str) -> Path:
         """A machine's lasting files."""
-        return self.users / owner / "vms" / instance
+        return self.vms / instance
 
     def checkpoint(self, owner: str, checkpoint_id: str) -> Path:
         """A published checkpoint."""

@@ -180,7 +180,7 @@ async def wake_guest(work: Work, facts: Facts) -> None:
         machine_id=facts["vm_id"].replace("-", ""),
         unix_ns=time.time_ns(),
         entropy=secrets.token_bytes(64),
-        generation=facts["wake_generation"],
+        generation=time.time_ns() // 1_000_000,
         lease=work.lease,
     )
     secs = services.config.wake_timeout_secs
@@ -196,7 +196,7 @@ async def wake_guest(work: Work, facts: Facts) -> None:
 
 
 def _directory(work: Work, facts: Facts) -> Path:
-    return work.services.layout.vm(work.user.id, facts["instance"])
+    return work.services.layout.vm(facts["instance"])
 
 
 def _directories(work: Work, facts: Facts) -> tuple[Path, Path]:
@@ -255,7 +255,7 @@ def commit_machine(work: Work, facts: Facts, tx: Tx) -> None:
 
 def facts_of_new_vm(name: str, origin: str | None) -> Facts:
     """Decide every name a new VM's saga will use."""
-    return {"vm_id": new_id(), "instance": new_instance(), "name": name, "origin": origin, "wake_generation": 1}
+    return {"vm_id": new_id(), "instance": new_instance(), "name": name, "origin": origin}
 
 
 CREATE_VM: Saga[Work] = Saga(
@@ -283,7 +283,6 @@ def facts_of_restore(vm: Vm, origin: str) -> Facts:
         "instance": new_instance(),
         "name": vm.name,
         "origin": origin,
-        "wake_generation": vm.generation + 1,
         "old_instance": vm.instance,
     }
 
@@ -320,7 +319,7 @@ async def remove_partial(work: Work, facts: Facts) -> None:
 async def prepare_freeze(work: Work, facts: Facts) -> None:
     """Do the slow part of the disk's freeze while the guest runs."""
     services, vm = work.services, given(work.vm)
-    volume = services.storage.volume(services.layout.vm(vm.owner, vm.instance))
+    volume = services.storage.volume(services.layout.vm(vm.instance))
     work.freeze_plan = await services.storage.prepare_freeze(volume, _partial(work, facts) / "disk")
 
 
@@ -331,7 +330,7 @@ async def abandon_freeze(work: Work, facts: Facts) -> None:
     """
     services, plan = work.services, work.freeze_plan
     if plan is None and work.vm is not None and work.machine is not None:
-        volume = services.storage.volume(services.layout.vm(work.vm.owner, work.vm.instance))
+        volume = services.storage.volume(services.layout.vm(work.vm.instance))
         plan = FreezePlan(volume=volume, into=_partial(work, facts) / "disk", prepared=volume.path)
     if plan is not None:
         await services.storage.abandon_freeze(plan, work.machine)
@@ -347,7 +346,7 @@ async def capture_machine(work: Work, facts: Facts) -> dict[str, Any]:
 async def finish_image(work: Work, facts: Facts) -> None:
     """Build the memory image and write the manifest, while the guest runs."""
     vm, services = given(work.vm), work.services
-    own = await trio.to_thread.run_sync(manifests.read, services.layout.vm(vm.owner, vm.instance))
+    own = await trio.to_thread.run_sync(manifests.read, services.layout.vm(vm.instance))
     parent = None if vm.origin is None or vm.origin.startswith(GOLDEN) else vm.origin
     checkpoint = Checkpoint(
         id=facts["checkpoint_id"],

@@ -184,7 +184,10 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a woken guest is told to be. *entropy* is fresh host randomness, at least 32 bytes."""
+    """What a woken guest is told to be. *entropy* is fresh host randomness, at least 32 bytes.
+
+    *generation* is greater with every wake, wherever the guest came from: a program that sees it grow was cloned.
+    """
 
     hostname: str
     machine_id: str

@@ -55,7 +55,7 @@ async def recover(services: Services, templates: Templates) -> None:
 
 async def _adopt(services: Services, vm: Vm) -> None:
     """Take hold of a machine an earlier agent started; a VM without one is dead."""
-    layout, directory = services.layout, services.layout.vm(vm.owner, vm.instance)
+    layout, directory = services.layout, services.layout.vm(vm.instance)
     try:
         if vm.process is None:
             raise NotFound(f"VM {vm.name!r} has no process")
@@ -147,7 +147,7 @@ async def _sweep(services: Services) -> None:
             if process.instance not in instances:
                 processes.end_instance(data_dir, process.instance)
                 swept.append(f"process {process.pid} of machine {process.instance}")
-        stray = [d for _, d in _owned(layout.users, "vms") if d.name not in instances]
+        stray = [d for d in _entries(layout.vms) if d.name not in instances]
         stray += [d for _, d in _owned(layout.users, "checkpoints") if d.name.endswith(".partial")]
         stray += [d for d in _entries(layout.golden) if d.name.endswith(".partial")]
         stray += _entries(layout.scratch)

@@ -282,7 +282,7 @@ class World:
         assert set(processes) == running, f"processes are {processes}, rows have {running}"
         layout, config = Layout(self.data_dir), simulated_config(self.data_dir)
         instances = {vm.instance for vm in rows}
-        assert _names(layout.vm(user.id, "x").parent) == instances, "directories of VMs"
+        assert _names(layout.vms) == instances, "directories of VMs"
         assert _names(config.run_dir) - {"agent.sock"} == instances, "directories of sockets"
         assert _names(layout.scratch) == set(), "scratch directories"
         checkpoints = {c.id for c in agent.checkpoints(user, "web")}
