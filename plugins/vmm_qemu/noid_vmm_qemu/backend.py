@@ -90,7 +90,7 @@ async def open_backend(config: QemuConfig, context: AgentContext) -> AsyncIterat
 
 
 class QemuBackend:
-    """`noid.core.backends.VmmBackend` on QEMU."""
+    """`noid.core.backends.VmmBackend` on QEMU. *host* is what every machine is made for."""
 
     name = "qemu"
 
@@ -101,7 +101,7 @@ class QemuBackend:
             disk_pivot=True,
             network_kinds=frozenset({"none", "user"}),
         )
-        self._host = host
+        self.host = host
         self._fingerprint = {
             "vmm": "qemu",
             "version": version_text(host.version),
@@ -126,7 +126,7 @@ class QemuBackend:
             if status != "running":
                 raise BackendError(f"QEMU is {status!r} after its start")
 
-        return await self._start(plan, memory, lambda fds: launch_argv(self._host, plan, memory, fds), None, boot)
+        return await self._start(plan, memory, lambda fds: launch_argv(self.host, plan, memory, fds), None, boot)
 
     async def restore(self, plan: RestorePlan) -> QemuMachine:
         """See `VmmBackend.restore`."""
@@ -146,7 +146,7 @@ class QemuBackend:
                     raise BackendError(f"QEMU loaded the checkpoint but is {status!r} instead of running")
 
         try:
-            return await self._start(plan, plan.memory, lambda fds: restore_argv(self._host, plan, fds), state_fd, load)
+            return await self._start(plan, plan.memory, lambda fds: restore_argv(self.host, plan, fds), state_fd, load)
         finally:
             os.close(state_fd)
 
@@ -194,16 +194,16 @@ class QemuBackend:
                     pass_fds=inherited,
                 )
             except FileNotFoundError as error:
-                raise DependencyDown(missing(self._host.binary)) from error
+                raise DependencyDown(missing(self.host.binary)) from error
         qmp: Qmp | None = None
         events = MachineEvents(plan.instance)
         try:
             # The socket has been listening since before the process began, so connecting needs no patience.
             qmp = Qmp(await connected(str(plan.run_dir / QMP_SOCKET)), events.note)
             version = await qmp.negotiate()
-            if version != version_text(self._host.version):
+            if version != version_text(self.host.version):
                 raise BackendError(
-                    f"QEMU is now version {version}, but was {version_text(self._host.version)} when noid-server "
+                    f"QEMU is now version {version}, but was {version_text(self.host.version)} when noid-server "
                     "started. Restart noid-server"
                 )
             await set_off(qmp, events)
