@@ -70,11 +70,10 @@ class Plugins:
             found.append((entry.name, plugin))
             hooks = _implemented(plugin)
             self.loaded.append(LoadedPlugin(name=entry.name, distribution=name, version=version, hooks=hooks))
-        found += [
-            (getattr(plugin, "name", None) or getattr(plugin, "__name__", type(plugin).__name__), plugin)
-            for plugin in extra
-            if not any(plugin is other for _, other in found)
-        ]
+        for plugin in extra:
+            if not any(plugin is other for _, other in found):
+                named = getattr(plugin, "name", None) or getattr(plugin, "__name__", type(plugin).__name__)
+                found.append((str(named), plugin))
         for name, plugin in sorted(found, key=lambda pair: pair[0], reverse=True):
             self._register(name, plugin)  # pluggy calls the last registered first; hooks promise name order
         self._offers: dict[str, dict[str, BackendSpec[Any]]] = {}
@@ -96,7 +95,8 @@ class Plugins:
             try:
                 self._manager.register(plugin, name)
             except pluggy.PluginValidationError as error:
-                self._manager.unregister(plugin)
+                if self._manager.is_registered(plugin):  # depends on pluggy's version
+                    self._manager.unregister(plugin)
                 problem = " ".join(str(error).split())
         if problem is not None:
             logger.warning("plugin %s is not used: %s", name, problem)
