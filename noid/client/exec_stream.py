@@ -130,21 +130,17 @@ class _Exchange:
         del self._unsent[:sent]
 
     def _receive(self) -> None:
-        while True:
-            try:
-                data = self._sock.recv(2 * wire.CHUNK_BYTES)
-            except OSError as error:
-                if _would_block(error):
-                    return
-                raise self._lost(error.strerror or str(error)) from error
-            if not data:
-                raise self._lost("it closed the connection without a result")
-            self._ws.receive_data(data)
-            self._understand()
-            # TLS may hold decrypted bytes that select cannot see.
-            pending = getattr(self._sock, "pending", None)
-            if self._result is not None or pending is None or not pending():
+        try:
+            # More than a TLS record holds: nothing that select cannot see stays behind inside the TLS layer.
+            data = self._sock.recv(2 * wire.CHUNK_BYTES)
+        except OSError as error:
+            if _would_block(error):
                 return
+            raise self._lost(error.strerror or str(error)) from error
+        if not data:
+            raise self._lost("it closed the connection without a result")
+        self._ws.receive_data(data)
+        self._understand()
 
     def _understand(self) -> None:
         try:

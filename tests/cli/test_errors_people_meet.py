@@ -170,6 +170,15 @@ def test_closed_standard_streams_do_no_harm(noid: Any, agent: Any) -> None:
     done = noid.sh("noid list <&- >&- 2>&-")
     assert done.returncode == 0
 
+    def script(exchange: Any) -> None:
+        exchange.request()
+        exchange.send(1, b"output for nobody")
+        assert exchange.receive() == ("binary", b"\x03")  # the input has ended, and is not our own socket
+        exchange.end(0)
+
+    agent.runs(script)
+    assert noid.sh("noid exec web -i -- cat <&- >&-").returncode == 0
+
 
 def test_a_bug_is_one_paragraph_and_a_traceback_only_on_demand(noid: Any, agent: Any) -> None:
     vm = {"name": 7, "state": "running", "cpus": 1, "mem_mib": 512, "created_at": "2026-01-02 03:04:05"}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -290,19 +293,73 @@ def test_a_reader_that_leaves_early_ends_the_command_in_silence(noid: Any, agent
     assert ended.wait(PATIENCE_SECS)
 
 
-def test_over_a_unix_socket_it_is_all_the_same(noid: Any, agent: Any, tmp_path: Path) -> None:
-    import socket
-
-    agent.runs(echo)
+@pytest.fixture
+def unix_agent(noid: Any, agent: Any, tmp_path: Path) -> Iterator[Any]:
+    """A scripted agent on a unix socket, which is what ``noid`` then uses."""
     with socket.socket(socket.AF_UNIX) as listener:
         path = tmp_path / "a.sock"
         listener.bind(str(path))
         listener.listen()
-        other = type(agent)(listener)
-        other.runs(echo)
-        thread = threading.Thread(target=other.serve)
+        scripted = type(agent)(listener)
+        thread = threading.Thread(target=scripted.serve)
         thread.start()
-        done = noid("--server", f"unix://{path}", "exec", "web", "-i", "--", "cat", stdin=b"hello")
+        noid.env["NOID_URL"] = f"unix://{path}"
+        yield scripted
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(PATIENCE_SECS)
+    assert not scripted.problems
+
+
+def test_over_a_unix_socket_it_is_all_the_same(noid: Any, unix_agent: Any) -> None:
+    unix_agent.runs(echo)
+    done = noid("exec", "web", "-i", "--", "cat", stdin=b"hello")
     assert (done.returncode, done.stdout) == (0, b"hello")
+
+
+def fill(pipe: int, upto: int) -> int:
+    """Write to *pipe* until nobody has read for a second or *upto* bytes are written; return how many."""
+    os.set_blocking(pipe, False)
+    written = 0
+    while written < upto and select.select([], [pipe], [], 1.0)[1]:
+        written += os.write(pipe, b"i" * 65536)
+    return written
+
+
+def test_input_the_guest_does_not_read_is_not_hoarded(noid: Any, unix_agent: Any) -> None:
+    filled = threading.Event()
+
+    def script(exchange: Any) -> None:
+        exchange.request()
+        assert filled.wait(PATIENCE_SECS)
+        exchange.end(0)
+
+    unix_agent.runs(script)
+    with noid.start("exec", "web", "-i", "--", "x", stdin=subprocess.PIPE) as running:
+        assert fill(running.stdin.fileno(), 32 << 20) < 4 << 20
+        filled.set()
+        assert running.wait(PATIENCE_SECS) == 0
+        running.stdin.close()
+
+
+def test_a_result_that_comes_as_the_agent_stops_reading_is_not_lost(noid: Any, unix_agent: Any) -> None:
+    stuck, stopped, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def script(exchange: Any) -> None:
+        exchange.request()
+        assert stuck.wait(PATIENCE_SECS)
+        assert stopped.wait(PATIENCE_SECS)
+        exchange.end(5)
+        exchange.sock.close()
+        closed.set()
+
+    unix_agent.runs(script)
+    with noid.start("exec", "web", "-i", "--", "x", stdin=subprocess.PIPE) as running:
+        fill(running.stdin.fileno(), 32 << 20)
+        stuck.set()
+        running.send_signal(signal.SIGSTOP)  # so that it sees the result and the broken pipe in the same moment
+        os.waitid(os.P_PID, running.pid, os.WSTOPPED | os.WNOWAIT)
+        stopped.set()
+        assert closed.wait(PATIENCE_SECS)
+        running.send_signal(signal.SIGCONT)
+        assert running.wait(PATIENCE_SECS) == 5
+        running.stdin.close()

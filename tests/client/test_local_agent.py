@@ -82,6 +82,7 @@ def test_commands_that_start_at_once_start_one_agent_and_all_work(home: Path) ->
     assert agent_pid(home) == first
     log = (home / "agent.log").read_text()
     assert log.count(" serving ") == 1
+    assert "Error" not in log  # no second one was even tried
     assert os.getsid(first) == first  # closing the terminal does not end it
     assert Path(f"/proc/{first}/cwd").readlink() == Path("/")
 
