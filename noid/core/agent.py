@@ -37,6 +37,7 @@ from noid.core.model import (
 )
 from noid.core.operations import Operations
 from noid.core.plugins import Plugins
+from noid.core.pool import Pool
 from noid.core.saga import Facts, Saga
 from noid.core.services import Services
 from noid.core.store import Store, Tx, open_store
@@ -64,13 +65,16 @@ class Outcome:
 class Agent:
     """One host's VMs. Every method that takes a user sees that user's things only."""
 
-    def __init__(self, services: Services, auth: AuthBackend, operations: Operations, templates: Templates) -> None:
+    def __init__(
+        self, services: Services, auth: AuthBackend, operations: Operations, templates: Templates, pool: Pool
+    ) -> None:
         self.config = services.config
         self.services = services
         self._store = services.store
         self._auth = auth
         self._operations = operations
         self._templates = templates
+        self._pool = pool
 
     # --- VMs -------------------------------------------------------------------------------------------------------
 
@@ -97,7 +101,11 @@ class Agent:
         spec.checked(host_mem_mib())
         self.services.plugins.hook.validate_vm(spec=spec, owner=user)
         facts = lifecycle.facts_of_new_vm(spec.name, None)
-        return await self._run(lifecycle.CREATE_VM, "create", user, (spec.name,), facts, self._work(user, spec=spec))
+        work = self._work(user, spec=spec)
+        work.take = self._pool.take
+        outcome = await self._run(lifecycle.CREATE_VM, "create", user, (spec.name,), facts, work)
+        self._pool.want(spec)
+        return outcome
 
     async def destroy_vm(self, user: User, name: str) -> Outcome:
         """End the VM and remove its disk and memory. Its checkpoints stay.
@@ -359,10 +367,12 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         )
         templates = Templates(services)
         operations = Operations(nursery)
+        pool = Pool(services, templates, operations)
         try:
             await recovery.recover(services, templates)
             await templates.collect()
-            yield Agent(services, auth, operations, templates)
+            nursery.start_soon(pool.keep)
+            yield Agent(services, auth, operations, templates, pool)
         finally:
             with trio.move_on_after(DRAIN_SECS, shield=True):
                 await operations.drain()

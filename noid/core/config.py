@@ -36,6 +36,13 @@ class Backends:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """How many machines of the last shape wait, woken, for the next create. 0: none; each takes memory of its own."""
+
+    size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything the agent was told. *local* agents listen on the unix socket only.
 
@@ -55,6 +62,7 @@ class Config:
     boot_timeout_secs: float = 180.0
     wake_timeout_secs: float = 30.0
     backends: Backends = field(default_factory=Backends)
+    pool: PoolConfig = field(default_factory=PoolConfig)
     plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     source: Path | None = None
 

@@ -7,9 +7,11 @@ then makes its product go away, using nothing but facts (see `noid.core.saga`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
 import shutil
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +52,8 @@ class Work:
 
     services: Services
     templates: Templates
-    user: User
+    user: User | None = None
+    take: Callable[[VmSpec], Awaitable[Warm | None]] | None = None
     vm: Vm | None = None
     spec: VmSpec | None = None
     source: Source | None = None
@@ -62,6 +65,15 @@ class Work:
     freeze_plan: FreezePlan | None = None
     frozen: Frozen | None = None
     checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warm:
+    """A woken machine that nobody has yet (`noid.core.pool`): the facts it was made with, and its live objects."""
+
+    fingerprint: str
+    facts: Facts
+    work: Work
 
 
 T = TypeVar("T")
@@ -88,7 +100,7 @@ async def find_template(work: Work, facts: Facts) -> dict[str, Any]:
 
 async def find_checkpoint(work: Work, facts: Facts) -> None:
     """Verify the checkpoint."""
-    directory = work.services.layout.checkpoint(work.user.id, facts["origin"])
+    directory = work.services.layout.checkpoint(given(work.user).id, facts["origin"])
     work.source = await verified(work.services, directory)
 
 
@@ -174,7 +186,7 @@ async def end_machine(work: Work, facts: Facts) -> None:
 async def wake_guest(work: Work, facts: Facts) -> None:
     """Make the guest its own before any user byte: clock, randomness, names. Keeps the receipt."""
     services, directory, machine = work.services, _directory(work, facts), given(work.machine)
-    work.link = services.supervisor.link(machine)
+    work.link = work.link or services.supervisor.link(machine)
     identity = Identity(
         hostname=facts["name"],
         machine_id=facts["vm_id"].replace("-", ""),
@@ -203,13 +215,21 @@ def _directories(work: Work, facts: Facts) -> tuple[Path, Path]:
     return _directory(work, facts), work.services.layout.run(facts["instance"])
 
 
-MACHINE: tuple[Step[Work], ...] = (
+COLD: tuple[Step[Work], ...] = (
     Step("directories", make_directories, remove_directories),
     Step("lease", lease_network, release_network),
     Step("disk", clone_disk, delete_disk),
     Step("restore", restore_machine, end_machine),
-    Step("wake", wake_guest),
 )
+WAKE: Step[Work] = Step("wake", wake_guest)
+MACHINE = (*COLD, WAKE)
+
+
+async def end_all(work: Work, facts: Facts) -> None:
+    """Undo every step of `MACHINE`."""
+    for step in reversed(MACHINE):
+        if step.undo is not None:
+            await step.undo(work, facts)
 
 
 # --- create and fork: a new VM ---------------------------------------------------------------------------------------
@@ -220,7 +240,7 @@ async def reserve_name(work: Work, facts: Facts) -> None:
     spec = given(work.spec)
     vm = Vm(
         id=facts["vm_id"],
-        owner=work.user.id,
+        owner=given(work.user).id,
         name=facts["name"],
         state=VmState.CREATING,
         generation=1,
@@ -258,9 +278,34 @@ def facts_of_new_vm(name: str, origin: str | None) -> Facts:
     return {"vm_id": new_id(), "instance": new_instance(), "name": name, "origin": origin}
 
 
+async def take_warm(work: Work, facts: Facts) -> dict[str, Any]:
+    """Take over a machine that waits for just this, if there is one: all that is left to do then is to wake it."""
+    warm = await work.take(given(work.spec)) if work.take is not None else None
+    if warm is None:
+        return {}
+    mine = warm.work
+    work.source, work.lease, work.volume = mine.source, mine.lease, mine.volume
+    work.machine, work.link = mine.machine, mine.link
+    return {"instance": warm.facts["instance"], "origin": warm.facts["origin"]}
+
+
+def unless_warm(step: Step[Work]) -> Step[Work]:
+    """Return *step* as it is in a create that may have taken over a machine, which has gone through it already."""
+
+    async def do(work: Work, facts: Facts) -> Mapping[str, Any] | None:
+        return None if work.machine is not None else await step.do(work, facts)
+
+    return dataclasses.replace(step, do=do)
+
+
 CREATE_VM: Saga[Work] = Saga(
     "vm.create",
-    (Step("reserve", reserve_name, free_name), Step("template", find_template), *MACHINE),
+    (
+        Step("reserve", reserve_name, free_name),
+        Step("take", take_warm, end_all),
+        *map(unless_warm, (Step("template", find_template), *COLD)),
+        WAKE,
+    ),
     commit_machine,
     deadline_secs=900.0,
 )
@@ -381,13 +426,13 @@ async def finish_image(work: Work, facts: Facts) -> None:
 
 async def publish_checkpoint(work: Work, facts: Facts) -> None:
     """Make it durable and give it its final name: from here it exists."""
-    final = work.services.layout.checkpoint(work.user.id, facts["checkpoint_id"])
+    final = work.services.layout.checkpoint(given(work.user).id, facts["checkpoint_id"])
     await trio.to_thread.run_sync(hostfs.publish_directory, _partial(work, facts), final)
 
 
 async def unpublish_checkpoint(work: Work, facts: Facts) -> None:
     """Take it back."""
-    final = work.services.layout.checkpoint(work.user.id, facts["checkpoint_id"])
+    final = work.services.layout.checkpoint(given(work.user).id, facts["checkpoint_id"])
     await trio.to_thread.run_sync(hostfs.remove_tree, final)
 
 
@@ -402,7 +447,7 @@ def facts_of_checkpoint(vm: Vm, label: str | None) -> Facts:
 
 
 def _partial(work: Work, facts: Facts) -> Path:
-    return work.services.layout.partial(work.user.id, facts["checkpoint_id"])
+    return work.services.layout.partial(given(work.user).id, facts["checkpoint_id"])
 
 
 CHECKPOINT_VM: Saga[Work] = Saga(

@@ -34,6 +34,7 @@ class Operations:
         self._running = 0
         self._idle = trio.Event()
         self._idle.set()
+        self._started = trio.Event()
         self._closing = False
 
     def holder(self, owner: str, vm_name: str) -> str | None:
@@ -77,6 +78,15 @@ class Operations:
             raise result.error
         return result.value  # type: ignore[return-value]  # set whenever there is no error
 
+    async def quiet(self, secs: float) -> None:
+        """Return when no operation has run for *secs*."""
+        while True:
+            await self._idle.wait()
+            with trio.move_on_after(secs) as calm:
+                await self._started.wait()
+            if calm.cancelled_caught:
+                return
+
     async def drain(self) -> None:
         """Refuse new operations and wait for the running ones. Bound it with ``move_on_after``."""
         self._closing = True
@@ -92,6 +102,8 @@ class Operations:
         self._running += 1
         if self._running == 1:
             self._idle = trio.Event()
+        self._started.set()
+        self._started = trio.Event()
         try:
             yield
         finally:

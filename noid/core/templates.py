@@ -72,6 +72,14 @@ class Templates:
             await self._build(spec, image, directory)
             return await verified(services, directory)
 
+    async def fingerprint_of(self, spec: VmSpec) -> str:
+        """Return what the template of *spec*'s shape is called, whether or not there is one.
+
+        Raises:
+            NotFound: no such image.
+        """
+        return self.fingerprint(spec, await trio.to_thread.run_sync(self._services.images.get, spec.image))
+
     def fingerprint(self, spec: VmSpec, image: Image) -> str:
         """Return what a template of that shape is called: 24 hex digits of a digest of all it depends on."""
         services = self._services

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from noid.core.config import Backends, Config
+from noid.core.config import Backends, Config, PoolConfig
 from noid.core.images import Images
 from noid.core.layout import Layout
 from noid.core.plugins import Plugins
@@ -20,9 +20,17 @@ def simulated_plugins(faults: Faults | None = None, **options: Any) -> Plugins:
 
 
 def simulated_config(data_dir: Path, *, storage: str = "copy", **fields: Any) -> Config:
-    """Return the configuration of an agent of *data_dir* on simulated VMs; *fields* are those of `Config`."""
+    """Return the configuration of an agent of *data_dir* on simulated VMs; *fields* are those of `Config`.
+
+    No machine waits for the next create, so that the processes there are, are those that were asked for.
+    """
     backends = Backends(vmm="simulated", storage=storage, exec=("simulated",), network="none", auth="token")
-    defaults: dict[str, Any] = {"local": True, "backends": backends, "wake_timeout_secs": 10.0}
+    defaults: dict[str, Any] = {
+        "local": True,
+        "backends": backends,
+        "pool": PoolConfig(size=0),
+        "wake_timeout_secs": 10.0,
+    }
     return Config(data_dir=data_dir, **defaults | fields)
 
 
