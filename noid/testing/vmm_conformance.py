@@ -116,8 +116,10 @@ class LaunchSpecification:
     async def test_cancelling_a_launch_leaves_no_process(self, rig: VmmRig, at_secs: float) -> None:
         plan = await rig.launch_plan()
 
+        running = None
         with trio.move_on_after(at_secs) as scope:
             running = await rig.launch(plan)
+        if running is not None:
             await running.machine.kill()
 
         assert rig.processes() == {}, f"cancelled: {scope.cancelled_caught}"
@@ -128,8 +130,10 @@ class LaunchSpecification:
         await source.machine.kill()
         plan = await rig.restore_plan(taken)
 
+        machine = None
         with trio.move_on_after(at_secs) as scope:
             machine = await rig.vmm.restore(plan)
+        if machine is not None:
             await machine.kill()
             await machine.aclose()
 

@@ -34,6 +34,7 @@ class TestSimulatedVmm(VmmConformance):
     async def rig(self, data_dir: Path, shared: Path) -> AsyncIterator[VmmRig]:
         copy = pytest.importorskip("noid_storage_copy")
         spec = copy.storage_backend()
+        (data_dir / "run").mkdir()
         context = AgentContext(data_dir=data_dir, run_dir=data_dir / "run", database=data_dir / "noid.db")
         (images := data_dir / "image").mkdir()
         async with spec.open(spec.config(), context) as storage:
