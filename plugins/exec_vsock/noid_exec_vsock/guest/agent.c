@@ -217,7 +217,8 @@ static void prepare_process(void) {
     signal(SIGPIPE, SIG_IGN);
     signal(SIGHUP, SIG_IGN);
     if (!options->owns_machine) return;
-    signal(SIGTERM, SIG_IGN); // an init that ends everything at shutdown needs us to the last
+    // An image's init may end everything at shutdown before it is done with us; our own waits for us to go.
+    if (!options->minimal_init) signal(SIGTERM, SIG_IGN);
     int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
     if (fd >= 0 && write(fd, "-1000", 5) < 0) say("cannot be spared by the OOM killer: %s", strerror(errno));
     if (fd >= 0) close(fd);

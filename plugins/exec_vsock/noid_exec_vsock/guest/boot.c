@@ -15,7 +15,7 @@
 
 #include "say.h"
 
-enum { ROOT_WAIT_MS = 10 * 1000 };
+enum { ROOT_WAIT_SECS = 10 };
 
 static char command_line[4096];
 
@@ -87,6 +87,19 @@ static void mount_early(void) {
     }
 }
 
+// Waits until the device node is there. By the clock: under emulation a short sleep may take many times its length.
+static int wait_for(const char *device) {
+    struct timespec now, end, pause = {.tv_nsec = 1000 * 1000};
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += ROOT_WAIT_SECS;
+    while (access(device, F_OK)) {
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        if (now.tv_sec > end.tv_sec) return 0;
+        nanosleep(&pause, NULL);
+    }
+    return 1;
+}
+
 // Mounts the root at /root-of-image. On failure says why in `reason` and returns -1.
 static int mount_root(char *reason, size_t capacity) {
     char device[256], type[32], flags[256];
@@ -97,11 +110,9 @@ static int mount_root(char *reason, size_t capacity) {
         snprintf(reason, capacity, "root=%s is not a device path such as /dev/vda", device);
         return -1;
     }
-    struct timespec pause = {.tv_nsec = 1000 * 1000};
-    for (int waited = 0; access(device, F_OK) && waited < ROOT_WAIT_MS; waited++) nanosleep(&pause, NULL);
-    if (access(device, F_OK)) {
-        snprintf(reason, capacity, "the root device %s did not appear within %d s; are its modules in the initrd?",
-                 device, ROOT_WAIT_MS / 1000);
+    if (!wait_for(device)) {
+        snprintf(reason, capacity, "the root device %s did not appear within %d s (are its modules in the initrd?)",
+                 device, ROOT_WAIT_SECS);
         return -1;
     }
     if (mount(device, "/root-of-image", type, kernel_flag("ro") ? MS_RDONLY : 0, flags)) {

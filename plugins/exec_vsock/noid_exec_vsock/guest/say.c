@@ -12,7 +12,7 @@ void say(const char *format, ...) {
     char line[420];
     va_list arguments;
     va_start(arguments, format);
-    int head = snprintf(line, sizeof line, "<4>noid: ");  // warning: what `quiet` lets through to the console
+    int head = snprintf(line, sizeof line, "<3>noid: "); // an error: what `quiet` lets through to the console
     int body = vsnprintf(line + head, sizeof line - (size_t)head - 1, format, arguments);
     va_end(arguments);
     if (body < 0) return;

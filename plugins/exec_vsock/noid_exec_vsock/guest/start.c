@@ -110,7 +110,10 @@ _Noreturn void start_child(const struct start_request *request, const struct use
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
+    // What the agent ignores would stay ignored through exec: a program nobody can end with TERM.
     signal(SIGPIPE, SIG_DFL);
+    signal(SIGHUP, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
     umask(022);
     setrlimit(RLIMIT_NOFILE, &start_file_limit); // lowering never fails
     if (owns_machine) {
