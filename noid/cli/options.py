@@ -1,15 +1,19 @@
-"""What commands have in common: ``--json``, ``--local``, ``--server`` before or after the name, examples, which VM."""
+"""What commands have in common: ``--json``, ``--local``, ``--server`` before or after the name, examples, which VM.
+
+Every command imports this, ``--version`` included; what only some need is imported where they need it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from noid.client.settings import Endpoint, active_vm, choose_endpoint
-from noid.core.model import checked_name
 from noid.errors import NoidError
+
+if TYPE_CHECKING:
+    from noid.client.settings import Endpoint
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -36,6 +40,8 @@ class Call:
     @property
     def endpoint(self) -> Endpoint:
         """The agent to talk to. Read when it is needed: commands that need none work with a broken config file."""
+        from noid.client.settings import choose_endpoint
+
         if self.local and self.server:
             raise click.UsageError("--local and --server exclude each other.")
         return choose_endpoint(local=self.local, server=self.server)
@@ -86,6 +92,8 @@ def chosen_name(name: str | None, name_option: str | None) -> str | None:
         click.UsageError: two different ones.
         InvalidRequest: it is no name.
     """
+    from noid.core.model import checked_name
+
     if name is not None and name_option is not None and name != name_option:
         raise click.UsageError(f"two VMs are named: {name!r} and {name_option!r}.")
     chosen = name_option if name is None else name
@@ -99,6 +107,9 @@ def resolved_vm(name: str | None, name_option: str | None) -> str:
         NoidError: neither.
         InvalidRequest: it is no name.
     """
+    from noid.client.settings import active_vm
+    from noid.core.model import checked_name
+
     chosen = chosen_name(name, name_option)
     if chosen is not None:
         return chosen

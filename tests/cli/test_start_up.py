@@ -34,7 +34,7 @@ def test_listing_imports_no_concurrency_framework_no_http_library_and_no_websock
 
 def test_the_version_imports_no_command(offline_noid: Any) -> None:
     modules = imported(offline_noid, "--version")
-    assert modules & (HEAVY | {"wsproto", "noid.cli.vms", "noid.client.api"}) == set()
+    assert modules & (HEAVY | {"wsproto", "noid.cli.vms", "noid.client.settings", "noid.core.model"}) == set()
 
 
 def test_exec_imports_a_websocket_codec_and_no_concurrency_framework(noid: Any, agent: Any) -> None:
