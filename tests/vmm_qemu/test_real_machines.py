@@ -68,8 +68,28 @@ async def test_the_image_of_each_generation_is_the_paused_guests_memory_byte_for
     assert await rig.read(running, "/dev/shm/0", "/dev/shm/1", "/dev/shm/2") == "x" * 1_500_000
 
 
+async def test_what_is_sent_to_a_paused_guest_stays_out_of_its_memory_until_it_goes_on(rig: VmmRig) -> None:
+    """Otherwise the devices of a checkpoint and its memory, read a moment later, would contradict each other."""
+    running = await rig.fresh()
+    stream = await running.machine.channel()
+    await running.machine.pause()
+    before = memory_of(running)
+
+    await stream.send_all(b"~" * 40_000)
+    for _ in range(20):  # each answer is a turn of QEMU's loop
+        await running.machine.disk_path()
+    assert memory_of(running) == before
+    await stream.aclose()
+    for _ in range(20):
+        await running.machine.disk_path()
+    assert memory_of(running) == before
+
+    await running.machine.resume()
+
+    assert (await rig.run(running, "true")).status == 0
+
+
 async def test_a_checkpoint_while_stdin_pours_in_can_be_continued(rig: VmmRig) -> None:
-    """The host's bytes go into guest memory even when the guest is paused, unless somebody holds them back."""
     running = await rig.fresh()
     taken: list[Taken] = []
     async with rig.guest(running) as guest:

@@ -20,9 +20,8 @@ from noid.core.model import ProcessRef
 from noid.errors import BackendError, ConfigError, DependencyDown, NoidError
 from noid.hostfs import os_errors
 from noid_vmm_qemu.capture import MEMORY_NAME
-from noid_vmm_qemu.channel import connected
 from noid_vmm_qemu.command_line import DEVICE_SET, MACHINES, Descriptors, Host, cpu_model, launch_argv, restore_argv
-from noid_vmm_qemu.machine import MachineEvents, QemuMachine
+from noid_vmm_qemu.machine import MachineEvents, QemuMachine, connected
 from noid_vmm_qemu.probe import missing, probe, version_text
 from noid_vmm_qemu.process import VmmProcess
 from noid_vmm_qemu.qmp import Qmp

@@ -16,13 +16,10 @@ from noid.core.model import ProcessRef
 from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoSpace
 from noid.hostfs import os_errors
 from noid_vmm_qemu.capture import STATE_NAME, take
-from noid_vmm_qemu.channel import Gate, GatedStream, connected
 from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node, file_node
 from noid_vmm_qemu.process import VmmProcess
 from noid_vmm_qemu.qmp import Qmp, QmpError, QmpEvent
 
-# QEMU takes 4 KiB from the agent's socket per turn of its loop; a unix socket and one chunk of ours hold 60 of these.
-_SETTLE_TURNS_MAX = 128
 _STATE_ROOM_BYTES = 1 << 20
 _PIVOT_SECS = 10.0
 _REASONS = {
@@ -39,7 +36,6 @@ class MachineEvents:
     """What a machine's events have told so far. It exists before the machine, because QEMU talks from the start."""
 
     def __init__(self, instance: str) -> None:
-        self.gate = Gate()
         self.paused = False
         self.resumed = False
         self.shutdown_reason: str | None = None
@@ -49,8 +45,6 @@ class MachineEvents:
     def adopt(self, *, paused: bool) -> None:
         """Begin with what a machine that is there already is."""
         self.paused = paused
-        if paused:
-            self.gate.shut()
 
     def note(self, event: QmpEvent) -> None:
         """Take notice of *event*."""
@@ -58,7 +52,6 @@ class MachineEvents:
             self.paused = True
         elif event.name == "RESUME":
             self.paused, self.resumed = False, True
-            self.gate.open()
         elif event.name == "SHUTDOWN":
             self.shutdown_reason = str(event.data.get("reason", "unknown"))
         elif event.name == "MIGRATION":
@@ -99,21 +92,16 @@ class QemuMachine:
         self._mem_mib = mem_mib
         self._foreign = foreign
         self._top_node: str | None = None
+        self._channel: trio.SocketStream | None = None
         self._killed = False
 
     async def pause(self) -> None:
         """See `Machine.pause`."""
-        self._events.gate.shut()
-        try:
-            await self._qmp.execute("stop")
-        finally:
-            if not self._events.paused:
-                self._events.gate.open()
+        await self._qmp.execute("stop")
 
     async def resume(self) -> None:
         """See `Machine.resume`."""
         await self._qmp.execute("cont")
-        self._events.gate.open()
 
     async def capture(self, into: Path) -> Capture:
         """See `Machine.capture`."""
@@ -124,7 +112,6 @@ class QemuMachine:
             )
         if not self._events.paused:
             raise BackendError("this VM is not paused, so its memory and devices cannot be captured as of one instant.")
-        await self._settle()
         state = into / STATE_NAME
         try:
             await self._qmp.execute("xen-save-devices-state", {"filename": str(state), "live": False})
@@ -163,15 +150,16 @@ class QemuMachine:
         raise BackendError(f"QEMU does not say in which file the VM's disk {node} lies.")
 
     async def channel(self) -> trio.abc.Stream:
-        """See `Machine.channel`. Sending waits while the machine is paused.
+        """See `Machine.channel`. What is sent to a paused guest reaches it when it goes on, and not before.
 
         Raises:
-            Conflict: there is a connection already.
+            Conflict: there is a connection already; QEMU would let a second one wait without a word.
         """
-        await self._events.gate.passed()
-        if self._events.gate.is_taken and not self._process.has_ended():
+        taken = self._channel is not None and self._channel.socket.fileno() >= 0
+        if taken and not self._process.has_ended():
             raise Conflict("the guest channel of this VM is in use; close the other connection first.")
-        return GatedStream(await connected(self._channel_path), self._events.gate)
+        self._channel = await connected(self._channel_path)
+        return self._channel
 
     async def wait(self) -> MachineExit:
         """See `Machine.wait`.
@@ -181,7 +169,6 @@ class QemuMachine:
         """
         await self._qmp.drained()
         await self._process.wait()
-        self._events.gate.open()
         told = self._events.shutdown_reason
         if told is not None:
             return MachineExit(reason=_REASONS.get(told, "unknown"), detail=f"QEMU says {told}")
@@ -196,32 +183,37 @@ class QemuMachine:
         self._killed = True
         self._process.send_kill()
         await self._process.wait()
-        self._events.gate.open()  # what waited for the guest to go on learns that it never will
 
     async def aclose(self) -> None:
         """See `Machine.aclose`."""
-        self._events.gate.open()
-        if self._events.gate.stream is not None:
-            await self._events.gate.stream.aclose()
+        if self._channel is not None:
+            await trio.aclose_forcefully(self._channel)
         self._process.close()
         await self._qmp.aclose()
-
-    async def _settle(self) -> None:
-        """Let QEMU take what was sent to the guest, so that nothing changes once the devices have been saved.
-
-        Every command is a turn of QEMU's main loop. What is left after so many turns has no room in the guest, and
-        gets none while the guest does not run.
-        """
-        for _ in range(_SETTLE_TURNS_MAX):
-            if self._events.gate.settled():
-                return
-            await self._qmp.execute("query-status")
 
     async def _disk_node(self) -> str:
         for device in await self._qmp.execute("query-block"):
             if DISK_DEVICE in device.get("qdev", "").split("/") and "inserted" in device:
                 return str(device["inserted"]["node-name"])
         raise BackendError("QEMU does not know the VM's disk any more.")
+
+
+async def connected(path: str) -> trio.SocketStream:
+    """Connect to the unix socket at *path*, where QEMU listens or, having inherited it, is about to.
+
+    Raises:
+        DependencyDown: nobody listens there: the process is gone.
+    """
+    socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    try:
+        await socket.connect(path)
+    except OSError as error:
+        socket.close()
+        raise DependencyDown(f"the VM does not answer on {path}: {error.strerror}. Its process has ended.") from error
+    except BaseException:
+        socket.close()
+        raise
+    return trio.SocketStream(socket)
 
 
 def _check_room(state: Path) -> None:
