@@ -81,7 +81,7 @@ def run(argv: list[str], purpose: str, *, stdin: bytes = b"", cwd: Path | None =
         [program, *argv[1:]], input=stdin, capture_output=True, cwd=cwd, env=environment(), check=False
     )
     if done.returncode != 0:
-        raise BackendError(f"{purpose} failed: {failure(argv[0], done.returncode, done.stderr or done.stdout)}")
+        raise BackendError(f"{purpose} failed: {failure(argv[0], done.returncode, done.stderr or done.stdout)}.")
     return done.stdout
 
 
