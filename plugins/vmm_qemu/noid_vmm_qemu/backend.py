@@ -20,7 +20,16 @@ from noid.core.model import ProcessRef
 from noid.errors import BackendError, ConfigError, DependencyDown, NoidError
 from noid.hostfs import os_errors
 from noid_vmm_qemu.capture import MEMORY_NAME
-from noid_vmm_qemu.command_line import DEVICE_SET, MACHINES, Descriptors, Host, cpu_model, launch_argv, restore_argv
+from noid_vmm_qemu.command_line import (
+    CONSOLE_LOG,
+    DEVICE_SET,
+    MACHINES,
+    Descriptors,
+    Host,
+    cpu_model,
+    launch_argv,
+    restore_argv,
+)
 from noid_vmm_qemu.machine import MachineEvents, QemuMachine, connected
 from noid_vmm_qemu.probe import missing, probe, version_text
 from noid_vmm_qemu.process import VmmProcess
@@ -238,6 +247,7 @@ class QemuBackend:
             channel_path=str(plan.run_dir / CHANNEL_SOCKET),
             memory=memory,
             mem_mib=plan.mem_mib,
+            console=plan.directory / CONSOLE_LOG,
             foreign=foreign,
         )
 

@@ -17,6 +17,7 @@ from noid.core.backends import LaunchPlan, MachinePlan, RestorePlan
 from noid.errors import InvalidRequest, Unsupported
 
 DEVICE_SET = "1"
+CONSOLE_LOG = "serial.log"
 DISK_DEVICE = "disk"
 DISK_NODE = "disk0"
 READONLY_RAM_SINCE = (8, 2)
@@ -149,8 +150,8 @@ def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> li
         *("-object", json.dumps(_memory(host, plan, memory))),
         *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
-        # Appending, so that the file can be shortened from outside while QEMU writes.
-        *("-chardev", f"file,id=serial,path={_escaped(str(plan.directory / 'serial.log'))},append=on"),
+        # Appending, so that nothing done to the file from outside makes QEMU write into the middle of it.
+        *("-chardev", f"file,id=serial,path={_escaped(str(plan.directory / CONSOLE_LOG))},append=on"),
         *("-serial", "chardev:serial"),
         *("-device", f"virtio-serial-{bus},max_ports=2"),
         *("-chardev", f"socket,id=agent,fd={fds.channel},server=on,wait=off"),

@@ -13,15 +13,17 @@ import trio
 
 from noid.core.backends import Capture, MachineExit
 from noid.core.model import ProcessRef
-from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoSpace
+from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoidError, NoSpace
 from noid.hostfs import os_errors
 from noid_vmm_qemu.capture import STATE_NAME, take
 from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node, file_node
+from noid_vmm_qemu.console_log import shorten
 from noid_vmm_qemu.process import VmmProcess
 from noid_vmm_qemu.qmp import Qmp, QmpError, QmpEvent
 
 _STATE_ROOM_BYTES = 1 << 20
 _PIVOT_SECS = 10.0
+_CONSOLE_LOOK_SECS = 60.0
 _REASONS = {
     "guest-shutdown": "shutdown",
     "guest-reset": "reset",
@@ -81,6 +83,7 @@ class QemuMachine:
         channel_path: str,
         memory: Path,
         mem_mib: int,
+        console: Path,
         foreign: str = "",
     ) -> None:
         self.ref: ProcessRef = process.ref
@@ -90,6 +93,7 @@ class QemuMachine:
         self._channel_path = channel_path
         self._memory = memory
         self._mem_mib = mem_mib
+        self._console = console
         self._foreign = foreign
         self._top_node: str | None = None
         self._channel: trio.SocketStream | None = None
@@ -167,7 +171,13 @@ class QemuMachine:
         Raises:
             NotFound: `aclose` was called meanwhile.
         """
-        await self._qmp.drained()
+        while True:
+            # Whoever waits for the end looks after the console meanwhile: there is always somebody who waits.
+            with trio.move_on_after(_CONSOLE_LOOK_SECS) as scope:
+                await self._qmp.drained()
+            if not scope.cancelled_caught:
+                break
+            await self._shorten_console()
         await self._process.wait()
         told = self._events.shutdown_reason
         if told is not None:
@@ -190,6 +200,12 @@ class QemuMachine:
             await trio.aclose_forcefully(self._channel)
         self._process.close()
         await self._qmp.aclose()
+
+    async def _shorten_console(self) -> None:
+        try:
+            await trio.to_thread.run_sync(shorten, self._console)
+        except NoidError as error:
+            log.warning("%s It goes on growing.", error)
 
     async def _disk_node(self) -> str:
         for device in await self._qmp.execute("query-block"):

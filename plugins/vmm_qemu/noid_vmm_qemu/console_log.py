@@ -1,0 +1,47 @@
+"""Keeps a guest from filling the host's disk through its serial console.
+
+QEMU appends to the file for ever. So the beginning of a long one is given back to the disk by punching a hole: offsets
+stay what they were for whoever follows the file, and QEMU never notices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from noid.errors import BackendError
+from noid.hostfs import os_errors
+
+OCCUPIED_BYTES_MAX = 16 << 20
+_KEPT_BYTES = 4 << 20
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def shorten(path: Path) -> bool:
+    """If *path* occupies more than `OCCUPIED_BYTES_MAX`, free all but its end. Blocks.
+
+    Returns:
+        Whether it did.
+
+    Raises:
+        BackendError: the filesystem cannot.
+    """
+    with os_errors("shortening a console log"):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            facts = os.fstat(fd)
+            if facts.st_blocks * 512 <= OCCUPIED_BYTES_MAX:
+                return False
+            if _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, 0, facts.st_size - _KEPT_BYTES) != 0:
+                number = ctypes.get_errno()
+                raise BackendError(f"the console log {path} cannot be shortened: {os.strerror(number)}.")
+            return True
+        finally:
+            os.close(fd)
