@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import trio
 from noid_vmm_qemu.backend import QemuConfig, open_backend
-from noid_vmm_qemu.probe import missing, parsed_version, probe
+from noid_vmm_qemu.kvm_trial import EXIT_STATUS, rom
+from noid_vmm_qemu.probe import missing, parsed_version, probe, trial_arguments
 from noid_vmm_qemu.tsc import cpuinfo_khz, measured_khz, tsc_khz
 
 from noid.core.backends import AgentContext
@@ -142,6 +144,17 @@ async def test_the_real_qemu_is_offered_with_an_accelerator_that_was_tried(conte
         assert backend.features.accelerator in ("kvm", "tcg")
         assert backend.fingerprint()["accelerator"] == backend.features.accelerator
         assert set(backend.fingerprint()) == {"vmm", "version", "accelerator", "machine", "cpu", "devices"}
+
+
+@pytest.mark.vm
+async def test_the_trial_guest_comes_to_its_end_on_a_cpu_that_works(tmp_path: Path) -> None:
+    binary = shutil.which("qemu-system-x86_64")
+    if binary is None:
+        pytest.skip("qemu-system-x86_64 is not installed")
+    (bios := tmp_path / "rom").write_bytes(rom())
+    argv = [binary, *trial_arguments(str(bios), "tcg", "max")]
+
+    assert (await trio.run_process(argv, check=False)).returncode == EXIT_STATUS
 
 
 def test_the_clock_is_measured_as_fast_as_it_is() -> None:

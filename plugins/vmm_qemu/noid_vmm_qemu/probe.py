@@ -24,7 +24,7 @@ from noid_vmm_qemu.process import boot_id
 VERSION_MIN = (7, 2, 0)
 _ANSWER_SECS = 10.0
 _KVM_SECS = 2.0
-_FORMAT = 1
+_FORMAT = 2
 _PACKAGES = {
     "alpine": "apk add qemu-system-x86_64",
     "arch": "pacman -S qemu-system-x86",
@@ -82,6 +82,15 @@ def missing(binary: str) -> str:
     return f"{binary} is not installed, and without it no VM can run here. {how}"
 
 
+def trial_arguments(bios: str, accelerator: str, cpu: str) -> list[str]:
+    """Return QEMU's arguments for running the ROM *bios* of `kvm_trial`."""
+    return [
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-M", "microvm,pic=off,pit=off", "-accel", accelerator, "-cpu", cpu, "-m", "16M"),
+        *("-bios", bios, "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
+    ]
+
+
 def parsed_version(text: str) -> tuple[int, int, int] | None:
     """Return the version in the first line of ``--version``, or None when there is none."""
     found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", text)
@@ -130,9 +139,7 @@ async def _kvm_refusal(path: str) -> str:
     with os_errors("preparing a trial of KVM"), tempfile.NamedTemporaryFile(prefix="noid-kvm-") as file:
         file.write(rom())
         file.flush()
-        argv = [path, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        argv += ["-M", "microvm,pic=off,pit=off", "-accel", "kvm", "-cpu", cpu_model("kvm"), "-m", "16M"]
-        argv += ["-bios", file.name, "-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
+        argv = [path, *trial_arguments(file.name, "kvm", cpu_model("kvm"))]
         result = await _run(argv, _KVM_SECS)
     if result is None:
         return f"a trial guest did not come to its end within {_KVM_SECS:.0f} s on it"
