@@ -1,4 +1,4 @@
-"""Every step of every saga x {fails, is cancelled, is killed, its undo fails or is killed}: nothing is lost or left."""
+"""Every step of every saga, and every call it makes, x {fails, cancelled, killed, undo repeated}: nothing is lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import trio
 
 from noid.testing.reaper import clean
-from noid.testing.saga_grid import MODES, SAGAS, Cell, World, cells, table
+from noid.testing.saga_grid import CALL_MODES, CALLS, SAGAS, STEP_MODES, Cell, cells, places
+from noid.testing.saga_world import World
 
 _results: dict[Cell, str] = {}
 
@@ -50,7 +51,7 @@ def test_nothing_is_lost_or_left(cell: Cell, worlds: Worlds) -> None:
     _results[cell] = "FAILED"
     try:
         outcome = world.run_broken(cell)
-        assert (outcome == "killed") is ("crashed" in cell.mode), outcome
+        assert (outcome == "killed") is cell.kills_agent, outcome
         trio.run(world.check, cell, outcome)
     except BaseException:
         worlds.drop()
@@ -61,12 +62,13 @@ def test_nothing_is_lost_or_left(cell: Cell, worlds: Worlds) -> None:
 def test_the_grid_is_drawn(record_property: pytest.RecordProperty) -> None:
     if len(_results) < len(cells()):
         pytest.skip("only part of the grid ran")
-    rows = []
+    rows: list[str] = []
     for saga in SAGAS:
-        rows.append(f"{saga:12}" + "".join(f"{mode:>18}" for mode in MODES))
-        for step in [*(step.name for step in table(saga).steps), "commit"]:
-            drawn = [_results.get(Cell(saga=saga, step=step, mode=mode), "") for mode in MODES]
-            rows.append(f"  {step:10}" + "".join(f"{result:>18}" for result in drawn))
+        for what, modes, names in (("step", STEP_MODES, places(saga)), ("call", CALL_MODES, CALLS[saga])):
+            rows.append(f"{saga + ', ' + what:20}" + "".join(f"{mode:>17}" for mode in modes))
+            for name in names:
+                found = (Cell(saga=saga, place=name, mode=mode, is_call=what == "call") for mode in modes)
+                rows.append(f"  {name:18}" + "".join(f"{_results.get(cell, '-'):>17}" for cell in found))
     grid = "\n".join(rows)
     record_property("grid", grid)
     print(grid)  # noqa: T201  # shown by pytest -rP, and when something failed

@@ -1,0 +1,244 @@
+"""What every broken operation is run on, and what must hold afterwards.
+
+A `World` is an agent's data directory with a VM ``web`` that counts, a checkpoint of it and nothing half done. The
+operation runs in a forked process, so that a crash is a real ``kill -9`` of a real agent; then a fresh agent opens the
+directory, and `World.check` asks for what must hold, always:
+
+- ``web`` still runs, in the same process unless it was to be replaced, answers, and counts on;
+- the checkpoint's files are as they were;
+- rows, processes, directories, sockets and journal agree; nothing is half done;
+- the operation works when it is simply tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import trio
+
+from noid.core.agent import Agent, open_agent
+from noid.core.backends import Guest
+from noid.core.layout import Layout
+from noid.core.model import ExecRequest, OutputChunk, ProcessRef, VmSpec, VmState
+from noid.core.store import open_store
+from noid.errors import NoidError
+from noid.testing.faults import Faults
+from noid.testing.processes import marked_processes
+from noid.testing.saga_grid import Cell, broken
+from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
+
+MEM_MIB = 64
+CELL_SECS = 30.0
+
+
+@dataclass(slots=True)
+class World:
+    """A data directory in a known state. *counts* is the last number the VM ``web`` was seen to have counted to."""
+
+    data_dir: Path
+    process: ProcessRef | None = None
+    checkpoint: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    counts: int = 0
+    mem_mib: int = MEM_MIB
+
+    async def prepare(self) -> None:
+        """Make ``web``, let it count, and take a checkpoint of it."""
+        give_default_image(self.data_dir)
+        async with self.agent() as agent:
+            user = agent.local_user()
+            await agent.create_vm(user, VmSpec(name="web", mem_mib=MEM_MIB))
+            async with agent.guest(user, "web") as guest:
+                await guest.start(ExecRequest(argv=("count", "/run/n")))
+                self.counts = await _counted(guest, beyond=0)
+            taken = await agent.checkpoint_vm(user, "web", "before")
+            assert taken.checkpoint is not None
+            self.checkpoint = taken.checkpoint.id
+            self.files = self._hashes()
+            self.process = agent.vm(user, "web").process
+
+    def agent(self, faults: Faults | None = None) -> contextlib.AbstractAsyncContextManager[Agent]:
+        """Return a fresh agent of the directory."""
+        return open_agent(simulated_config(self.data_dir), simulated_plugins(faults))
+
+    async def operate(self, agent: Agent, saga: str) -> None:
+        """Carry out the operation."""
+        user = agent.local_user()
+        match saga:
+            case "create":
+                await agent.create_vm(user, VmSpec(name="new", mem_mib=self.mem_mib))
+            case "fork":
+                await agent.restore_vm(user, "web", self.checkpoint, "new")
+            case "restore":
+                await agent.restore_vm(user, "web", self.checkpoint, None)
+            case "checkpoint":
+                await agent.checkpoint_vm(user, "web", "another")
+            case "destroy":
+                await agent.destroy_vm(user, "victim")
+
+    def run_broken(self, cell: Cell) -> str:
+        """Run the operation, broken, in a process of its own; return how it ended: an error, ``done``, ``killed``."""
+        if cell.is_call and cell.saga == "create":
+            self.mem_mib += 1  # a shape that has no template yet
+        reader, writer = os.pipe()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            _child(parent, writer, lambda: self._broken_operation(cell))
+        os.close(writer)
+        with open(reader, encoding="utf-8") as told:  # noqa: PTH123  # a descriptor, not a path
+            text = told.read()
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            return "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}: {text}"
+        if os.WEXITSTATUS(status):
+            raise AssertionError(f"{cell}:\n{text}")
+        return text
+
+    async def _broken_operation(self, cell: Cell) -> str:
+        """The child: run the broken saga, and see to it that ``web`` was not disturbed under the same agent."""
+        outcome, faults = "cancelled", Faults()
+        async with self.agent(faults) as agent:
+            user = agent.local_user()
+            if cell.saga == "destroy":
+                await agent.restore_vm(user, "web", self.checkpoint, "victim")
+            with broken(cell, faults):
+                try:
+                    await self.operate(agent, cell.saga)
+                    outcome = "done"
+                except NoidError as error:
+                    outcome = type(error).__name__
+            if cell.is_call:
+                assert faults.struck, f"the operation never came to {cell.place}"
+            if cell.mode != "cancelled":
+                async with agent.guest(user, "web") as guest:
+                    await _counted(guest, beyond=0 if (cell.saga, outcome) == ("restore", "done") else self.counts)
+                if cell.saga != "destroy" and cell.mode != "undo fails":  # what these leave, the next start removes
+                    self._agrees(agent)
+        return outcome
+
+    # --- what must hold -------------------------------------------------------------------------------------------
+
+    async def check(self, cell: Cell, outcome: str) -> None:
+        """Open a fresh agent and compare everything with everything; then try the operation again.
+
+        Raises:
+            AssertionError: says what does not hold.
+        """
+        happened = cell.after_commit or outcome == "done"
+        async with self.agent() as agent:
+            user = agent.local_user()
+            names = {vm.name for vm in agent.vms(user)}
+            expected = {"web"}
+            if cell.saga in ("create", "fork") and happened:
+                expected |= {"new"}
+            if cell.saga == "destroy" and "victim" in names:  # only forward: unless it was destroyed it can be, again
+                expected |= {"victim"}
+            assert names == expected, f"VMs are {names}, not {expected}, after {outcome}"
+            web = agent.vm(user, "web")
+            assert (web.state, web.busy) == (VmState.RUNNING, None), f"web is {web.state}, busy with {web.busy}"
+            if cell.saga == "restore" and happened:
+                assert web.process != self.process, "web was restored, but its process is the old one"
+            else:
+                assert web.process == self.process, "web's process is another one, although nothing was restored"
+            async with agent.guest(user, "web") as guest:
+                await _counted(guest, beyond=0 if happened else self.counts)
+            self._agrees(agent)
+            assert {key: self._hashes().get(key) for key in self.files} == self.files, "the checkpoint was changed"
+            await self._again(agent, cell, happened=happened)
+            self._agrees(agent)
+            self.process = agent.vm(user, "web").process
+
+    async def _again(self, agent: Agent, cell: Cell, *, happened: bool) -> None:
+        """Do it again, now that nothing is broken, and tidy up."""
+        user = agent.local_user()
+        if happened and cell.saga in ("create", "fork"):
+            await agent.destroy_vm(user, "new")
+        if cell.saga == "destroy" and all(vm.name != "victim" for vm in agent.vms(user)):
+            await agent.restore_vm(user, "web", self.checkpoint, "victim")
+        await self.operate(agent, cell.saga)
+        if cell.saga in ("create", "fork"):
+            async with agent.guest(user, "new") as guest:
+                await guest.ping()
+            await agent.destroy_vm(user, "new")
+        if cell.saga == "destroy":
+            assert all(vm.name != "victim" for vm in agent.vms(user)), "the victim was destroyed and is still there"
+        async with agent.guest(user, "web") as guest:
+            self.counts = await _counted(guest, beyond=0)
+
+    def _agrees(self, agent: Agent) -> None:
+        """Compare rows, processes, directories and the journal."""
+        user = agent.local_user()
+        rows = agent.vms(user)
+        running = {vm.process.pid for vm in rows if vm.process is not None}
+        processes = marked_processes(self.data_dir)
+        assert set(processes) == running, f"processes are {processes}, rows have {running}"
+        layout, config = Layout(self.data_dir), simulated_config(self.data_dir)
+        instances = {vm.instance for vm in rows}
+        assert _names(layout.vms) == instances, "directories of VMs"
+        assert _names(config.run_dir) - {"agent.sock"} == instances, "directories of sockets"
+        assert _names(layout.scratch) == set(), "scratch directories"
+        checkpoints = {c.id for c in agent.checkpoints(user, "web")}
+        assert _names(layout.checkpoint(user.id, "x").parent) == checkpoints, "directories of checkpoints"
+        assert self.checkpoint in checkpoints, "the checkpoint's row"
+        assert not [name for name in _names(layout.golden) if "." in name], "half a template"
+        with open_store(config.database) as store:
+            assert store.open_operations() == [], "the journal"
+
+    def _hashes(self) -> dict[str, str]:
+        root = Layout(self.data_dir).users
+        files = [path for path in root.glob(f"*/checkpoints/{self.checkpoint}/**/*") if path.is_file()]
+        return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _names(directory: Path) -> set[str]:
+    return {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
+
+
+async def _counted(guest: Guest, beyond: int) -> int:
+    """Wait until the counter in the guest is beyond a number and return it."""
+    with trio.fail_after(CELL_SECS):
+        while True:
+            process = await guest.start(ExecRequest(argv=("cat", "/run/n")))
+            text = b""
+            while isinstance(said := await process.receive(), OutputChunk):
+                text += said.data
+            await guest.release(process)
+            if int(text or b"0") > beyond:
+                return int(text)
+            await guest.ping()
+
+
+def _child(parent: int, writer: int, run: Callable[[], Awaitable[str]]) -> NoReturn:
+    """The forked process: run, tell, and leave without any of pytest's clean-up."""
+    status = 1
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with pytest
+        if os.getppid() != parent:
+            os._exit(status)
+        with open(writer, "w", encoding="utf-8") as told:  # a descriptor, not a path
+            try:
+                told.write(trio.run(_within, run))
+                status = 0
+            except BaseException:  # noqa: BLE001, RUF100  # the parent raises it
+                told.write(traceback.format_exc())
+            told.flush()
+        sys.stdout.flush()
+    finally:
+        os._exit(status)
+
+
+async def _within(run: Callable[[], Awaitable[str]]) -> str:
+    with trio.fail_after(CELL_SECS):
+        return await run()
