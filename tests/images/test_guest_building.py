@@ -226,6 +226,20 @@ def test_files_in_a_file_system_belong_to_whom_they_should(tmp_path: Path) -> No
     ext4.check(tmp_path / "disk")
 
 
+@pytest.mark.skipif(programs.find("debugfs") is None, reason="debugfs is missing (apt-get install e2fsprogs)")
+def test_programs_keep_their_capabilities(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "ping").write_text("x")
+    raw = bytes.fromhex("0100000200200000000000000000000000000000")  # cap_net_raw=ep
+
+    ext4.make(tmp_path / "tree", tmp_path / "disk", 8 << 20, {}, {"ping": raw})
+
+    argv = [str(programs.find("debugfs")), "-R", "ea_get -x /ping security.capability", str(tmp_path / "disk")]
+    assert bytes.fromhex(subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split("=")[1]) == raw
+    with pytest.raises(BackendError, match=r"setting capabilities failed: debugfs .*nowhere"):
+        ext4.make(tmp_path / "tree", tmp_path / "disk", 8 << 20, {}, {"nowhere": raw})
+
+
 def test_a_tree_that_does_not_fit_is_an_error_in_mke2fs_own_words(tmp_path: Path) -> None:
     if programs.find("mke2fs") is None:
         pytest.skip("mke2fs is missing (apt-get install e2fsprogs)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,7 +62,13 @@ def check(path: Path) -> None:
         )
 
 
-def make(tree: Path, target: Path, size_bytes: int, owners: Mapping[str, tuple[int, int]] | None = None) -> None:
+def make(
+    tree: Path,
+    target: Path,
+    size_bytes: int,
+    owners: Mapping[str, tuple[int, int]] | None = None,
+    capabilities: Mapping[str, bytes] | None = None,
+) -> None:
     """Make *target*, a sparse ext4 file system with the content of *tree*.
 
     Args:
@@ -70,6 +77,7 @@ def make(tree: Path, target: Path, size_bytes: int, owners: Mapping[str, tuple[i
         size_bytes: Its apparent size; what is not used takes no room on the host.
         owners: User and group ids by path without leading ``/``; everything else becomes root's. Lets an ordinary
             user make a file system that is not his own.
+        capabilities: Values of ``security.capability`` by path: what a program may do whoever runs it.
 
     Raises:
         DependencyDown: no e2fsprogs.
@@ -88,7 +96,14 @@ def make(tree: Path, target: Path, size_bytes: int, owners: Mapping[str, tuple[i
     ]
     programs.run(argv, "making the file system")
     if owners is not None:
-        _set_owners(tree, target, owners)
+        _edit(target, _owner_commands(tree, owners), "setting owners")
+    if capabilities:
+        with tempfile.TemporaryDirectory(prefix="noid-capabilities-") as place:
+            commands = []
+            for number, (path, value) in enumerate(sorted(capabilities.items())):
+                (Path(place) / str(number)).write_bytes(value)
+                commands.append(f'ea_set -f {place}/{number} "/{path}" security.capability')
+            _edit(target, commands, "setting capabilities")
 
 
 def _version() -> tuple[int, ...]:
@@ -99,8 +114,7 @@ def _version() -> tuple[int, ...]:
     return tuple(int(number) for number in match.groups()) if match else ()
 
 
-def _set_owners(tree: Path, target: Path, owners: Mapping[str, tuple[int, int]]) -> None:
-    """Change owners inside the file system, where no privileges are needed."""
+def _owner_commands(tree: Path, owners: Mapping[str, tuple[int, int]]) -> list[str]:
     commands: list[str] = []
     for path in sorted(tree.rglob("*")):
         inside = path.relative_to(tree).as_posix()
@@ -110,11 +124,16 @@ def _set_owners(tree: Path, target: Path, owners: Mapping[str, tuple[int, int]])
             commands.append(f'set_inode_field "/{inside}" uid {uid}')
         if gid != facts.st_gid:
             commands.append(f'set_inode_field "/{inside}" gid {gid}')
-    program = programs.require("debugfs", "setting owners")
+    return commands
+
+
+def _edit(target: Path, commands: list[str], purpose: str) -> None:
+    """Change things inside the file system, where no privileges are needed."""
+    program = programs.require("debugfs", purpose)
     script = "\n".join(commands).encode() + b"\n"
     argv = [program, "-w", "-f", "-", str(target)]
     done = subprocess.run(argv, input=script, capture_output=True, env=programs.environment(), check=False)
     # debugfs exits with 0 whatever its commands did; beside its own name it writes only complaints to stderr
     complaints = [line for line in done.stderr.splitlines() if line and not line.startswith(b"debugfs ")]
     if done.returncode != 0 or complaints:
-        raise BackendError(f"setting owners failed: {programs.failure(program, done.returncode, done.stderr)}.")
+        raise BackendError(f"{purpose} failed: {programs.failure(program, done.returncode, b'; '.join(complaints))}.")

@@ -40,7 +40,7 @@ PACKAGES = (
     "systemd",
     "systemd-sysv",
 )
-_RECIPE = 2  # raise it when the same packages must give another file system
+_RECIPE = 3  # raise it when the same packages must give another file system
 # Documentation and translations are half of a minimal system's files, and nobody reads them in a guest.
 _LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*")
 _KEPT = ("/usr/share/doc/*/copyright", "/usr/share/locale/locale.alias")
@@ -85,11 +85,11 @@ def debian_rootfs(
         with stage("unpacking and furnishing the guest"):
             tree = place / "tree"
             tree.mkdir(0o755)
-            owners = _unpacked(place / "root.tar", tree)
+            owners, capabilities = _unpacked(place / "root.tar", tree)
             (place / "root.tar").unlink()
             owners |= furnish(tree, sources, aptsources.options(for_guest=True))
         with stage(f"making a file system of {size_bytes >> 20} MiB"):
-            ext4.make(tree, place / "rootfs.ext4", size_bytes, owners)
+            ext4.make(tree, place / "rootfs.ext4", size_bytes, owners, capabilities)
             hostfs.remove_tree(tree)
 
     return cache.cached("rootfs", f"{suite}_{key}", build) / "rootfs.ext4"
@@ -153,13 +153,18 @@ def _check_user_namespaces() -> None:
         )
 
 
-def _unpacked(tar: Path, tree: Path) -> dict[str, tuple[int, int]]:
-    """Unpack *tar* into *tree* as whoever we are, and return who owns what in it."""
+def _unpacked(tar: Path, tree: Path) -> tuple[dict[str, tuple[int, int]], dict[str, bytes]]:
+    """Unpack *tar* into *tree* as whoever we are, and return who owns what in it and what has capabilities."""
     argv = ["tar", "-xpf", str(tar), "-C", str(tree), "--no-same-owner", "--exclude=./dev/*"]
     programs.run(argv, "unpacking the root file system")
     owners: dict[str, tuple[int, int]] = {}
+    capabilities: dict[str, bytes] = {}
     with tarfile.open(tar) as archive:
         for member in archive:
+            path = member.name.removeprefix("./").rstrip("/")
             if member.uid or member.gid:
-                owners[member.name.removeprefix("./").rstrip("/")] = (member.uid, member.gid)
-    return owners
+                owners[path] = (member.uid, member.gid)
+            value = member.pax_headers.get("SCHILY.xattr.security.capability")
+            if value:
+                capabilities[path] = value.encode("utf-8", "surrogateescape")
+    return owners, capabilities
