@@ -1,4 +1,4 @@
-"""The smallest guest there is: a ROM that proves a CPU executes code at a CPU's speed, and says so by QEMU's exit status.
+"""The smallest guest there is: a ROM that proves a CPU executes code, and at a CPU's speed, by QEMU's exit status.
 
 Counting to six and a half million takes a real CPU 10 ms and an emulated one 100. A nested KVM whose instructions are
 interpreted one by one runs the ROM's first lines as well as any other, but needs minutes to count; a Linux on it
