@@ -14,13 +14,21 @@ import os
 import pwd
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import trio
 
-from noid.core import lifecycle, paths, recovery, saga, states
-from noid.core.backends import AgentContext, AuthBackend, Event, Guest, MachineExit
+from noid import hostfs
+from noid.core import deeds, lifecycle, paths, recovery, saga, states
+from noid.core.backends import (
+    AgentContext,
+    AuthBackend,
+    Event,
+    Guest,
+    MachineExit,
+    StorageBackend,
+    VmmBackend,
+)
 from noid.core.config import Config
 from noid.core.ids import new_id
 from noid.core.images import Images
@@ -44,11 +52,12 @@ from noid.core.store import Store, Tx, open_store
 from noid.core.supervisor import Supervisor
 from noid.core.templates import Templates
 from noid.core.waiting import plain_nursery
-from noid.errors import Conflict, DeadlineExceeded, NoidError, NotFound, Unauthenticated
+from noid.errors import ConfigError, Conflict, DeadlineExceeded, NoidError, NotFound, Unauthenticated
 
 logger = logging.getLogger(__name__)
 
 DRAIN_SECS = 20.0
+AFTER_SECS = 30.0
 CONNECT_SECS = 10.0
 
 
@@ -285,13 +294,18 @@ class Agent:
 
         async def job() -> Outcome:
             timings = await saga.run(table, work, self._store, owner=user.id, vm_name=vm_names[0], facts=facts)
+            # It has happened: from here to the end nothing may be interrupted. The commit itself did not await after
+            # its transaction, so there is no instant at which a committed machine has no holder.
             replaced = None
             if work.machine is not None and work.link is not None:  # a new machine has woken
                 replaced = self.services.supervisor.hold(facts["vm_id"], facts["instance"], work.machine, work.link)
-            if after is not None:
-                await after()
-            if replaced is not None:
-                await replaced.machine.aclose()
+            with trio.move_on_after(AFTER_SECS, shield=True):
+                try:
+                    if after is not None:
+                        await after()
+                finally:
+                    if replaced is not None:
+                        await replaced.machine.aclose()
             vm = None
             with contextlib.suppress(NotFound):
                 vm = self._store.vm(user.id, vm_names[0])
@@ -325,17 +339,20 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         ConfigError: a backend cannot be opened.
         Damaged: the database cannot be used.
     """
-    for directory in (config.data_dir, paths.private_directory(config.run_dir)):
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with hostfs.os_errors("making the data directory"):
+        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        paths.private_directory(config.run_dir)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_only_agent(config.data_dir))
         store = stack.enter_context(open_store(config.database))
         context = AgentContext(data_dir=config.data_dir, run_dir=config.run_dir, database=config.database)
 
+        await trio.to_thread.run_sync(plugins.check_sections, config)
         vmm_spec, vmm_config = await trio.to_thread.run_sync(plugins.vmm, config)
         vmm = await stack.enter_async_context(vmm_spec.open(vmm_config, context))
         storage_spec, storage_config = await trio.to_thread.run_sync(plugins.storage, config, vmm.features)
         storage = await stack.enter_async_context(storage_spec.open(storage_config, context))
+        _check_disks(vmm, storage)
         network_spec, network_config = plugins.network(config)
         network = await stack.enter_async_context(network_spec.open(network_config, context))
         exec_spec, exec_config = plugins.execs(config)[0]
@@ -346,6 +363,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
 
         layout = Layout(config.data_dir)
         images = Images(layout.images, plugins.initrd_files(os.uname().machine))
+        deeds.take_up_users(store, layout)  # blocks, and nothing else runs yet
         await _ensure_local_user(store)
         nursery = await stack.enter_async_context(plain_nursery())
 
@@ -395,6 +413,24 @@ def _only_agent(data_dir: Path) -> Iterator[None]:
         yield
 
 
+def _check_disks(vmm: VmmBackend, storage: StorageBackend) -> None:
+    """Let the agent start only with a VMM that can use what the storage makes.
+
+    Raises:
+        ConfigError: it cannot; every create would fail.
+    """
+    features, takes = storage.features, ", ".join(sorted(vmm.features.disk_formats))
+    lacks = None
+    if features.format not in vmm.features.disk_formats:
+        lacks = f"makes {features.format} disks, and VMM {vmm.name!r} takes {takes}"
+    elif features.needs_pivot and not vmm.features.disk_pivot:
+        lacks = f"moves live disks onto new layers, which VMM {vmm.name!r} cannot do"
+    if lacks is not None:
+        raise ConfigError(
+            f'storage {storage.name!r} {lacks}. Set [backends] storage = "auto" in server.toml, or name another one.'
+        )
+
+
 async def _ensure_local_user(store: Store) -> None:
     name = LOCAL_USER_PREFIX + _own_name()
     if all(user.name != name for user in store.users()):
@@ -410,8 +446,16 @@ def _own_name() -> str:
 
 async def _note_death(store: Store, vm_id: str, instance: str, why: MachineExit) -> None:
     """Write down that a machine ended by itself, unless its VM has another by now."""
-    for vm in store.all_vms():
-        if vm.id == vm_id and vm.instance == instance and vm.state in (VmState.RUNNING, VmState.PAUSED):
-            state = VmState.STOPPED if why.reason == "shutdown" else VmState.DEAD
+    state = VmState.STOPPED if why.reason == "shutdown" else VmState.DEAD
+
+    def change(tx: Tx) -> Vm | None:
+        vm = tx.current(vm_id)
+        if vm.instance != instance or vm.state not in (VmState.RUNNING, VmState.PAUSED):
+            return None
+        tx.update_vm(vm, state=state, process=None)
+        return vm
+
+    with contextlib.suppress(Conflict):  # destroyed at the same time
+        vm = await store.write(change)
+        if vm is not None:
             logger.warning("VM %s ended: %s %s", vm.name, why.reason, why.detail, extra={"vm": vm.name})
-            await store.write(partial(Tx.update_vm, vm=vm, state=state, process=None))

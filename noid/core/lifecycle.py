@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import secrets
 import shutil
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +17,15 @@ from typing import Any, TypeVar
 import trio
 
 from noid import hostfs
-from noid.core import freezing, processes
+from noid.core import deeds, freezing, processes
 from noid.core import manifest as manifests
 from noid.core.backends import FreezePlan, Machine, RestorePlan
 from noid.core.freezing import Frozen
+from noid.core.identity import new_identity
 from noid.core.ids import new_checkpoint_id, new_id, new_instance
 from noid.core.manifest import Manifest
 from noid.core.model import (
     Checkpoint,
-    Identity,
     NetLease,
     Receipt,
     User,
@@ -187,14 +185,7 @@ async def wake_guest(work: Work, facts: Facts) -> None:
     """Make the guest its own before any user byte: clock, randomness, names. Keeps the receipt."""
     services, directory, machine = work.services, _directory(work, facts), given(work.machine)
     work.link = work.link or services.supervisor.link(machine)
-    identity = Identity(
-        hostname=facts["name"],
-        machine_id=facts["vm_id"].replace("-", ""),
-        unix_ns=time.time_ns(),
-        entropy=secrets.token_bytes(64),
-        generation=time.time_ns() // 1_000_000,
-        lease=work.lease,
-    )
+    identity = new_identity(facts["name"], facts["vm_id"], work.lease)
     secs = services.config.wake_timeout_secs
     try:
         with trio.fail_after(secs):
@@ -260,10 +251,15 @@ async def free_name(work: Work, facts: Facts) -> None:
 
 
 def commit_machine(work: Work, facts: Facts, tx: Tx) -> None:
-    """The VM runs on its new machine."""
+    """The VM runs on its new machine, of the shape that has. What the row was before may have changed: it can die."""
+    frozen = given(work.source).manifest
+    vm = tx.current(facts["vm_id"])
     tx.update_vm(
-        given(work.vm),
+        vm,
         state=VmState.RUNNING,
+        cpus=frozen.cpus,
+        mem_mib=frozen.mem_mib,
+        image=vm.image if facts["origin"].startswith(GOLDEN) else frozen.image,
         instance=facts["instance"],
         process=given(work.machine).ref,
         lease=work.lease,
@@ -271,6 +267,7 @@ def commit_machine(work: Work, facts: Facts, tx: Tx) -> None:
         origin=facts["origin"],
         receipt=work.receipt,
     )
+    deeds.write_vm(work.services.layout, tx.current(vm.id), given(work.user))
 
 
 def facts_of_new_vm(name: str, origin: str | None) -> Facts:
@@ -352,6 +349,7 @@ async def end_replaced(work: Work, old: Vm) -> None:
 
 async def reserve_checkpoint(work: Work, facts: Facts) -> None:
     """Make the directory it is written into."""
+    await trio.to_thread.run_sync(deeds.write_user, work.services.layout, given(work.user))
     with hostfs.os_errors("making the checkpoint's directory"):
         (_partial(work, facts) / "disk").mkdir(parents=True, mode=0o700)
 
@@ -427,13 +425,15 @@ async def finish_image(work: Work, facts: Facts) -> None:
 async def publish_checkpoint(work: Work, facts: Facts) -> None:
     """Make it durable and give it its final name: from here it exists."""
     final = work.services.layout.checkpoint(given(work.user).id, facts["checkpoint_id"])
-    await trio.to_thread.run_sync(hostfs.publish_directory, _partial(work, facts), final)
+    with hostfs.os_errors("publishing the checkpoint"):
+        await trio.to_thread.run_sync(hostfs.publish_directory, _partial(work, facts), final)
 
 
 async def unpublish_checkpoint(work: Work, facts: Facts) -> None:
-    """Take it back."""
+    """Take it back, at one instant: what follows is the removal of a part nobody takes for a checkpoint."""
     final = work.services.layout.checkpoint(given(work.user).id, facts["checkpoint_id"])
-    await trio.to_thread.run_sync(hostfs.remove_tree, final)
+    with contextlib.suppress(FileNotFoundError):
+        final.rename(_partial(work, facts))  # which undoing `reserve` removes
 
 
 def commit_checkpoint(work: Work, facts: Facts, tx: Tx) -> None:
@@ -470,7 +470,7 @@ CHECKPOINT_VM: Saga[Work] = Saga(
 async def mark_destroying(work: Work, facts: Facts) -> None:
     """Say so in the row. What fails later leaves it there, and destroying again goes on."""
     vm = given(work.vm)
-    await work.services.store.write(lambda tx: tx.update_vm(vm, state=VmState.DESTROYING))
+    await work.services.store.write(lambda tx: tx.update_vm(tx.current(vm.id), state=VmState.DESTROYING))
 
 
 async def release_machine(work: Work, facts: Facts) -> None:

@@ -19,7 +19,7 @@ from noid.core.lifecycle import Warm, Work
 from noid.core.model import ExecRequest, ProcessExit, VmSpec
 from noid.core.operations import Operations
 from noid.core.services import Services
-from noid.core.templates import Templates
+from noid.core.templates import GUEST_NAME, Templates
 from noid.errors import DeadlineExceeded, NoidError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ WARM_SECS = 60.0
 PING_SECS = 2.0
 CLOSE_SECS = 20.0
 SPARE_MEMORY_SHARE = 0.25
-GUEST_NAME = "noid"
 #: Run in turn, so that starting and reaping a process is warm too. A guest without them is as warm as it gets.
 REHEARSAL = (("true",), ("true",))
 
@@ -98,6 +97,8 @@ class Pool:
                 self._waiting.append(await self._make(spec, fingerprint))
         except NoidError as error:  # a create will say it to somebody who asked
             logger.info("no machine waits for the next create: %s", error)
+        except Exception:  # a bug here must not end the agent
+            logger.exception("no machine waits for the next create")
 
     async def _make(self, spec: VmSpec, fingerprint: str) -> Warm:
         """Restore, wake and rehearse a machine. Whatever fails or is cancelled: nothing is left of it."""

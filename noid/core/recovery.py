@@ -1,8 +1,9 @@
 """What a starting agent does about the past, before it listens: adopt, unwind, resume, sweep.
 
-The order matters. Machines of committed VMs are adopted first, because unwinding a checkpoint needs its VM's machine;
-then every operation without an outcome is undone (a destroy is carried on instead); then rows, processes and
-directories are compared, and what no row owns goes away. Checkpoints on disk without a row get their row back.
+The order matters. VMs the database has never heard of are taken up (see `noid.core.deeds`). Machines of committed VMs
+are adopted, because unwinding a checkpoint needs its VM's machine; then every operation without an outcome is undone (a
+destroy is carried on instead); then rows, processes and directories are compared, and what no row owns goes away.
+Checkpoints on disk without a row get their row back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,11 @@ from typing import Any
 import trio
 
 from noid import hostfs
-from noid.core import lifecycle, processes, saga
+from noid.core import deeds, lifecycle, processes, saga
 from noid.core import manifest as manifests
-from noid.core.backends import MachinePlan
+from noid.core.backends import Machine, MachinePlan
 from noid.core.lifecycle import Work
-from noid.core.model import Checkpoint, User, Vm, VmState
+from noid.core.model import Checkpoint, User, Vm, VmState, now
 from noid.core.saga import Journal
 from noid.core.services import Services
 from noid.core.store import Tx
@@ -31,31 +33,69 @@ from noid.errors import Damaged, DependencyDown, NoidError, NotFound
 logger = logging.getLogger(__name__)
 
 ADOPT_SECS = 15.0
+ADOPTED_AT_ONCE = 8
+REMEMBERED = timedelta(days=30)
 
 
 async def recover(services: Services, templates: Templates) -> None:
     """Bring rows, processes and files into agreement. One VM that cannot be mended is logged and stops nothing."""
+    with hostfs.os_errors("looking at the VMs' directories"):
+        spared = deeds.take_up_vms(services.store, services.layout)  # blocks, and nothing else runs yet
+    at_once = trio.CapacityLimiter(ADOPTED_AT_ONCE)
     async with trio.open_nursery() as nursery:
         for vm in services.store.all_vms():
             if vm.state in (VmState.RUNNING, VmState.PAUSED):
-                nursery.start_soon(_adopt, services, vm)
+                nursery.start_soon(_adopt, services, vm, at_once)
     for operation in services.store.open_operations():
         try:
             await _unwind(services, templates, operation)
-        except NoidError:
+        except Exception:  # whatever it is, an agent that does not start helps nobody
             logger.exception("%s of %r cannot be unwound yet", operation["kind"], operation["vm_name"])
     for vm in services.store.all_vms():
         if vm.state is VmState.CREATING:  # its operation could not be unwound, or its journal was lost
             await services.store.write(partial(Tx.delete_vm, vm_id=vm.id))
         elif vm.state is VmState.DESTROYING:
-            await _carry_on_destroying(services, templates, vm)
-    await _restore_checkpoint_rows(services)
-    await _sweep(services)
+            try:
+                await _carry_on_destroying(services, templates, vm)
+            except (NoidError, OSError):
+                logger.exception("VM %s cannot be destroyed yet", vm.name, extra={"vm": vm.name, "owner": vm.owner})
+    with hostfs.os_errors("looking at the checkpoints"):
+        await _restore_checkpoint_rows(services)
+    await _sweep(services, spared)
+    for user in services.store.users():
+        await trio.to_thread.run_sync(deeds.write_user, services.layout, user)
+    await services.store.write(partial(Tx.forget_operations, ended_before=now() - REMEMBERED))
 
 
-async def _adopt(services: Services, vm: Vm) -> None:
-    """Take hold of a machine an earlier agent started; a VM without one is dead."""
+async def _adopt(services: Services, vm: Vm, at_once: trio.CapacityLimiter) -> None:
+    """Take hold of a machine an earlier agent started. Without one a VM is dead; one we cannot drive is left."""
+    async with at_once:
+        obstacle = await trio.to_thread.run_sync(_obstacle, services, vm)
+        if obstacle is not None:
+            logger.error("VM %s runs on, but this agent cannot drive it: %s", vm.name, obstacle)
+            return
+        await _take_hold(services, vm)
+
+
+def _obstacle(services: Services, vm: Vm) -> str | None:
+    """Return why a living machine is beyond this agent's backends: the settings changed. Killing it would lose it."""
+    directory = services.layout.vm(vm.instance)
+    if vm.process is None or processes.reference(vm.process.pid) != vm.process:
+        return None
+    try:
+        services.storage.volume(directory)
+        theirs = manifests.read(directory).fingerprint.get("vmm")
+    except NoidError as error:
+        return str(error)
+    ours = services.vmm.fingerprint().get("vmm")
+    if theirs == ours:
+        return None
+    return f'its VMM is {theirs} and this agent has {ours}. Set [backends] vmm = "{theirs}" and restart the agent.'
+
+
+async def _take_hold(services: Services, vm: Vm) -> None:
     layout, directory = services.layout, services.layout.vm(vm.instance)
+    machine: Machine | None = None
     try:
         if vm.process is None:
             raise NotFound(f"VM {vm.name!r} has no process")
@@ -74,8 +114,12 @@ async def _adopt(services: Services, vm: Vm) -> None:
             if vm.state is VmState.RUNNING:
                 await machine.resume()  # the last agent may have died inside a pause
     except (NoidError, trio.TooSlowError) as error:
-        logger.warning("VM %s (%s) is dead: %s", vm.name, vm.instance, error, extra={"vm": vm.name, "owner": vm.owner})
-        await trio.to_thread.run_sync(processes.end_instance, services.config.data_dir, vm.instance)
+        why = str(error) or f"it does not resume within {ADOPT_SECS:g} s"
+        logger.warning("VM %s (%s) is dead: %s", vm.name, vm.instance, why, extra={"vm": vm.name, "owner": vm.owner})
+        if machine is not None:
+            await machine.aclose()
+        with hostfs.os_errors(f"ending the machine of VM {vm.name!r}"):
+            await trio.to_thread.run_sync(processes.end_instance, services.config.data_dir, vm.instance)
         await services.store.write(lambda tx: tx.update_vm(vm, state=VmState.DEAD, process=None))
         return
     services.supervisor.hold(vm.id, vm.instance, machine, services.supervisor.link(machine))
@@ -115,31 +159,35 @@ def _work(services: Services, templates: Templates, owner: str) -> Work:
 
 async def _restore_checkpoint_rows(services: Services) -> None:
     """Give checkpoints their rows back that a power cut or a lost database took: the manifest is the truth."""
+    known = {(c.owner, c.id) for user in services.store.users() for c in services.store.checkpoints(user.id)}
+    owners = {user.id for user in services.store.users()}
 
     def found() -> list[Checkpoint]:
         checkpoints = []
         for owner, directory in _owned(services.layout.users, "checkpoints"):
+            if (owner, directory.name) in known or owner not in owners or directory.name.endswith(".partial"):
+                continue
             try:
                 manifest = manifests.read(directory)
             except (NotFound, Damaged) as error:
                 logger.warning("not a checkpoint: %s: %s", directory.name, error)
                 continue
+            if manifest.id != directory.name:
+                logger.warning("not a checkpoint: %s holds a copy of %s", directory, manifest.id)
+                continue
             names = ("id", "vm_id", "vm_name", "label", "cpus", "mem_mib", "image", "parent", "created_at")
             checkpoints.append(Checkpoint(owner=owner, **{name: getattr(manifest, name) for name in names}))
         return checkpoints
 
-    known = {(c.owner, c.id) for user in services.store.users() for c in services.store.checkpoints(user.id)}
-    owners = {user.id for user in services.store.users()}
     for checkpoint in await trio.to_thread.run_sync(found):
-        if checkpoint.owner in owners and (checkpoint.owner, checkpoint.id) not in known:
-            logger.warning("checkpoint %s of %s has its row again", checkpoint.id, checkpoint.vm_name)
-            await services.store.write(partial(Tx.insert_checkpoint, checkpoint=checkpoint))
+        logger.warning("checkpoint %s of %s has its row again", checkpoint.id, checkpoint.vm_name)
+        await services.store.write(partial(Tx.insert_checkpoint, checkpoint=checkpoint))
 
 
-async def _sweep(services: Services) -> None:
-    """End processes and remove directories that belong to no row."""
+async def _sweep(services: Services, spared: set[str]) -> None:
+    """End processes and remove directories that belong to no row and are not *spared*."""
     data_dir, layout = services.config.data_dir, services.layout
-    instances = {vm.instance for vm in services.store.all_vms()}
+    instances = spared | {vm.instance for vm in services.store.all_vms()}
 
     def sweep() -> list[str]:
         swept = []

@@ -82,13 +82,13 @@ class Tx:
         """Run one statement. Only for this module."""
         return self._connection.execute(sql, arguments)
 
-    def insert_user(self, name: str, user_id: str) -> User:
+    def insert_user(self, name: str, user_id: str, created_at: datetime | None = None) -> User:
         """Add a user.
 
         Raises:
             Conflict: the name is taken.
         """
-        user = User(id=user_id, name=name, created_at=now())
+        user = User(id=user_id, name=name, created_at=created_at or now())
         try:
             self.execute("INSERT INTO users VALUES (?, ?, ?)", user.id, user.name, _time(user.created_at))
         except sqlite3.IntegrityError as error:
@@ -130,6 +130,24 @@ class Tx:
         if done.rowcount != 1:
             raise Conflict(f"VM {vm.name!r} changed at the same time. Look at it again and repeat.")
 
+    def current(self, vm_id: str) -> Vm:
+        """Return the VM's row as it is now, for a change that does not depend on what was read before.
+
+        Raises:
+            Conflict: the row has gone.
+        """
+        cursor = self._connection.cursor()
+        cursor.row_factory = sqlite3.Row
+        row = cursor.execute("SELECT * FROM vms WHERE id = ?", (vm_id,)).fetchone()
+        if row is None:
+            raise Conflict("the VM is gone: it was destroyed at the same time.")
+        return _vm(row)
+
+    def replace_vm(self, vm: Vm) -> None:
+        """Make *vm*'s row, or what there is of that id, what *vm* says: for rows found again on disk."""
+        self.delete_vm(vm.id)
+        self.insert_vm(vm)
+
     def delete_vm(self, vm_id: str) -> None:
         """Remove a VM's row. Checkpoints stay: they belong to their owner."""
         self.execute("DELETE FROM vms WHERE id = ?", vm_id)
@@ -161,6 +179,12 @@ class Tx:
         """End an operation's page: *outcome* is ``finished`` or ``unwound``."""
         sql = "UPDATE operations SET outcome = ?, error = ?, ended_at = ? WHERE id = ?"
         self.execute(sql, outcome, error, _time(now()), operation)
+
+    def forget_operations(self, ended_before: datetime) -> None:
+        """Remove what ended before that time, with its journal: both are for recovery and for looking back a while."""
+        old = "SELECT id FROM operations WHERE ended_at < ?"
+        self.execute(f"DELETE FROM journal WHERE operation IN ({old})", _time(ended_before))  # noqa: S608  # own text
+        self.execute("DELETE FROM operations WHERE ended_at < ?", _time(ended_before))
 
 
 class Store:
@@ -230,6 +254,11 @@ class Store:
             events = self._read("SELECT step, event FROM journal WHERE operation = ? ORDER BY seq", row["id"])
             operations.append({**dict(row), "events": [(e["step"], e["event"]) for e in events]})
         return operations
+
+    def knows_instance(self, instance: str) -> bool:
+        """Return whether an operation of this database ever made or replaced the machine *instance*."""
+        made = ", ".join(f"json_extract(facts, '$.{fact}')" for fact in ("instance", "old_instance"))
+        return bool(self._read(f"SELECT 1 FROM operations WHERE ? IN ({made}) LIMIT 1", instance))  # noqa: S608  # own text
 
     def close(self) -> None:
         """Close both connections."""
@@ -319,8 +348,8 @@ def _sqlite_errors(path: Path | None = None) -> Iterator[None]:
     """Turn SQLite's errors into ours; `IntegrityError` is the caller's to understand."""
     try:
         yield
-    except sqlite3.IntegrityError:
-        raise
+    except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+        raise  # the latter is a bug of ours
     except sqlite3.DatabaseError as error:
         where = f"the database {path}" if path else "the noid database"
         primary = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF

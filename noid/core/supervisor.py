@@ -16,6 +16,7 @@ from noid.errors import BackendError, DependencyDown
 logger = logging.getLogger(__name__)
 
 CLOSE_SECS = 5.0
+PING_SECS = 2.0
 
 
 class GuestLink:
@@ -39,30 +40,31 @@ class GuestLink:
         try:
             yield guest
         except (DependencyDown, BackendError):
-            if self._guest is guest:
+            if self._guest is guest and not await self._answers(guest):
                 self.drop()
             raise
 
     def drop(self) -> None:
-        """Close the connection, if there is one. The next `guest` opens a new one."""
+        """Close the connection, also one that is being opened. The next `guest` opens a new one."""
         if self._scope is not None:
             self._scope.cancel()
         self._guest = self._scope = None
 
     async def _connected(self) -> Guest:
         async with self._opening:
-            if self._guest is None:
-                self._guest = await self._nursery.start(self._hold)
-            return self._guest
+            if self._guest is not None:
+                return self._guest
+            guest: Guest = await self._nursery.start(self._hold)
+            return guest
 
     async def _hold(self, task_status: trio.TaskStatus[Guest]) -> None:
         """Keep the connection open until `drop`. Errors before it is open are the opener's; later ones are logged."""
         opened = False
-        scope = trio.CancelScope()
+        scope = self._scope = trio.CancelScope()
         try:
             with scope:
                 async with self._backend.connect(self._machine) as guest:
-                    opened, self._scope = True, scope
+                    opened, self._guest = True, guest
                     task_status.started(guest)
                     await trio.sleep_forever()
         except Exception as error:
@@ -72,6 +74,18 @@ class GuestLink:
         finally:
             if self._scope is scope:
                 self._guest = self._scope = None
+        if not opened:
+            raise DependencyDown("the connection to the guest was given up while it was made: its machine has ended.")
+
+    async def _answers(self, guest: Guest) -> bool:
+        """Return whether the connection itself still works: the failure of one user must not disturb the others."""
+        with trio.move_on_after(PING_SECS, shield=True):
+            try:
+                await guest.ping()
+            except (DependencyDown, BackendError):
+                return False
+            return True
+        return False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -143,6 +157,8 @@ class Supervisor:
                 if self._live.get(live.vm_id) is live:
                     del self._live[live.vm_id]
                     await self._on_exit(live.vm_id, live.instance, why)
+        except Exception:  # one machine must not end the agent: errors stay in this task
+            logger.exception("machine %s: its end cannot be written down; the next start does", live.instance)
         finally:
             if not live.watch.cancel_called:
                 with trio.move_on_after(CLOSE_SECS, shield=True):

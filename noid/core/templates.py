@@ -18,16 +18,18 @@ from noid import hostfs
 from noid.core import freezing
 from noid.core import manifest as manifests
 from noid.core.backends import LaunchPlan, Machine
-from noid.core.ids import new_instance
+from noid.core.identity import new_identity
+from noid.core.ids import new_id, new_instance
 from noid.core.manifest import Manifest
-from noid.core.model import ExecRequest, FrozenDisk, Image, ProcessExit, VmSpec, now
+from noid.core.model import ExecRequest, FrozenDisk, Image, NetLease, ProcessExit, VmSpec, now
 from noid.core.services import Services
 from noid.core.waiting import console_tail, until_it_ends
-from noid.errors import Damaged, DeadlineExceeded, Incompatible, NotFound
+from noid.errors import Damaged, DeadlineExceeded, Incompatible, NoidError, NotFound
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+GUEST_NAME = "noid"
 CLEANUP_SECS = 20.0
 
 
@@ -96,26 +98,38 @@ class Templates:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
     async def collect(self) -> None:
-        """Remove templates that nothing can use any more: their image is gone or changed, or the VMM is another."""
+        """Remove templates that nothing will ask for again: their image, the VMM or the settings are others now.
+
+        While an image cannot be read, the templates made from it stay. What cannot be removed is logged.
+        """
+        try:
+            for directory in await trio.to_thread.run_sync(self._stale):
+                logger.info("removing template %s: its image, VMM or settings are others now", directory.name)
+                await trio.to_thread.run_sync(hostfs.remove_tree, directory)
+        except (NoidError, OSError):
+            logger.exception("templates that are not needed any more could not all be removed")
+
+    def _stale(self) -> list[Path]:
         services = self._services
-
-        def stale() -> list[Path]:
-            current = {image.digest for image in services.images.list()}
-            found = []
-            for directory in _directories(services.layout.golden):
-                try:
-                    template = manifests.read(directory)
-                    usable = template.image_digest in current
-                    if usable and dict(template.fingerprint) == dict(services.vmm.fingerprint()):
-                        continue
-                except (NotFound, Damaged):
-                    pass
+        images = services.images.list()
+        unreadable = set(services.images.names()) - {image.name for image in images}
+        found = []
+        for directory in _directories(services.layout.golden):
+            try:
+                template = manifests.read(directory)
+            except (NotFound, Damaged):
                 found.append(directory)
-            return found
-
-        for directory in await trio.to_thread.run_sync(stale):
-            logger.info("removing template %s: its image or VMM is not here any more", directory.name)
-            await trio.to_thread.run_sync(hostfs.remove_tree, directory)
+                continue
+            wanted = {
+                self.fingerprint(
+                    VmSpec(name=template.vm_name, cpus=template.cpus, mem_mib=template.mem_mib, image=image.name), image
+                )
+                for image in images
+                if image.digest == template.image_digest
+            }
+            if template.image not in unreadable and directory.name not in wanted:
+                found.append(directory)
+        return found
 
     def _boot_args(self, spec: VmSpec) -> list[str]:
         offered = self._services.plugins.hook.boot_args(spec=spec, lease=None)
@@ -154,7 +168,7 @@ class Templates:
                 cmdline=" ".join([image.cmdline, *self._boot_args(spec)]).strip(),
             )
             machine = await services.vmm.launch(plan)
-            await self._boot(machine, image, scratch)
+            await self._boot(machine, image, scratch, lease)
             freeze_plan = await services.storage.prepare_freeze(volume, partial / "disk")
             frozen = await freezing.freeze(machine, services.storage, freeze_plan, partial, resume=False)
             draft = Manifest(
@@ -173,18 +187,25 @@ class Templates:
                 fingerprint=services.vmm.fingerprint(),
             )
             await freezing.complete(frozen, partial, draft, {})
-            await trio.to_thread.run_sync(hostfs.publish_directory, partial, directory)
+            with hostfs.os_errors("publishing a template"):
+                await trio.to_thread.run_sync(hostfs.publish_directory, partial, directory)
         finally:
             with trio.move_on_after(CLEANUP_SECS, shield=True):
-                if machine is not None:
-                    await machine.kill()
-                    await machine.aclose()
-                await services.network.release(instance)
-                for path in (scratch, run_dir, partial):
-                    await trio.to_thread.run_sync(hostfs.remove_tree, path)
+                try:
+                    if machine is not None:
+                        await machine.kill()
+                        await machine.aclose()
+                    await services.network.release(instance)
+                    for path in (scratch, run_dir, partial):
+                        await trio.to_thread.run_sync(hostfs.remove_tree, path)
+                except (NoidError, OSError):  # the build has succeeded or failed for a reason of its own
+                    logger.exception("what template %s was made of is not gone; the next start sweeps", directory.name)
 
-    async def _boot(self, machine: Machine, image: Image, directory: Path) -> None:
-        """Wait until the guest's agent answers and its ready command has ended."""
+    async def _boot(self, machine: Machine, image: Image, directory: Path, lease: NetLease | None) -> None:
+        """Wait until the guest's agent answers and its ready command has ended, and wake it once.
+
+        That is for its clones: what this wake does (network, mounts, files), theirs find done and only adjust.
+        """
         services = self._services
         secs = services.config.boot_timeout_secs
         link = services.supervisor.link(machine)
@@ -195,6 +216,7 @@ class Templates:
                     while not isinstance(await process.receive(), ProcessExit):
                         pass
                     await guest.release(process)
+                    await guest.wake(new_identity(GUEST_NAME, new_id(), lease))
         except trio.TooSlowError as error:
             raise DeadlineExceeded(
                 f"image {image.name!r} did not finish booting within {secs:g} s.{console_tail(directory)} Try again "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -31,9 +30,12 @@ class UserNetwork:
     kinds = frozenset({"user"})
 
     async def lease(self, instance: str) -> NetLease:
-        """Return the lease of *instance*: always the same, with a hardware address derived from its name."""
+        """Return the lease of *instance*: the same for all, because each is alone on a network of its own.
+
+        The hardware address stays the VMM's default for the same reason, so a clone has nothing to change.
+        """
         await trio.lowlevel.checkpoint()
-        return NetLease(kind="user", mac=mac_of(instance), guest_address=GUEST_ADDRESS, gateway=GATEWAY)
+        return NetLease(kind="user", guest_address=GUEST_ADDRESS, gateway=GATEWAY)
 
     async def release(self, instance: str) -> None:
         """Do nothing: the network ends with the VMM process."""
@@ -53,11 +55,6 @@ class NoNetwork:
     async def release(self, instance: str) -> None:
         """Do nothing."""
         await trio.lowlevel.checkpoint()
-
-
-def mac_of(instance: str) -> str:
-    """Return the hardware address of *instance*: unicast, locally administered, the same on every host."""
-    return ":".join(f"{byte:02x}" for byte in (0x02, *hashlib.blake2s(instance.encode(), digest_size=5).digest()))
 
 
 @contextlib.asynccontextmanager

@@ -83,6 +83,26 @@ static int replace_file(const char *path, mode_t mode, const char *data, size_t 
     return error == EBUSY ? write_whole(path, O_TRUNC, mode, data, length) : -1;
 }
 
+// Makes the content of an existing file `data`, without a new inode: what costs a clone most is what it does for the
+// first time, and creating, renaming and unlinking are long ways through a file system. In every state between the file
+// holds the old lines, or the new ones and empty ones. Falls back to `replace_file`, for links too.
+static int update_file(const char *path, mode_t mode, const char *data, size_t length) {
+    char padded[512];
+    struct stat status;
+    int fd = open(path, O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0) return replace_file(path, mode, data, length);
+    size_t size = fstat(fd, &status) == 0 && S_ISREG(status.st_mode) ? (size_t)status.st_size : sizeof padded;
+    bool in_place = length < sizeof padded && size < sizeof padded;
+    if (in_place) {
+        size_t whole = size > length ? size : length;
+        memset(padded, '\n', whole);
+        memcpy(padded, data, length);
+        in_place = pwrite(fd, padded, whole, 0) == (ssize_t)whole && (size <= length || ftruncate(fd, (off_t)length) == 0);
+    }
+    close(fd);
+    return in_place ? 0 : replace_file(path, mode, data, length);
+}
+
 int identity_replace_file(const char *path, const char *data, size_t length) {
     return replace_file(path, 0644, data, length);
 }
@@ -183,7 +203,7 @@ static int rewrite_hosts(const char *hostname) {
         if (length && new[length - 1] != '\n') new[length++] = '\n';
         length += (size_t)sprintf(new + length, "127.0.1.1\t%s\n", hostname);
     }
-    return replace_file("/etc/hosts", 0644, new, length);
+    return update_file("/etc/hosts", 0644, new, length);
 }
 
 static void set_hostname(const struct wake *wake, struct item *item) {
@@ -193,7 +213,7 @@ static void set_hostname(const struct wake *wake, struct item *item) {
     if (sethostname(wake->hostname, strlen(wake->hostname))) {
         item->error = errno;
         snprintf(item->detail, sizeof item->detail, "sethostname");
-    } else if (replace_file("/etc/hostname", 0644, line, (size_t)length)) {
+    } else if (update_file("/etc/hostname", 0644, line, (size_t)length)) {
         item->error = errno;
         snprintf(item->detail, sizeof item->detail, "the kernel's name is set, /etc/hostname is not");
     } else if (rewrite_hosts(wake->hostname)) {
@@ -209,11 +229,11 @@ static void set_machine_id(const struct wake *wake, struct item *item) {
     char line[40];
     int length = snprintf(line, sizeof line, "%s\n", wake->machine_id);
     struct stat status;
-    if (replace_file(path, 0444, line, (size_t)length)) {
+    if (update_file(path, 0444, line, (size_t)length)) {
         item->error = errno;
         snprintf(item->detail, sizeof item->detail, "%s", path);
     } else if (lstat(dbus, &status) == 0 && S_ISREG(status.st_mode) &&
-               replace_file(dbus, 0444, line, (size_t)length)) {
+               update_file(dbus, 0444, line, (size_t)length)) {
         // systemd takes a blank /etc/machine-id from here: an old one would come back with the next boot.
         item->error = errno;
         snprintf(item->detail, sizeof item->detail, "%s", dbus);
@@ -234,8 +254,7 @@ static void make_uuid(char *text) {
     }
 }
 
-// The kernel has no way to change its boot id, so a file is mounted over it. A clone of a clone first takes off the
-// old one. Fresh mounts of proc (other mount namespaces, ProtectProc=) still show the kernel's.
+// The kernel has no way to change its boot id, so a file is mounted over it. Fresh mounts of proc (other mount namespaces, ProtectProc=) still show the kernel's.
 static void set_boot_id(struct item *item) {
     static const char file[] = "/run/noid/boot_id";
     identity_boot_id(item->before, sizeof item->before);
@@ -243,13 +262,19 @@ static void set_boot_id(struct item *item) {
     make_uuid(line);
     strcat(line, "\n");
     snprintf(item->detail, sizeof item->detail, "%s", file);
-    if (replace_file(file, 0444, line, strlen(line))) {
+    // A clone of a clone finds our file there already: then it is enough to change what that says.
+    struct stat ours, shown;
+    bool mounted = stat(file, &ours) == 0 && stat(boot_id_path, &shown) == 0 && ours.st_dev == shown.st_dev &&
+                   ours.st_ino == shown.st_ino;
+    if (update_file(file, 0444, line, strlen(line))) {
         item->error = errno;
         return;
     }
-    for (int i = 0; i < 16 && umount2(boot_id_path, MNT_DETACH) == 0; i++) continue;
-    if (mount(file, boot_id_path, NULL, MS_BIND, NULL)) item->error = errno;
-    else snprintf(item->detail, sizeof item->detail, "mounted over the kernel's");
+    if (!mounted) {
+        for (int i = 0; i < 16 && umount2(boot_id_path, MNT_DETACH) == 0; i++) continue;
+        if (mount(file, boot_id_path, NULL, MS_BIND, NULL)) item->error = errno;
+    }
+    if (!item->error) snprintf(item->detail, sizeof item->detail, "mounted over the kernel's");
     identity_boot_id(item->after, sizeof item->after);
 }
 
@@ -258,7 +283,7 @@ static void set_generation(const struct wake *wake, struct item *item) {
     read_line(file, item->before, sizeof item->before);
     char line[32];
     int length = snprintf(line, sizeof line, "%llu\n", (unsigned long long)wake->generation);
-    if (replace_file(file, 0444, line, (size_t)length)) item->error = errno;
+    if (update_file(file, 0444, line, (size_t)length)) item->error = errno;
     read_line(file, item->after, sizeof item->after);
     snprintf(item->detail, sizeof item->detail, "%s", file);
 }
