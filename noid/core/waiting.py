@@ -12,6 +12,7 @@ import trio
 from noid.core.backends import Machine, MachineExit
 from noid.errors import DependencyDown
 
+_END_SECS = 0.5
 _TAIL_BYTES = 4096
 _TAIL_LINES = 5
 _UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[^\x20-\x7e\n]")
@@ -62,6 +63,9 @@ async def until_it_ends(machine: Machine, directory: Path) -> AsyncIterator[None
                 yield
             except Exception as error:  # raised below, outside the nursery, so that it arrives as it is
                 failure = failure or error
+                if isinstance(error, DependencyDown):  # the guest went away: perhaps because the machine is ending
+                    with trio.move_on_after(_END_SECS):
+                        await trio.sleep_forever()
         nursery.cancel_scope.cancel()
     if failure is not None and not (ended and isinstance(failure, DependencyDown)):
         raise failure
