@@ -52,12 +52,13 @@ from noid.core.store import Store, Tx, open_store
 from noid.core.supervisor import Supervisor
 from noid.core.templates import Templates
 from noid.core.waiting import plain_nursery
-from noid.errors import ConfigError, Conflict, DeadlineExceeded, NoidError, NotFound, Unauthenticated
+from noid.errors import Busy, ConfigError, Conflict, DeadlineExceeded, NoidError, NotFound, Unauthenticated
 
 logger = logging.getLogger(__name__)
 
 DRAIN_SECS = 20.0
 AFTER_SECS = 30.0
+HANDOVER_SECS = 2.0
 CONNECT_SECS = 10.0
 
 
@@ -136,6 +137,8 @@ class Agent:
         """
         vm = self._store.vm(user.id, checked_name(name))
         states.require("checkpoint", name, vm.state)
+        if (holder := self._operations.holder(user.id, name)) is not None:
+            raise Busy(name, holder)
         work = self._work(user, vm=vm)
         work.machine = self.services.supervisor.get(vm).machine
         facts = lifecycle.facts_of_checkpoint(vm, label)
@@ -204,6 +207,11 @@ class Agent:
         """
         vm = self._store.vm(user.id, checked_name(name))
         states.require("exec", name, vm.state)
+        # A commit is seen an instant before its machine is held; whoever comes in between waits for that.
+        with trio.move_on_after(HANDOVER_SECS):
+            while self._is_handed_over(vm):
+                await self.services.supervisor.next_hold()
+                vm = self._store.vm(user.id, name)
         link = self.services.supervisor.get(vm).link
         connecting = link.guest()
         try:
@@ -225,6 +233,11 @@ class Agent:
             return self.services.images.get(vm.image).user
         except NotFound:
             return "root"
+
+    @property
+    def waiting_machines(self) -> int:
+        """How many woken machines wait for the next create."""
+        return len(self._pool)
 
     # --- users -----------------------------------------------------------------------------------------------------
 
@@ -274,6 +287,11 @@ class Agent:
 
     def _work(self, user: User, *, vm: Vm | None = None, spec: VmSpec | None = None) -> Work:
         return Work(services=self.services, templates=self._templates, user=user, vm=vm, spec=spec)
+
+    def _is_handed_over(self, vm: Vm) -> bool:
+        live = self.services.supervisor.find(vm.id)
+        held = live is not None and live.instance == vm.instance
+        return not held and self._operations.holder(vm.owner, vm.name) is not None
 
     def _with_busy(self, vm: Vm) -> Vm:
         holder = self._operations.holder(vm.owner, vm.name)

@@ -44,6 +44,10 @@ class Pool:
         self._wanted: VmSpec | None = None
         self._changed = trio.Event()
 
+    def __len__(self) -> int:
+        """How many machines wait."""
+        return len(self._waiting)
+
     def want(self, spec: VmSpec) -> None:
         """Prefer this shape from now on, and make up for what was taken."""
         self._wanted = spec

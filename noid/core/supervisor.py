@@ -112,6 +112,7 @@ class Supervisor:
         self._exec = exec_backend
         self._on_exit = on_exit
         self._live: dict[str, Live] = {}
+        self._held = trio.Event()
 
     def link(self, machine: Machine) -> GuestLink:
         """Return a connection for a machine that is not held yet."""
@@ -138,7 +139,13 @@ class Supervisor:
         live = Live(vm_id=vm_id, instance=instance, machine=machine, link=link)
         self._live[vm_id] = live
         self._nursery.start_soon(self._watch, live, name=f"watch {instance}")
+        self._held.set()
+        self._held = trio.Event()
         return old
+
+    async def next_hold(self) -> None:
+        """Return when `hold` has been called again."""
+        await self._held.wait()
 
     def release(self, vm_id: str) -> Live | None:
         """Stop watching the VM's machine and return it, or None."""

@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 import trio
+import trio.testing
 
 from noid.core.backends import Machine, MachineExit
 from noid.core.waiting import console_tail, is_cancellation, plain_nursery, until_it_ends
@@ -28,7 +29,13 @@ class Ending:
 
 
 def waiting(machine: Ending, directory: Path):  # type: ignore[no-untyped-def]  # a context manager, as it comes
-    return until_it_ends(cast(Machine, machine), directory)  # it needs no more of a machine than `wait`
+    return until_it_ends(cast("Machine", machine), directory)  # it needs no more of a machine than `wait`
+
+
+async def wait_for_ever(machine: Ending, directory: Path) -> None:
+    async with waiting(machine, directory):
+        machine.ended.set()
+        await trio.sleep_forever()
 
 
 async def test_the_block_runs_to_its_end_while_the_machine_does(tmp_path: Path) -> None:
@@ -40,22 +47,25 @@ async def test_a_machine_that_ends_interrupts_the_block_and_its_console_is_quote
     (tmp_path / "serial.log").write_bytes(b"booting\r\n\x1b[31mKernel panic\x1b[0m - not syncing\r\n")
     machine = Ending()
     with pytest.raises(DependencyDown, match=r"\(reset: triple fault\).*Kernel panic - not syncing"):
-        async with waiting(machine, tmp_path):
-            machine.ended.set()
-            await trio.sleep_forever()
+        await wait_for_ever(machine, tmp_path)
 
 
 async def test_a_guest_that_goes_away_as_its_machine_ends_is_the_machines_end(tmp_path: Path) -> None:
     machine = Ending()
-    with pytest.raises(DependencyDown, match="the VM ended before its guest answered") as raised:
-        async with trio.open_nursery() as nursery, waiting(machine, tmp_path):
+
+    async def connection_breaks_first() -> None:
+        async with waiting(machine, tmp_path):
             nursery.start_soon(end_soon, machine)
             raise DependencyDown("connection lost")
+
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(DependencyDown, match="the VM ended before its guest answered") as raised:
+            await connection_breaks_first()
     assert isinstance(raised.value.__cause__, DependencyDown)
 
 
 async def end_soon(machine: Ending) -> None:
-    await trio.sleep(0.01)  # the connection breaks first, the end of the process shows a moment later
+    await trio.testing.wait_all_tasks_blocked()
     machine.ended.set()
 
 
@@ -72,9 +82,7 @@ async def test_a_wait_that_fails_is_an_error_and_no_group(tmp_path: Path) -> Non
     machine = Ending()
     machine.broken = BackendError("the VMM's log cannot be read")
     with pytest.raises(BackendError, match="log cannot be read"):
-        async with waiting(machine, tmp_path):
-            machine.ended.set()
-            await trio.sleep_forever()
+        await wait_for_ever(machine, tmp_path)
 
 
 @pytest.mark.parametrize("ends_too", [False, True])
