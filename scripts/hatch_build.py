@@ -12,7 +12,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,8 @@ def build_all(root: Path) -> list[Path]:
             continue
         if importlib.util.find_spec("ziglang") is None:
             sys.exit(f"The guest agent's compiler is missing. Install it: pip install ziglang=={ZIG_VERSION}")
-        with tempfile.TemporaryDirectory(prefix="noid-agent-") as scratch:
-            compile_agent(guest_dir, architecture, output, scratch=Path(scratch))
+        # The first time, the compiler also makes a C library: half a minute. It keeps it here.
+        compile_agent(guest_dir, architecture, output, scratch=root / ".zig-cache")
         stamp.write_text(digest)
     return built
 

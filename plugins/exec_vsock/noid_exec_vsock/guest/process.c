@@ -50,7 +50,6 @@ struct process {
     bool orphan;       // the host of an earlier conversation started it, or released it: nobody is told anything
     bool failed;       // FAILED was sent: the child that ends now never was the program
     bool released;     // RELEASED is owed
-    bool zombie;       // ended, but kept unreaped so that its group's number cannot be taken by others
     bool told;         // EXIT was sent, or nobody is to be told
     bool status_due;   // the status pipe has news that found no room in the outbox
     bool stdin_broken; // STDIN_CLOSED is owed
@@ -306,7 +305,7 @@ static void settle(struct process *process) {
             process->stdin_credit += process->stdin_owed;
             process->stdin_owed = 0;
             outbox_answer(MSG_CREDIT, process->id, body, writer.length);
-        } else if (process->released && (process->zombie || process->state == PROCESS_ENDED)) {
+        } else if (process->released && process->state == PROCESS_ENDED) {
             process->released = false;
             process->orphan = true;
             outbox_answer(MSG_RELEASED, process->id, NULL, 0);
@@ -330,12 +329,19 @@ static void discard_output(struct process *process) {
     }
 }
 
+static void set_kill_at(struct process *process, int64_t at_ms) {
+    killers += (at_ms != 0) - (process->kill_at_ms != 0);
+    process->kill_at_ms = at_ms;
+}
+
 static void reap(struct process *process) {
     pid_t pid = wait4(process->pid, &process->wait_status, WNOHANG, &process->usage);
     if (pid == 0) return;
     if (pid < 0) process->wait_status = 0; // cannot happen: nobody else waits for our children
     process->state = PROCESS_ENDED;
-    process->zombie = false;
+    // Members of its group pin the group's number; without any, the grace is over. (Later, the number could only be
+    // another's if all members had ended *and* the kernel had gone through all pids, within the grace.)
+    if (process->kill_at_ms && kill(-process->pid, 0) && errno == ESRCH) set_kill_at(process, 0);
     close_fd(&process->pidfd);
     if (process->stdin_fd >= 0) close_stdin(process);
     for (int which = 0; which < 2; which++) {
@@ -352,21 +358,7 @@ static void reap(struct process *process) {
 }
 
 static void on_exit_event(struct process *process) {
-    if (process->state != PROCESS_RUNNING) return; // STARTING: the status pipe closes too, and is handled first
-    if (!process->kill_at_ms) {
-        reap(process);
-        return;
-    }
-    siginfo_t info = {0};
-    if (waitid(P_PID, (id_t)process->pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid) {
-        process->zombie = true; // others of its group may still use their grace; see `processes_tick`
-        settle(process);
-    }
-}
-
-static void set_kill_at(struct process *process, int64_t at_ms) {
-    killers += (at_ms != 0) - (process->kill_at_ms != 0);
-    process->kill_at_ms = at_ms;
+    if (process->state == PROCESS_RUNNING) reap(process);
 }
 
 static void kill_group(const struct process *process, int signo) {
@@ -376,7 +368,7 @@ static void kill_group(const struct process *process, int signo) {
 
 void process_signal(uint32_t id, uint8_t signo) {
     struct process *process = find(id);
-    if (!process || process->state == PROCESS_ENDED || process->zombie) return;
+    if (!process || process->state == PROCESS_ENDED) return;
     if (signo < 1 || signo > 64) answer_error(id, "no such signal");
     else kill_group(process, signo);
 }
@@ -418,10 +410,8 @@ void processes_tick(void) {
         struct process *process = &table[i];
         if (process->state == PROCESS_FREE || !process->kill_at_ms || process->kill_at_ms > now) continue;
         set_kill_at(process, 0);
-        if (process->state != PROCESS_ENDED) {
-            kill_group(process, SIGKILL);
-            reap(process); // a zombie at once; otherwise its pidfd will tell
-        }
+        if (process->state == PROCESS_ENDED) kill(-process->pid, SIGKILL); // what it left behind in its group
+        else kill_group(process, SIGKILL);                                // its pidfd will tell
         free_if_over(process);
     }
 }
