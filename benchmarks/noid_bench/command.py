@@ -55,7 +55,7 @@ async def _measure(image: str | None, rounds: int, parent: Path) -> list[Figure]
         environment = {**os.environ, "NOID_DATA_DIR": str(data_dir)}
         async with open_rig(data_dir, "overlay", name, images) as rig, _served(rig):
             _say("create from golden")
-            figures.append(await measures.create_from_golden(rig, rounds))
+            figures += await measures.create_from_golden(rig, rounds)
             _say("checkpoint pause, overlay")
             figures.append(await measures.checkpoint_pause(rig, rounds, "overlay"))
             figures += await measures.copied_by_a_clone(rig)
@@ -65,7 +65,7 @@ async def _measure(image: str | None, rounds: int, parent: Path) -> list[Figure]
             figures.append(await measures.exec_command(rig, rounds, environment))
             figures.append(await measures.list_command(rounds, environment))
         _say("checkpoint pause, btrfs")
-        figures.insert(2, await _pause_on_btrfs(name, images, rounds, parent))
+        figures.insert(3, await _pause_on_btrfs(name, images, rounds, parent))
         _say("idle agent")
         figures += await _idle(name, images, data_dir, environment)
     return figures

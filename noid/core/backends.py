@@ -143,6 +143,14 @@ class Machine(Protocol):
 
     ref: ProcessRef
 
+    async def prepare_pause(self, new_top: Path | None) -> None:
+        """Do while the guest runs what a checkpoint's pause would otherwise have to do: write out the disk, look up.
+
+        *new_top* is the layer a `pivot_disk` in that pause will be given, if any. Nothing is promised about what the
+        guest writes meanwhile, and no pause needs to follow.
+        """
+        ...
+
     async def pause(self) -> None:
         """Stop the vCPUs and settle the disk. Pausing a paused machine does nothing."""
         ...

@@ -66,6 +66,7 @@ async def freeze(machine: Machine, storage: StorageBackend, plan: FreezePlan, in
     """
     capture: Capture | None = None
     try:
+        await machine.prepare_pause(plan.prepared)
         async with paused(machine, resume=resume) as pause:
             capture = await machine.capture(into)
             disk = await storage.freeze(plan, machine)

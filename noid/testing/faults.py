@@ -22,8 +22,8 @@ from typing import NoReturn
 import trio
 
 CALLS = frozenset(
-    {"launch", "restore", "adopt", "pause", "capture", "capture.finish", "resume", "pivot_disk", "disk_path", "channel",
-     "kill", "connect", "start", "release", "wake", "ping", "power_off"}
+    {"launch", "restore", "adopt", "prepare_pause", "pause", "capture", "capture.finish", "resume", "pivot_disk",
+     "disk_path", "channel", "kill", "connect", "start", "release", "wake", "ping", "power_off"}
 )  # fmt: skip
 
 Action = Callable[[int | None], Awaitable[None]]

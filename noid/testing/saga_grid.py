@@ -47,15 +47,27 @@ CALL_MODES = ("refuses before", "refuses after", "VMM dies", "killed before", "k
 
 #: Which calls an operation makes. ``create`` is of a new shape here, so it boots and freezes a template first.
 CALLS: Mapping[str, tuple[str, ...]] = {
-    "create": ("launch", "connect", "start", "pause", "capture", "capture.finish", "kill", "restore", "wake"),
+    "create": (
+        "launch",
+        "connect",
+        "start",
+        "prepare_pause",
+        "pause",
+        "capture",
+        "capture.finish",
+        "kill",
+        "restore",
+        "wake",
+    ),
     "fork": ("restore", "connect", "wake"),
     "restore": ("restore", "connect", "wake"),
-    "checkpoint": ("pause", "capture", "capture.finish", "resume"),
+    "checkpoint": ("prepare_pause", "pause", "capture", "capture.finish", "resume"),
     "destroy": ("kill",),
 }
 
 _SENSELESS = {
     ("create", "kill"): ("refuses before", "refuses after", "VMM dies"),  # what cannot be killed stays until the sweep
+    ("checkpoint", "prepare_pause"): ("VMM dies",),
     ("checkpoint", "pause"): ("VMM dies",),  # then it is the VM of before that died, and nobody can help it
     ("checkpoint", "capture"): ("VMM dies",),
     ("checkpoint", "capture.finish"): ("VMM dies",),

@@ -193,6 +193,11 @@ class SimulatedMachine:
         yield
         await self._faults.after(call, self.ref.pid)
 
+    async def prepare_pause(self, new_top: Path | None) -> None:
+        """Write out what is held back of the disk."""
+        async with self._faulty("prepare_pause"):
+            await self.ask("flush")
+
     async def pause(self) -> None:
         """Stop the vCPUs and settle the disk."""
         async with self._faulty("pause"):

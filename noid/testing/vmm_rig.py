@@ -173,6 +173,7 @@ class VmmRig:
         (into / "disk").mkdir(parents=True)
         machine = running.machine
         prepared = await self.storage.prepare_freeze(self.volume(running), into / "disk")
+        await machine.prepare_pause(None)
         await machine.pause()
         capture = await machine.capture(into)
         disk = await self.storage.freeze(prepared, machine)

@@ -145,11 +145,11 @@ def test_memory_is_read_through_proc_where_the_direct_way_is_forbidden(
 
     monkeypatch.setattr(pagemap, "_libc", Forbidding())
     buffer = bytearray(run.length)
-    pagemap.read_memory(os.getpid(), run.address, memoryview(buffer))
+    pagemap.read_memory(os.getpid(), [(run.address, len(buffer))], memoryview(buffer))
 
     assert buffer == guest.memory[5 * PAGE_BYTES : 8 * PAGE_BYTES]
 
 
 def test_reading_what_is_not_there_says_so() -> None:
     with pytest.raises(OSError, match="reading the memory"):
-        pagemap.read_memory(os.getpid(), 4096, memoryview(bytearray(4096)))
+        pagemap.read_memory(os.getpid(), [(4096, 4096)], memoryview(bytearray(4096)))

@@ -26,7 +26,7 @@ def memory_of(running: Running) -> bytes:
     parts = []
     for mapping in private_mappings(running.machine.ref.pid, running.memory.stat().st_ino):
         buffer = bytearray(mapping.end - mapping.start)
-        read_memory(running.machine.ref.pid, mapping.start, memoryview(buffer))
+        read_memory(running.machine.ref.pid, [(mapping.start, len(buffer))], memoryview(buffer))
         parts.append((mapping.offset, bytes(buffer)))
     return b"".join(part for _, part in sorted(parts))
 

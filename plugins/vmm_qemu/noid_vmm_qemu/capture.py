@@ -65,25 +65,20 @@ class ChangedPages:
             self._spill_fd = None
 
     def _read(self, pid: int, spill_path: Path) -> None:
-        position = 0
-        view = memoryview(self._held) if self._held is not None else memoryview(b"")
-        with view:
-            for run in self.runs:
-                for done, length in _chunks(run.length):
-                    kept = max(0, min(length, self._held_bytes - position))
-                    address = run.address + done
-                    if kept:
-                        read_memory(pid, address, view[position : position + kept])
-                    if kept < length:
-                        self._spill(pid, address + kept, length - kept, spill_path)
-                    position += length
+        held, rest = _split([(run.address, run.length) for run in self.runs], self._held_bytes)
+        if self._held is not None:
+            with memoryview(self._held) as view:
+                read_memory(pid, held, view)
+        for address, span in rest:
+            for done, length in _chunks(span):
+                self._spill(pid, address + done, length, spill_path)
 
     def _spill(self, pid: int, address: int, length: int, path: Path) -> None:
         if self._spill_fd is None:
             self._spill_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             path.unlink()  # nobody else needs it, and so nobody has to remove it
         buffer = memoryview(bytearray(length))
-        read_memory(pid, address, buffer)
+        read_memory(pid, [(address, length)], buffer)
         while buffer:
             buffer = buffer[os.write(self._spill_fd, buffer) :]
 
@@ -163,6 +158,18 @@ def take(pid: int, parent: Path, mem_mib: int, into: Path) -> QemuCapture:
         os.close(parent_fd)
         raise
     return QemuCapture(pages, parent_fd, into)
+
+
+def _split(spans: list[tuple[int, int]], size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the first *size* bytes of *spans* (address, length), and the others."""
+    first: list[tuple[int, int]] = []
+    for index, (address, length) in enumerate(spans):
+        if length > size:
+            begun = [(address, size)] if size else []
+            return first + begun, [(address + size, length - size), *spans[index + 1 :]]
+        first.append((address, length))
+        size -= length
+    return first, []
 
 
 def _chunks(length: int) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -67,6 +68,14 @@ class MachineEvents:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """A layer QEMU has opened: its file, and the block node's name."""
+
+    path: Path
+    node: str
+
+
 class QemuMachine:
     """See `noid.core.backends.Machine`. Made by `QemuBackend` only.
 
@@ -96,8 +105,22 @@ class QemuMachine:
         self._console = console
         self._foreign = foreign
         self._top_node: str | None = None
+        self._spare: _Layer | None = None
         self._channel: trio.SocketStream | None = None
         self._killed = False
+
+    async def prepare_pause(self, new_top: Path | None) -> None:
+        """See `Machine.prepare_pause`. A layered disk's tables are synced here, which takes a disk's time."""
+        if self._top_node is None:
+            self._top_node = await self._disk_node()
+        said = await self._qmp.execute("human-monitor-command", {"command-line": f"qemu-io {self._top_node} flush"})
+        if said:
+            log.info("flushing the disk of a VM before its pause: %s", said.strip())
+        if self._spare is not None:  # of a pause that never came
+            await self._qmp.execute("blockdev-del", {"node-name": self._spare.node})
+            self._spare = None
+        if new_top is not None:
+            self._spare = await self._add_layer(new_top)
 
     async def pause(self) -> None:
         """See `Machine.pause`."""
@@ -127,19 +150,19 @@ class QemuMachine:
 
     async def pivot_disk(self, new_top: Path, format: str) -> None:
         """See `Machine.pivot_disk`. The file's own header must name its backing file already, relatively."""
-        # Any agent that held this machine may have added nodes; chance keeps their names apart.
-        node = f"disk-{secrets.token_hex(8)}"
         # Shielded, so that nobody has to find out after a cancellation where the guest's writes go.
         with trio.move_on_after(_PIVOT_SECS, shield=True):
             if self._top_node is None:
                 self._top_node = await self._disk_node()
-            await self._qmp.execute("blockdev-add", disk_node(node, new_top, format, backing=False))
+            layer, self._spare = self._spare, None
+            if layer is None or layer.path != new_top:
+                layer = await self._add_layer(new_top)
             try:
-                await self._qmp.execute("blockdev-snapshot", {"node": self._top_node, "overlay": node})
+                await self._qmp.execute("blockdev-snapshot", {"node": self._top_node, "overlay": layer.node})
             except QmpError:
-                await self._qmp.execute("blockdev-del", {"node-name": node})
+                await self._qmp.execute("blockdev-del", {"node-name": layer.node})
                 raise
-            self._top_node = node
+            self._top_node = layer.node
             return
         self._top_node = None  # whatever it is now, the next one asks
         raise DependencyDown(f"QEMU did not move the disk to {new_top} within {_PIVOT_SECS:.0f} s; it may be stuck.")
@@ -206,6 +229,13 @@ class QemuMachine:
             await trio.to_thread.run_sync(shorten, self._console)
         except NoidError as error:
             log.warning("%s It goes on growing.", error)
+
+    async def _add_layer(self, path: Path) -> _Layer:
+        """Open a layer's file without what it lies on."""
+        # Any agent that held this machine may have added nodes; chance keeps their names apart.
+        layer = _Layer(path=path, node=f"disk-{secrets.token_hex(8)}")
+        await self._qmp.execute("blockdev-add", disk_node(layer.node, path, "qcow2", backing=False))
+        return layer
 
     async def _disk_node(self) -> str:
         for device in await self._qmp.execute("query-block"):

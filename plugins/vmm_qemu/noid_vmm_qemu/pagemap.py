@@ -15,7 +15,7 @@ import fcntl
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ _PAGE_IS_FILE = 1 << 2
 _PAGE_IS_PRESENT = 1 << 3
 _PAGE_IS_SWAPPED = 1 << 4
 _REGIONS_PER_CALL = 16384
+_SPANS_PER_CALL = 1024  # IOV_MAX
 
 _ENTRY_PRESENT = 1 << 63
 _ENTRY_SWAPPED = 1 << 62
@@ -100,33 +101,53 @@ def changed_runs(pid: int, mappings: list[Mapping]) -> list[Run]:
         os.close(fd)
 
 
-def read_memory(pid: int, address: int, buffer: memoryview) -> None:
-    """Fill *buffer* with what process *pid* has at *address*.
+def read_memory(pid: int, spans: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+    """Fill *buffer* with what process *pid* has at *spans*, (address, length) each, one after the other.
+
+    A kernel call for a thousand spans, because changed pages lie scattered and the guest stands still meanwhile.
 
     Raises:
         OSError: it has nothing there, or may not be looked into.
     """
+    filled = 0
+    for first in range(0, len(spans), _SPANS_PER_CALL):
+        part = spans[first : first + _SPANS_PER_CALL]
+        length = sum(span[1] for span in part)
+        count = _read_spans(pid, part, buffer[filled : filled + length])
+        if count != length:
+            # What a page fault or a limit cut short, and what some sandboxes forbid, the file gives, at a third of
+            # the speed.
+            _read_file(pid, part, buffer[filled : filled + length])
+        filled += length
+
+
+def _read_spans(pid: int, spans: Sequence[tuple[int, int]], buffer: memoryview) -> int:
+    """Return how many bytes ``process_vm_readv`` gave; 0 where it is not allowed."""
     local = (ctypes.c_char * len(buffer)).from_buffer(buffer)
-    base = ctypes.addressof(local)
-    done = 0
-    while done < len(buffer):
-        left = len(buffer) - done
-        count = _libc.process_vm_readv(
-            pid, ctypes.byref(_IoVec(base + done, left)), 1, ctypes.byref(_IoVec(address + done, left)), 1, 0
-        )
-        if count > 0:
-            done += count
-            continue
-        number = ctypes.get_errno() if count < 0 else errno.EFAULT
+    remote = array("Q", [number for span in spans for number in span])  # struct iovec: base, length
+    here = _IoVec(ctypes.addressof(local), len(buffer))
+    there = ctypes.c_void_p(remote.buffer_info()[0])
+    count = int(_libc.process_vm_readv(pid, ctypes.byref(here), 1, there, len(spans), 0))
+    if count < 0:
+        number = ctypes.get_errno()
         if number not in (errno.ENOSYS, errno.EPERM):
             raise OSError(number, f"reading the memory of process {pid}: {os.strerror(number)}")
-        # Some sandboxes forbid the call but not the file, which says the same at a third of the speed.
-        with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as file:
-            file.seek(address + done)
-            count = file.readinto(buffer[done:])
-        if not count:
-            raise OSError(errno.EIO, f"the memory of process {pid} ended early; it may have died")
-        done += count
+        return 0
+    return count
+
+
+def _read_file(pid: int, spans: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+    filled = 0
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as file:
+        for address, length in spans:
+            done = 0
+            while done < length:
+                file.seek(address + done)
+                count = file.readinto(buffer[filled + done : filled + length])
+                if not count:
+                    raise OSError(errno.EIO, f"the memory of process {pid} ended early; it may have died")
+                done += count
+            filled += length
 
 
 def scanned(pagemap_fd: int, mapping: Mapping) -> Iterator[Run]:
