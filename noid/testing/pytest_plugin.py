@@ -23,6 +23,11 @@ DEADLINE_SECS = 60.0
 VM_DEADLINE_SECS = 180.0
 HARD_GRACE_SECS = 60.0
 
+pytest.register_assert_rewrite(
+    *(f"noid.testing.{name}" for name in ("vmm_rig", "vmm_starts", "vmm_guests", "vmm_lives", "vmm_checkpoints")),
+    "noid.testing.saga_world",
+)
+
 _stderr = pytest.StashKey[int]()
 
 

@@ -21,7 +21,9 @@ def start_reaper(root: Path) -> subprocess.Popen[bytes]:
     """Start a process that, once its stdin is closed, kills all that carries a data directory below *root*."""
     package = str(Path(__file__).parents[2])
     argv = [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, package, str(root)]
-    return subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True, cwd="/")
+    # Not pytest's output: whoever reads that shall see its end when pytest ends.
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True, cwd="/")
 
 
 def mounts_below(root: Path) -> list[str]:

@@ -326,6 +326,8 @@ class SimulatedMachine:
                     self.uptime_then, self.paused = self._uptime(), True
                     self.guest.memory["uptime"] = self.uptime_then
                     self.disk.flush()
+            case "flush":
+                self.disk.flush()
             case "resume":
                 self.paused, self.since = False, time.monotonic() if self.paused else self.since
             case "capture" | "pivot" if not self.paused:

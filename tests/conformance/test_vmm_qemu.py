@@ -12,10 +12,8 @@ from noid.core.backends import AgentContext
 from noid.core.images import Images
 from noid.core.model import Image
 from noid.errors import ConfigError, DependencyDown
-from noid.testing.vmm_conformance import VmmConformance, full_disk
+from noid.testing.vmm_conformance import VmmConformance
 from noid.testing.vmm_rig import VmmRig
-
-__all__ = ["full_disk"]
 
 vmm_qemu = pytest.importorskip("noid_vmm_qemu")
 exec_vsock = pytest.importorskip("noid_exec_vsock")

@@ -15,10 +15,8 @@ from noid.errors import DependencyDown
 from noid.testing.simulated_exec import SimulatedExec
 from noid.testing.simulated_image import simulated_image
 from noid.testing.simulated_vmm import SimulatedVmm
-from noid.testing.vmm_conformance import VmmConformance, full_disk
+from noid.testing.vmm_conformance import VmmConformance
 from noid.testing.vmm_rig import Argv, VmmRig
-
-__all__ = ["full_disk"]
 
 
 def counter(path: str, ignore_term: bool) -> Argv:
