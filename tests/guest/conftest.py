@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -110,7 +112,8 @@ def agent(agent_program: Path) -> Iterator[NativeAgent]:
             yield native
             assert process.poll() in (None, 0), f"the agent died with {process.returncode}"
             for child in native.children():
-                subprocess.run(["kill", "-KILL", f"-{child}"], check=False, stderr=subprocess.DEVNULL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
         finally:
             process.kill()
             process.wait()
