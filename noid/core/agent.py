@@ -12,9 +12,10 @@ import fcntl
 import logging
 import os
 import pwd
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import trio
 
@@ -60,6 +61,7 @@ DRAIN_SECS = 20.0
 AFTER_SECS = 30.0
 HANDOVER_SECS = 2.0
 CONNECT_SECS = 10.0
+LOCK_SECS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,7 +363,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         paths.private_directory(config.run_dir)
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(_only_agent(config.data_dir))
+        await stack.enter_async_context(_only_agent(config.data_dir))
         store = stack.enter_context(open_store(config.database))
         context = AgentContext(data_dir=config.data_dir, run_dir=config.run_dir, database=config.database)
 
@@ -415,20 +417,33 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             nursery.cancel_scope.cancel()
 
 
-@contextlib.contextmanager
-def _only_agent(data_dir: Path) -> Iterator[None]:
-    """Hold the lock that says an agent runs on *data_dir*; the kernel frees it with the process."""
+@contextlib.asynccontextmanager
+async def _only_agent(data_dir: Path) -> AsyncIterator[None]:
+    """Hold the lock that says an agent runs on *data_dir*; the kernel frees it with the process.
+
+    Not quite: an agent killed while it started a VMM leaves a child that has the lock until it executes the VMM. So
+    the lock is asked for again and again for `LOCK_SECS`.
+    """
     with (data_dir / "agent.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Conflict(
-                f"another noid agent already runs on {data_dir}. Use that one, or give this one its own --data-dir."
-            ) from error
+        deadline = trio.current_time() + LOCK_SECS
+        while not _locked(lock):
+            if trio.current_time() > deadline:
+                raise Conflict(
+                    f"another noid agent already runs on {data_dir}. Use that one, or give this one its own --data-dir."
+                )
+            await trio.sleep(0.02)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _check_disks(vmm: VmmBackend, storage: StorageBackend) -> None:
