@@ -1,0 +1,154 @@
+// Mutates frames and message bodies and feeds them to the agent's parsers, under sanitizers. argv: seed, rounds.
+// Every input lies in a block of exactly its size, so that reading one byte too far is seen.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "identity.h"
+#include "start.h"
+#include "wire.h"
+
+static uint64_t state;
+
+static uint32_t random_below(uint32_t limit) { // splitmix64
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)((z ^ (z >> 31)) % limit);
+}
+
+#define CHECK(claim)                                                                                                  \
+    do {                                                                                                              \
+        if (!(claim)) {                                                                                               \
+            fprintf(stderr, "not true: %s (line %d, state %llx)\n", #claim, __LINE__, (unsigned long long)state);     \
+            exit(1);                                                                                                  \
+        }                                                                                                             \
+    } while (0)
+
+static const uint8_t awkward[] = {0x7e, 0x7d, 0x5e, 0x5d, 0x00, 0xff, 0x7f, 0x80};
+
+static uint8_t random_byte(void) {
+    return random_below(3) ? awkward[random_below(sizeof awkward)] : (uint8_t)random_below(256);
+}
+
+static size_t mutate(uint8_t *data, size_t length, size_t capacity) {
+    for (uint32_t edits = random_below(4); edits; edits--) {
+        switch (random_below(4)) {
+        case 0:
+            if (length) data[random_below((uint32_t)length)] = random_byte();
+            break;
+        case 1: length = length ? random_below((uint32_t)length) : 0; break;
+        case 2:
+            if (length < capacity) data[length++] = random_byte();
+            break;
+        default:
+            if (length >= 4) memset(data + random_below((uint32_t)length - 3), random_below(2) ? 0xff : 0, 4);
+        }
+    }
+    return length;
+}
+
+static uint8_t *exact_copy(const uint8_t *data, size_t length) {
+    uint8_t *copy = malloc(length ? length : 1);
+    if (length) memcpy(copy, data, length);
+    return copy;
+}
+
+// Feeds in random pieces; returns how many frames came out, the last one in `*last` (its body is only valid until then).
+static int feed(struct decoder *decoder, const uint8_t *data, size_t length, struct frame *last) {
+    int frames = 0;
+    for (size_t at = 0; at < length;) {
+        size_t piece = 1 + random_below((uint32_t)(length - at));
+        uint8_t *copy = exact_copy(data + at, piece);
+        for (size_t taken = 0; taken < piece;) {
+            bool complete;
+            size_t n = decoder_feed(decoder, copy + taken, piece - taken, last, &complete);
+            CHECK(n > 0 && n <= piece - taken);
+            CHECK(!complete || last->length <= BODY_BYTES_MAX);
+            taken += n;
+            frames += complete;
+        }
+        free(copy);
+        at += piece;
+    }
+    return frames;
+}
+
+static void fuzz_frames(void) {
+    static struct decoder decoder; // keeps what earlier rounds left in it
+    static uint8_t body[BODY_BYTES_MAX + 64], wire[ENCODED_BYTES_MAX(BODY_BYTES_MAX + 64)];
+    struct frame frame;
+    size_t length = random_below(100) ? random_below(200) : BODY_BYTES_MAX - 32 + random_below(96);
+    for (size_t i = 0; i < length; i++) body[i] = random_byte();
+    size_t head = random_below(9) < length ? random_below(9) : 0;
+    if (head > length) head = 0;
+    size_t size = frame_encode(wire, 7, 1, 2, body, head, body + head, length - head);
+    CHECK(size <= ENCODED_BYTES_MAX(length));
+    size_t damaged = mutate(wire, size, sizeof wire);
+    feed(&decoder, wire, damaged, &frame);
+    size = frame_encode(wire, 9, 3, 4, body, head, body + head, length - head);
+    int frames = feed(&decoder, wire, size, &frame);
+    if (length > BODY_BYTES_MAX) return;
+    CHECK(frames >= 1); // whatever came before
+    CHECK(frame.type == 9 && frame.epoch == 3 && frame.id == 4 && frame.length == length);
+    CHECK(length == 0 || !memcmp(frame.body, body, length));
+}
+
+static void put_text(struct writer *writer, size_t length) {
+    char text[300];
+    for (size_t i = 0; i < length; i++) text[i] = (char)('a' + random_below(26));
+    text[length] = 0;
+    write_text(writer, text);
+}
+
+static void fuzz_start(void) {
+    uint8_t body[4096];
+    struct writer writer = {.data = body, .capacity = sizeof body};
+    for (int i = 0; i < 3; i++) write_u32(&writer, random_below(1000));
+    put_text(&writer, random_below(80));
+    put_text(&writer, random_below(80));
+    for (int list = 0; list < 2; list++) {
+        uint32_t count = random_below(5);
+        write_u32(&writer, random_below(20) ? count : 0xffffffffu);
+        while (count--) put_text(&writer, random_below(50));
+    }
+    size_t length = mutate(body, writer.length, sizeof body);
+    uint8_t *copy = exact_copy(body, length);
+    static struct start_request request;
+    if (start_parse(copy, length, &request)) {
+        CHECK(request.argument_count >= 1 && request.text_bytes <= length);
+        struct reader reader = request.arguments; // as the child will read them
+        for (uint32_t i = 0; i < request.argument_count; i++) read_text(&reader);
+        CHECK(!reader.bad);
+    }
+    free(copy);
+}
+
+static void fuzz_wake(void) {
+    uint8_t body[4096], receipt[8192];
+    struct writer writer = {.data = body, .capacity = sizeof body};
+    write_u64(&writer, random_below(1u << 31));
+    write_u64(&writer, 1);
+    put_text(&writer, random_below(70));
+    put_text(&writer, random_below(40));
+    put_text(&writer, random_below(280));
+    write_u8(&writer, (uint8_t)random_below(2));
+    for (int i = 0; i < 4; i++) put_text(&writer, random_below(40));
+    size_t length = mutate(body, writer.length, sizeof body);
+    uint8_t *copy = exact_copy(body, length);
+    struct writer answer = {.data = receipt, .capacity = sizeof receipt};
+    if (identity_wake(copy, length, false, &answer)) CHECK(!answer.full && answer.length > 2);
+    free(copy);
+}
+
+int main(int argc, char **argv) {
+    CHECK(argc == 3);
+    state = strtoull(argv[1], NULL, 10);
+    wire_init();
+    for (unsigned long long rounds = strtoull(argv[2], NULL, 10); rounds; rounds--) {
+        fuzz_frames();
+        fuzz_start();
+        fuzz_wake();
+    }
+    return 0;
+}
