@@ -21,7 +21,10 @@ VM, COPIES = "tour", ("tour-copy-1", "tour-copy-2")
 COUNTER = "/dev/shm/tour-counter"  # noqa: S108  # in the guest
 NOTE = "note.txt"
 #: Counts in memory, ten times a second, in a session of its own so that it outlives the command that starts it.
-COUNT = f"n=0; while :; do n=$((n+1)); echo $n > {COUNTER}.new; mv {COUNTER}.new {COUNTER}; sleep 0.1; done"
+COUNT = (
+    f"echo $$ > {COUNTER}.pid; n=0; "
+    f"while :; do n=$((n+1)); echo $n > {COUNTER}.new; mv {COUNTER}.new {COUNTER}; sleep 0.1; done"
+)
 DEADLINE_SECS = 600
 
 
@@ -97,10 +100,7 @@ def tour(mem_mib: int) -> None:
         print(f"    the guest stood still for {pause * 1000:.1f} ms")
 
     say("4. Change both: kill the process, overwrite the file.")
-    guest(
-        VM,
-        f"pkill -f tour-counter || kill $(ps | grep tour-counter | cut -c1-6); rm -f {COUNTER}; echo after > ~/{NOTE}",
-    )
+    guest(VM, f"kill $(cat {COUNTER}.pid); rm {COUNTER}*; echo after > ~/{NOTE}")
     check("the file has changed", guest(VM, f"cat ~/{NOTE}", show=False) == "after", "it says 'after'")
 
     say("5. Restore in place: both are as they were, and the process goes on from where it was.")

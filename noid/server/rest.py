@@ -131,7 +131,8 @@ class Routes:
         async with still_working():
             outcome = await self._agent.checkpoint_vm(current_user(), name, label)
         assert outcome.checkpoint is not None  # noqa: S101  # what a checkpoint's outcome has
-        return json_reply(checkpoint_fields(outcome.checkpoint) | {"timings": dict(outcome.timings)}, 201)
+        measured = {"timings": dict(outcome.timings), "changed_bytes": outcome.changed_bytes}
+        return json_reply(checkpoint_fields(outcome.checkpoint) | measured, 201)
 
     async def checkpoints(self, name: str) -> Response:
         """List a VM's checkpoints, oldest first."""
