@@ -129,6 +129,9 @@ async def test_a_directory_that_cannot_be_entered_and_an_unknown_user_are_refuse
         await guest.start(ExecRequest(argv=("true",), cwd="/\0"))
     with pytest.raises(InvalidRequest):
         await guest.start(ExecRequest(argv=("true",), user="x" * 64))
+    for request in (ExecRequest(argv=("\ud800",)), ExecRequest(argv=("true",), env={"A": "\udd00"})):
+        with pytest.raises(InvalidRequest, match="half a character"):
+            await guest.start(request)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")

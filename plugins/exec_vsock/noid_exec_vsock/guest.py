@@ -353,9 +353,15 @@ class AgentGuest:
         """
         if not request.argv or not request.argv[0]:
             raise InvalidRequest("command cannot be empty")
-        _check_length("user name", request.user or "", _USER_BYTES_MAX)
-        _check_length("working directory", request.cwd or "", _CWD_BYTES_MAX)
-        body = frames.start_body(request, stdout_credit=OUTPUT_WINDOW_BYTES, stderr_credit=OUTPUT_WINDOW_BYTES)
+        try:
+            _check_length("user name", request.user or "", _USER_BYTES_MAX)
+            _check_length("working directory", request.cwd or "", _CWD_BYTES_MAX)
+            body = frames.start_body(request, stdout_credit=OUTPUT_WINDOW_BYTES, stderr_credit=OUTPUT_WINDOW_BYTES)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"The command, its environment, directory or user contains {ascii(error.object[error.start])}, half a "
+                "character, which no program can be given. Nothing was started."
+            ) from error
         if len(body) > frames.START_BYTES_MAX:
             raise TooLarge(
                 f"Arguments and environment have {len(body)} bytes; at most {frames.START_BYTES_MAX} are allowed. "
