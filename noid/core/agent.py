@@ -20,7 +20,7 @@ from typing import IO
 import trio
 
 from noid import hostfs
-from noid.core import deeds, lifecycle, paths, recovery, saga, states
+from noid.core import configured_image, deeds, lifecycle, paths, recovery, saga, states
 from noid.core.backends import (
     AgentContext,
     AuthBackend,
@@ -383,6 +383,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
 
         layout = Layout(config.data_dir)
         images = Images(layout.images, plugins.initrd_files(os.uname().machine))
+        await trio.to_thread.run_sync(configured_image.take_up, config, images)
         deeds.take_up_users(store, layout)  # blocks, and nothing else runs yet
         await _ensure_local_user(store)
         nursery = await stack.enter_async_context(plain_nursery())
