@@ -17,6 +17,7 @@ from noid.core.model import ExecRequest, ProcessExit
 EPOCH = 0x7D7E0102
 stuffed = st.lists(st.sampled_from([b"\x7e", b"\x7d", b"\x5d", b"\x5e", b"a", b"\x00"]), max_size=60).map(b"".join)
 bodies = st.one_of(st.binary(max_size=80), stuffed)
+arguments = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 messages = st.builds(Frame, type=st.integers(0, 255), epoch=st.just(EPOCH), id=st.integers(0, 2**32 - 1), body=bodies)
 
 

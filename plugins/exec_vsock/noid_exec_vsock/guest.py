@@ -359,7 +359,7 @@ class AgentGuest:
             body = frames.start_body(request, stdout_credit=OUTPUT_WINDOW_BYTES, stderr_credit=OUTPUT_WINDOW_BYTES)
         except UnicodeEncodeError as error:
             raise InvalidRequest(
-                f"The command, its environment, directory or user contains {ascii(error.object[error.start])}, half a "
+                f"The command, its environment, directory or user contains {error.object[error.start]!a}, half a "
                 "character, which no program can be given. Nothing was started."
             ) from error
         if len(body) > frames.START_BYTES_MAX:
