@@ -34,12 +34,11 @@ from noid.core.guestbuild import ext4
 from noid.core.guestbuild.cache import locked
 from noid.core.guestbuild.modules import Module, boot_modules, initrd_files
 from noid.core.guestbuild.vmlinux import KernelFile, unwrapped
-from noid.core.model import Image, checked_name, now
+from noid.core.model import DEFAULT_READY, Image, checked_name, now
 from noid.errors import BackendError, Conflict, Damaged, InvalidRequest, NotFound
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_READY = ("systemctl", "is-system-running", "--wait")
 _FORMAT = 1
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

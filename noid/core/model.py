@@ -23,6 +23,19 @@ MEM_MIB_MIN = 64
 ENV_ENTRIES_MAX = 64
 ENV_VALUE_BYTES_MAX = 32768
 
+#: Ends when systemd has finished booting. The agent answers long before systemd can be asked, hence the patience; a
+#: guest whose PID 1 is something else is ready at once, one whose PID 1 stays our own init after five seconds.
+DEFAULT_READY = (
+    "sh",
+    "-c",
+    "i=0; while [ $i -lt 50 ]; do "
+    'case "$(readlink /proc/1/exe)" in */systemd) break;; */init|"") ;; *) exit 0;; esac; '
+    "i=$((i+1)); sleep 0.1; done; [ $i -lt 50 ] || exit 0; "
+    "until [ -S /run/systemd/private ]; do sleep 0.2; done; "
+    "until state=$(systemctl is-system-running --wait 2>/dev/null) || "
+    '[ "$state" = degraded ] || [ "$state" = maintenance ]; do sleep 0.5; done',
+)
+
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -73,7 +86,11 @@ def checked_env(entries: list[str] | tuple[str, ...]) -> dict[str, str]:
             raise InvalidRequest(f"environment entry {key!r} is not in the form KEY=VALUE.")
         if not _ENV_NAME.fullmatch(key):
             raise InvalidRequest(f"invalid environment variable name {key!r}: letters, digits and '_' only.")
-        if len(value.encode("utf-8", "surrogateescape")) > ENV_VALUE_BYTES_MAX:
+        try:
+            size = len(value.encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the value of {key} contains half a surrogate pair.") from error
+        if size > ENV_VALUE_BYTES_MAX:
             raise InvalidRequest(f"the value of {key} is too long; at most {ENV_VALUE_BYTES_MAX} bytes are allowed.")
         if "\0" in value:
             raise InvalidRequest(f"the value of {key} contains a NUL byte, which no environment can hold.")
@@ -299,7 +316,7 @@ class Image:
     kernel_release: str = ""
     cmdline: str = ""
     user: str = "root"
-    ready: tuple[str, ...] = ("systemctl", "is-system-running", "--wait")
+    ready: tuple[str, ...] = DEFAULT_READY
     description: str = ""
     created_at: datetime
 

@@ -66,8 +66,7 @@ def build(
     noid-server image build --name web --packages nginx,git --size 8G
     """
     from noid.core.guestbuild import debian_rootfs, distribution_kernel, tiny_rootfs
-    from noid.core.images import DEFAULT_READY
-    from noid.core.model import checked_name
+    from noid.core.model import DEFAULT_READY, checked_name
 
     checked_name(name, "image name")
     images = open_images(config_path, data_dir)
@@ -131,7 +130,7 @@ def import_(
     \b
     noid-server image import mine --kernel vmlinux --rootfs root.ext4 --modules /lib/modules/6.12.0 --user alice
     """
-    from noid.core.images import DEFAULT_READY
+    from noid.core.model import DEFAULT_READY
 
     made = open_images(config_path, data_dir).add(
         name,

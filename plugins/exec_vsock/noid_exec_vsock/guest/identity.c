@@ -97,7 +97,8 @@ static int update_file(const char *path, mode_t mode, const char *data, size_t l
         size_t whole = size > length ? size : length;
         memset(padded, '\n', whole);
         memcpy(padded, data, length);
-        in_place = pwrite(fd, padded, whole, 0) == (ssize_t)whole && (size <= length || ftruncate(fd, (off_t)length) == 0);
+        in_place = pwrite(fd, padded, whole, 0) == (ssize_t)whole;
+        if (in_place && size > length) in_place = ftruncate(fd, (off_t)length) == 0;
     }
     close(fd);
     return in_place ? 0 : replace_file(path, mode, data, length);
@@ -254,7 +255,8 @@ static void make_uuid(char *text) {
     }
 }
 
-// The kernel has no way to change its boot id, so a file is mounted over it. Fresh mounts of proc (other mount namespaces, ProtectProc=) still show the kernel's.
+// The kernel has no way to change its boot id, so a file is mounted over it. Fresh mounts of proc (other mount
+// namespaces, ProtectProc=) still show the kernel's.
 static void set_boot_id(struct item *item) {
     static const char file[] = "/run/noid/boot_id";
     identity_boot_id(item->before, sizeof item->before);
