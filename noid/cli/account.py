@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from noid.cli.options import Command, call, with_endpoint, with_json
+from noid.cli.options import Command, Group, call, with_endpoint, with_json
 from noid.cli.output import printable, show
 from noid.client import api
 from noid.client.settings import Endpoint, active_vm, checked_token, normalised_url, save_server, set_active_vm
@@ -12,7 +12,7 @@ from noid.core.model import checked_name
 from noid.errors import NoidError
 
 
-@click.group()
+@click.group(cls=Group, epilog="noid auth setup --url http://host:7654 --token noid_tok_...")
 def auth() -> None:
     """Say which server to use."""
 

@@ -26,7 +26,7 @@ from importlib import import_module
 import click
 
 from noid import __version__
-from noid.cli.options import Command, with_endpoint, with_json
+from noid.cli.options import Group, with_endpoint, with_json
 from noid.errors import NoidError
 
 COMMANDS = {
@@ -48,7 +48,7 @@ INTERRUPTED = 130
 READER_GONE = 141
 
 
-class LazyGroup(Command, click.Group):
+class LazyGroup(Group):
     """A group that knows its commands by name and imports one when it is asked for it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

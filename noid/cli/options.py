@@ -29,6 +29,10 @@ class Command(click.Command):
                 formatter.write(f"  {line}\n")
 
 
+class Group(Command, click.Group):
+    """A group with examples."""
+
+
 class Call:
     """One invocation of the command line: what was said beside the command itself."""
 

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -20,6 +20,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 _ELSEWHERE = {"image": "noid.server.image_commands:image"}
+#: What the ``server`` extra installs, by the names it is imported under.
+_SERVER_EXTRA = frozenset({"hypercorn", "quart", "quart_trio", "sqlite_utils", "werkzeug"})
+
+
+def examples(*lines: str) -> str:
+    """Return an epilog that shows *lines* as they are."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
 class Commands(click.Group):
@@ -53,15 +60,31 @@ def main() -> None:
     """Run ``noid-server``. What noid raises on purpose is one paragraph and exit status 1; anything else is a bug."""
     try:
         cli.main(prog_name="noid-server")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _SERVER_EXTRA:
+            raise
+        _fail(f"only the client is installed here ({error.name} is missing). Run: pip install 'noid[server]'")
     except (NoidError, BaseExceptionGroup) as error:
         cause = _sole_cause(error)
         if cause is None:
             raise
-        click.echo(f"Error: {cause}", err=True)
-        sys.exit(1)
+        _fail(str(cause))
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def _fail(text: str) -> NoReturn:
+    click.echo(f"Error: {text}", err=True)
+    sys.exit(1)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "noid-server image build                    make the image VMs boot by default",
+        "noid-server add-user alice                 print a token for her",
+        "noid-server serve --config server.toml     serve until Ctrl+C",
+    ),
+)
 @click.version_option(__version__, message="noid-server %(version)s")
 def cli() -> None:
     """Serve virtual machines that can be frozen, forked and woken in milliseconds."""
@@ -77,12 +100,17 @@ def config_options(command: F) -> F:
     )(command)
 
 
-@cli.command()
+@cli.command(
+    epilog=examples("noid-server serve --config /etc/noid/server.toml", "noid-server serve --local --data-dir /tmp/try")
+)
 @config_options
 @click.option("--local", is_flag=True, help="Listen on the unix socket only.")
 @click.option("--ready-fd", type=int, metavar="N", help='Write "ready" to this file descriptor once listening.')
 def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd: int | None) -> None:
-    """Run the agent and serve it, in the foreground, until SIGTERM or Ctrl+C. VMs keep running afterwards."""
+    """Run the agent and serve it.
+
+    In the foreground, until SIGTERM or Ctrl+C. VMs keep running afterwards.
+    """
     if ready_fd is not None:
         try:
             os.set_inheritable(ready_fd, False)  # or every VM would keep the pipe open
@@ -110,7 +138,7 @@ def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd
     _run(run)
 
 
-@cli.command("add-user")
+@cli.command("add-user", epilog=examples("noid-server add-user alice > alice.token"))
 @config_options
 @click.argument("name")
 def add_user(config_path: Path | None, data_dir: Path | None, name: str) -> None:
@@ -127,7 +155,7 @@ def add_user(config_path: Path | None, data_dir: Path | None, name: str) -> None
     _run(run)
 
 
-@cli.command("rotate-token")
+@cli.command("rotate-token", epilog=examples("noid-server rotate-token alice > alice.token"))
 @config_options
 @click.argument("name")
 def rotate_token(config_path: Path | None, data_dir: Path | None, name: str) -> None:
@@ -144,7 +172,7 @@ def rotate_token(config_path: Path | None, data_dir: Path | None, name: str) -> 
     _run(run)
 
 
-@cli.command("list-users")
+@cli.command("list-users", epilog=examples("noid-server list-users --data-dir /var/lib/noid"))
 @config_options
 def list_users(config_path: Path | None, data_dir: Path | None) -> None:
     """List users."""
@@ -165,9 +193,12 @@ def list_users(config_path: Path | None, data_dir: Path | None) -> None:
     _run(run)
 
 
-@cli.command()
+@cli.command(epilog=examples("noid-server plugins"))
 def plugins() -> None:
-    """List installed plugins, what each implements, and why one cannot be loaded."""
+    """List installed plugins.
+
+    What each implements, and why one cannot be loaded.
+    """
     from noid.core.plugins import Plugins
 
     for plugin in Plugins().loaded:

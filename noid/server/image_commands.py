@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from noid.server.command import config_options
+from noid.server.command import config_options, examples
 
 if TYPE_CHECKING:
     from noid.core.images import Images
@@ -41,12 +41,14 @@ class Size(click.ParamType[int]):
         return int(match[1]) * _UNITS[match[2].upper()]
 
 
-@click.group()
+@click.group(epilog=examples("noid-server image build", "noid-server image list"))
 def image() -> None:
     """Make, list and remove the images VMs boot from."""
 
 
-@image.command()
+@image.command(
+    epilog=examples("noid-server image build", "noid-server image build --name web --packages nginx,git --size 8G")
+)
 @config_options
 @click.option("--name", default="default", show_default=True, help="What to call it.")
 @click.option("--size", type=Size(), default="4G", show_default=True, help="How much a guest can store.")
@@ -56,14 +58,10 @@ def image() -> None:
 def build(
     config_path: Path | None, data_dir: Path | None, name: str, size: int, suite: str | None, packages: str, tiny: bool
 ) -> None:
-    r"""Make an image from the packages of the host's distribution.
+    """Make an image from the packages of the host's distribution.
 
     Takes about a minute the first time; a second build of the same is taken from ~/.cache/noid. An image of that name
     is replaced; VMs and checkpoints made from it stay as they are.
-
-    \b
-    noid-server image build
-    noid-server image build --name web --packages nginx,git --size 8G
     """
     from noid.core.guestbuild import debian_rootfs, distribution_kernel, tiny_rootfs
     from noid.core.model import DEFAULT_READY, checked_name
@@ -93,7 +91,13 @@ def build(
     click.echo(f"Image '{name}' ({made.digest[:12]}) is ready after {time.monotonic() - began:.1f} s: {made.directory}")
 
 
-@image.command("import")
+@image.command(
+    "import",
+    epilog=examples(
+        "noid-server image import mine --kernel vmlinux --rootfs root.ext4 \\",
+        "    --modules /lib/modules/6.12.0 --user alice",
+    ),
+)
 @config_options
 @click.argument("name")
 @click.option("--kernel", type=_FILE, required=True, help="ELF vmlinux, bzImage (/boot/vmlinuz-*), or arm64 Image.")
@@ -123,12 +127,9 @@ def import_(
     description: str,
     replace: bool,
 ) -> None:
-    r"""Make an image from a kernel and a root file system of your own.
+    """Make an image from a kernel and a root file system of your own.
 
     The files are copied. The root file system needs nothing of noid in it: the guest agent comes with the initrd.
-
-    \b
-    noid-server image import mine --kernel vmlinux --rootfs root.ext4 --modules /lib/modules/6.12.0 --user alice
     """
     from noid.core.model import DEFAULT_READY
 
@@ -147,7 +148,7 @@ def import_(
     click.echo(f"Image '{name}' ({made.digest[:12]}) is ready: Linux {made.kernel_release}, {made.directory}")
 
 
-@image.command("list")
+@image.command("list", epilog=examples("noid-server image list"))
 @config_options
 @click.option("--json", "as_json", is_flag=True, help="Everything known about each, as a JSON array.")
 def list_(config_path: Path | None, data_dir: Path | None, as_json: bool) -> None:
@@ -178,7 +179,7 @@ def list_(config_path: Path | None, data_dir: Path | None, as_json: bool) -> Non
         raise damaged[0]
 
 
-@image.command()
+@image.command(epilog=examples("noid-server image remove old"))
 @config_options
 @click.argument("name")
 def remove(config_path: Path | None, data_dir: Path | None, name: str) -> None:
