@@ -70,7 +70,7 @@ class Pool:
                 if await self._answers(warm):
                     return warm
             except BaseException:
-                await self._end(warm)
+                await self._end(warm)  # noqa: ASYNC102  # shields itself
                 raise
             await self._end(warm)
         return None
@@ -115,10 +115,11 @@ class Pool:
                 for step in lifecycle.MACHINE:
                     facts.update(await step.do(work, facts) or {})
                 await _rehearse(work)
-        except BaseException as error:
+        except trio.TooSlowError as error:
             await self._end(warm)
-            if isinstance(error, trio.TooSlowError):
-                raise DeadlineExceeded(f"a machine that should wait was not warm within {WARM_SECS:g} s.") from error
+            raise DeadlineExceeded(f"a machine that should wait was not warm within {WARM_SECS:g} s.") from error
+        except BaseException:
+            await self._end(warm)  # noqa: ASYNC102  # shields itself
             raise
         return warm
 

@@ -37,8 +37,8 @@ async def serve(agent: Agent, config: Config, *, ready: Callable[[], None]) -> N
         ConfigError: an address cannot be listened on.
     """
     stopping = trio.Event()
-    async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_on_signal, signals, stopping, nursery.cancel_scope)
             await serve_until(stopping, agent, config, ready=ready)
             nursery.cancel_scope.cancel()

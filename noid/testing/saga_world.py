@@ -231,7 +231,7 @@ def _child(parent: int, writer: int, run: Callable[[], Awaitable[str]]) -> NoRet
             try:
                 told.write(trio.run(_within, run))
                 status = 0
-            except BaseException:  # noqa: BLE001, RUF100  # the parent raises it
+            except BaseException:  # noqa: ASYNC103, BLE001, RUF100  # the parent raises it
                 told.write(traceback.format_exc())
             told.flush()
         sys.stdout.flush()

@@ -60,7 +60,7 @@ class SimulatedDisk:
         for layer in self._layers:
             if name in layer.files:
                 data = layer.files[name]
-                return None if data is _DELETED else base64.b64decode(data)
+                return None if data is None else base64.b64decode(data)
         return None
 
     def write(self, name: str, data: bytes | None) -> None:

@@ -215,16 +215,12 @@ class QemuBackend:
                     "started. Restart noid-server"
                 )
             await set_off(qmp, events)
-        except BaseException as error:
-            process.send_kill()
-            with trio.move_on_after(_CLEANUP_SECS, shield=True):
-                if qmp is not None:
-                    await qmp.aclose()
-                await process.wait()
-            process.close()
-            if isinstance(error, NoidError):
-                said = _said_since(log_path, logged_bytes)
-                raise BackendError(f"VM {plan.instance} did not start: {error} QEMU's own words: {said}") from error
+        except NoidError as error:
+            await _end(process, qmp)
+            said = _said_since(log_path, logged_bytes)
+            raise BackendError(f"VM {plan.instance} did not start: {error} QEMU's own words: {said}") from error
+        except BaseException:
+            await _end(process, qmp)  # noqa: ASYNC102  # shields itself
             raise
         return self._machine(plan, process, qmp, events, memory)
 
@@ -250,6 +246,16 @@ class QemuBackend:
             console=plan.directory / CONSOLE_LOG,
             foreign=foreign,
         )
+
+
+async def _end(process: VmmProcess, qmp: Qmp | None) -> None:
+    """Kill a process that nobody has yet, and let go of it. Shielded and bounded."""
+    process.send_kill()
+    with trio.move_on_after(_CLEANUP_SECS, shield=True):
+        if qmp is not None:
+            await qmp.aclose()
+        await process.wait()
+    process.close()
 
 
 @contextlib.contextmanager
