@@ -5,8 +5,9 @@ host name, so a checkpoint's directory can be moved. Beside it lies ``seal.json`
 each file as noid left them. A restore compares the seal, which costs microseconds; where it differs (the directory was
 moved, or somebody wrote to a file) the digest decides, and a file without one is refused.
 
-Digests cover a file's length and its data extents, so holes cost nothing. A raw disk has no digest: hashing it would
-cost every checkpoint seconds; its seal notices each write through the filesystem.
+Digests cover a file's length and its data extents, so holes cost nothing. A disk that is one raw file has none: hashing
+it would cost every checkpoint seconds; its seal notices each write through the filesystem, and a copy of it is refused.
+Layers are immutable, the raw one at the bottom too: each is read once and its digest handed on, so they can be copied.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def describe_files(directory: Path, disk: FrozenDisk, known: Mapping[str, FileFa
     for name in disk.files:
         path = f"disk/{name}"
         size = (directory / path).stat().st_size
-        if disk.format == "raw" or name.endswith(".raw"):
+        if disk.format == "raw":
             facts[path] = FileFacts(size=size, digest=None)
         elif path in known and known[path].size == size:
             facts[path] = known[path]

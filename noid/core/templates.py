@@ -28,7 +28,7 @@ from noid.errors import Damaged, DeadlineExceeded, Incompatible, NoidError, NotF
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 GUEST_NAME = "noid"
 CLEANUP_SECS = 20.0
 

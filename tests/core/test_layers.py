@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,20 @@ async def test_an_agent_that_dies_in_a_checkpoint_leaves_a_layer_only_if_the_mac
         await noid.write(ON_DISK, "2")
         await noid.restore(checkpoint)
         assert await noid.sh("cat", ON_DISK) == "1"
+
+
+async def test_a_checkpoint_brought_back_from_a_backup_can_be_restored(rig: Rig, no_leaks: None) -> None:
+    """A copy has other inodes than its seal remembers, so every file is judged by its digest, the base layer too."""
+    async with layered(rig) as noid:
+        await noid.create()
+        await noid.write(ON_DISK, "1")
+        checkpoint = await noid.checkpoint()
+        directory = rig.layout.checkpoint(noid.user.id, checkpoint)
+    shutil.copytree(directory, rig.data_dir / "backup")
+    shutil.rmtree(directory)
+    shutil.move(rig.data_dir / "backup", directory)
+    async with layered(rig) as noid:
+        await noid.restore(checkpoint, new_name="copy")
+        assert await noid.sh("cat", ON_DISK, name="copy") == "1"
+        await noid.destroy("copy")
+        await noid.destroy()

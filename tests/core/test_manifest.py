@@ -26,7 +26,11 @@ def write_checkpoint(directory: Path, format: str = "raw") -> Manifest:
     (directory / "memory").write_bytes(b"memory" * 1000)
     name = "disk.raw" if format == "raw" else "top.qcow2"
     (directory / "disk" / name).write_bytes(b"disk" * 1000)
-    disk = FrozenDisk(directory=directory / "disk", format=format, top=name, files=(name,))
+    files = (name,)
+    if format == "qcow2":
+        (directory / "disk" / "base.raw").write_bytes(b"base" * 1000)
+        files = ("base.raw", name)
+    disk = FrozenDisk(directory=directory / "disk", format=format, top=name, files=files)
     draft = Manifest(
         id="0123456789abcdef", vm_id="v", vm_name="web", label="before", parent=None, created_at=now(), cpus=2,
         mem_mib=256, image="default", image_digest="i", kernel_release="6.1", network="none", fingerprint=HOST,
