@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from noid.client.errors import ConnectionFailed
-from noid.client.transport import connect_unix
+from noid.client.sockets import connect_unix
 from noid.core import paths
 from noid.errors import ConfigError
 

@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from noid import __version__
 from noid.client.errors import ConnectionFailed
 from noid.client.settings import Endpoint
+from noid.client.sockets import CONNECT_SECS, connect_unix
 from noid.errors import NoidError
 
 API_VERSION = 1
-CONNECT_SECS = 5.0
 CONNECT_FALLBACK_SECS = 2.0
 ANSWER_SECS = 30.0
 HEAD_BYTES_MAX = 65536
@@ -249,24 +247,6 @@ def connect(endpoint: Endpoint) -> socket.socket:
         except OSError as error:
             raise ConnectionFailed(f"cannot connect to {endpoint.address}: {error.strerror or error}.") from error
     return _connect_tcp(endpoint)
-
-
-def connect_unix(path: Path) -> socket.socket:
-    """Return a socket connected to *path*, waiting for a place in a full queue for at most `CONNECT_SECS`.
-
-    Raises:
-        OSError: as connect(2) says; EAGAIN when it took too long.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # Not settimeout(): that makes the socket non-blocking, and then a full queue fails at once.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CONNECT_SECS), 0))
-        sock.connect(str(path))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _connect_tcp(endpoint: Endpoint) -> socket.socket:

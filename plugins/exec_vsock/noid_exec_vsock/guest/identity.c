@@ -15,6 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "files.h"
 #include "network.h"
 #include "protocol.h"
 
@@ -48,64 +49,6 @@ static bool parse(const uint8_t *body, size_t length, struct wake *wake) {
            text_copy(address, network->address, sizeof network->address) &&
            text_copy(gateway, network->gateway, sizeof network->gateway) &&
            text_copy(dns, network->dns, sizeof network->dns);
-}
-
-// --- files ----------------------------------------------------------------------------------------------------------
-
-// Reads the first line, empty if there is none.
-static void read_line(const char *path, char *line, size_t capacity) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd >= 0 ? read(fd, line, capacity - 1) : 0;
-    if (fd >= 0) close(fd);
-    line[n > 0 ? n : 0] = 0;
-    line[strcspn(line, "\n")] = 0;
-}
-
-static int write_whole(const char *path, int flags, mode_t mode, const char *data, size_t length) {
-    int fd = open(path, O_WRONLY | O_CLOEXEC | flags, mode);
-    if (fd < 0) return -1;
-    int failed = write(fd, data, length) != (ssize_t)length || fchmod(fd, mode);
-    int error = errno;
-    close(fd);
-    errno = error;
-    return failed ? -1 : 0;
-}
-
-// Replaces a file so that a reader sees the old or the new one. In place where rename cannot: over a bind mount.
-static int replace_file(const char *path, mode_t mode, const char *data, size_t length) {
-    char fresh[128];
-    snprintf(fresh, sizeof fresh, "%.100s.noid", path);
-    unlink(fresh);
-    if (write_whole(fresh, O_CREAT | O_EXCL, mode, data, length) == 0 && rename(fresh, path) == 0) return 0;
-    int error = errno;
-    unlink(fresh);
-    errno = error;
-    return error == EBUSY ? write_whole(path, O_TRUNC, mode, data, length) : -1;
-}
-
-// Makes the content of an existing file `data`, without a new inode: what costs a clone most is what it does for the
-// first time, and creating, renaming and unlinking are long ways through a file system. In every state between the file
-// holds the old lines, or the new ones and empty ones. Falls back to `replace_file`, for links too.
-static int update_file(const char *path, mode_t mode, const char *data, size_t length) {
-    char padded[512];
-    struct stat status;
-    int fd = open(path, O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
-    if (fd < 0) return replace_file(path, mode, data, length);
-    size_t size = fstat(fd, &status) == 0 && S_ISREG(status.st_mode) ? (size_t)status.st_size : sizeof padded;
-    bool in_place = length < sizeof padded && size < sizeof padded;
-    if (in_place) {
-        size_t whole = size > length ? size : length;
-        memset(padded, '\n', whole);
-        memcpy(padded, data, length);
-        in_place = pwrite(fd, padded, whole, 0) == (ssize_t)whole;
-        if (in_place && size > length) in_place = ftruncate(fd, (off_t)length) == 0;
-    }
-    close(fd);
-    return in_place ? 0 : replace_file(path, mode, data, length);
-}
-
-int identity_replace_file(const char *path, const char *data, size_t length) {
-    return replace_file(path, 0644, data, length);
 }
 
 // --- items ----------------------------------------------------------------------------------------------------------

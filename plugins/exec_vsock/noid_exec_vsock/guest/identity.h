@@ -12,9 +12,6 @@
 // "not possible". False if the message is malformed; then nothing was changed.
 bool identity_wake(const uint8_t *body, size_t length, bool owns_machine, struct writer *receipt);
 
-// Replaces a world-readable file, by rename where possible. 0, or -1 and errno.
-int identity_replace_file(const char *path, const char *data, size_t length);
-
 // The kernel's boot id, as programs here see it; empty if there is none.
 void identity_boot_id(char *text, size_t capacity);
 

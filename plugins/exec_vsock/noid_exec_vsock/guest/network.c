@@ -17,7 +17,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
-#include "identity.h"
+#include "files.h"
 
 struct request {
     struct nlmsghdr header;
@@ -170,7 +170,7 @@ static int write_resolv_conf(const char *dns) {
     if (stat("/etc/resolv.conf", &status) == 0 && status.st_size > 0) return 0;
     char line[40];
     int length = snprintf(line, sizeof line, "nameserver %s\n", dns);
-    return identity_replace_file("/etc/resolv.conf", line, (size_t)length) ? errno : 0;
+    return replace_file("/etc/resolv.conf", 0644, line, (size_t)length) ? errno : 0;
 }
 
 static int mac_differs(const char *name, const uint8_t mac[6]) {

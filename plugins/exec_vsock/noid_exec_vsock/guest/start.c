@@ -111,9 +111,7 @@ _Noreturn void start_child(const struct start_request *request, const struct use
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     // What the agent ignores would stay ignored through exec: a program nobody can end with TERM.
-    signal(SIGPIPE, SIG_DFL);
-    signal(SIGHUP, SIG_DFL);
-    signal(SIGTERM, SIG_DFL);
+    for (int signo = 1; signo < NSIG; signo++) signal(signo, SIG_DFL); // whatever we, or who started us, ignore
     umask(022);
     setrlimit(RLIMIT_NOFILE, &start_file_limit); // lowering never fails
     if (owns_machine) {
