@@ -52,6 +52,7 @@ from noid.core.services import Services
 from noid.core.store import Store, Tx, open_store
 from noid.core.supervisor import Supervisor
 from noid.core.templates import Templates
+from noid.core.users import Users
 from noid.core.waiting import plain_nursery
 from noid.errors import Busy, ConfigError, Conflict, DeadlineExceeded, NoidError, NotFound, Unauthenticated
 
@@ -84,6 +85,7 @@ class Agent:
         self.services = services
         self._store = services.store
         self._auth = auth
+        self.users = Users(services.store, auth)
         self._operations = operations
         self._templates = templates
         self._pool = pool
@@ -260,30 +262,6 @@ class Agent:
     def local_user(self) -> User:
         """Return the user whom the local socket's peer is: the one this agent runs as."""
         return self._store.user_named(LOCAL_USER_PREFIX + _own_name())
-
-    async def add_user(self, name: str) -> tuple[User, str]:
-        """Add a user and return it with its first token.
-
-        Raises:
-            Conflict: the name is taken.
-        """
-        checked_name(name, "user name")
-        user = await self._store.write(lambda tx: tx.insert_user(name, new_id()))
-        return user, await self._auth.create_token(user)
-
-    async def rotate_token(self, name: str) -> str:
-        """Make *name*'s tokens invalid and return a new one.
-
-        Raises:
-            NotFound: no such user.
-        """
-        user = self._store.user_named(name)
-        await self._auth.revoke_tokens(user)
-        return await self._auth.create_token(user)
-
-    def users(self) -> list[User]:
-        """Return everybody, oldest first."""
-        return self._store.users()
 
     # --- inside ----------------------------------------------------------------------------------------------------
 

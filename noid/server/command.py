@@ -145,7 +145,7 @@ def add_user(config_path: Path | None, data_dir: Path | None, name: str) -> None
     """Add a user. The token, shown this once, is the only thing on stdout."""
 
     async def run() -> None:
-        from noid.server.users import open_users
+        from noid.core.users import open_users
 
         async with open_users(*_config_and_plugins(config_path, data_dir)) as users:
             user, token = await users.add(name)
@@ -162,7 +162,7 @@ def rotate_token(config_path: Path | None, data_dir: Path | None, name: str) -> 
     """Make a user's token invalid, at once, and print a new one."""
 
     async def run() -> None:
-        from noid.server.users import open_users
+        from noid.core.users import open_users
 
         async with open_users(*_config_and_plugins(config_path, data_dir)) as users:
             token = await users.rotate_token(name)
@@ -179,7 +179,7 @@ def list_users(config_path: Path | None, data_dir: Path | None) -> None:
     from noid.core.model import wire_time
 
     async def run() -> None:
-        from noid.server.users import open_users
+        from noid.core.users import open_users
 
         async with open_users(*_config_and_plugins(config_path, data_dir)) as users:
             found = users.list()

@@ -168,7 +168,7 @@ async def test_what_belongs_to_another_user_is_not_found(rig: Rig) -> None:
         await noid.create()
         checkpoint = await noid.checkpoint()
         mine = noid.user
-        noid.user, token = await noid.agent.add_user("other")
+        noid.user, token = await noid.agent.users.add("other")
         assert token
         for ask in (noid.destroy, noid.checkpoint, lambda: noid.sh("true"), lambda: noid.restore(checkpoint)):
             with pytest.raises(NotFound):

@@ -210,7 +210,7 @@ async def test_a_lost_database_loses_no_vm_and_no_checkpoint(rig: Rig) -> None:
         await noid.restore(checkpoint)
         await noid.write(MEMORY, "kept")
         local, before = noid.user, noid.agent.vm(noid.user, "web")
-        noid.user, _ = await noid.agent.add_user("other")
+        noid.user, _ = await noid.agent.users.add("other")
         await noid.create("theirs")
         other = noid.user
     lose_database(rig)
@@ -220,10 +220,10 @@ async def test_a_lost_database_loses_no_vm_and_no_checkpoint(rig: Rig) -> None:
         assert await noid.sh("cat", MEMORY) == "kept"
         assert [c.id for c in noid.agent.checkpoints(local, "web")] == [checkpoint]
         await noid.restore(checkpoint)
-        noid.user = next(user for user in noid.agent.users() if user.name == "other")
+        noid.user = next(user for user in noid.agent.users.list() if user.name == "other")
         assert noid.user == other
         assert await noid.sh("hostname", name="theirs") == "theirs"
-        assert await noid.agent.rotate_token("other")
+        assert await noid.agent.users.rotate_token("other")
 
 
 async def test_a_checkpoint_whose_vm_is_gone_survives_a_lost_database_too(rig: Rig) -> None:

@@ -1,4 +1,4 @@
-"""Users and tokens for the admin commands, which work whether or not the agent runs: both share the database."""
+"""Users and their tokens: for the agent, and for admin commands, which work whether or not an agent runs."""
 
 from __future__ import annotations
 
