@@ -64,8 +64,8 @@ async def test_the_example_keeps_tokens(installed: None, data_dir: Path, no_leak
     async with open_agent(config, plugins) as agent:
         async with open_users(config, plugins) as users:  # as the admin commands do, beside the running agent
             alice, token = await users.add("alice")
-        assert agent.authenticate(Credentials(token=token)) == alice
-        new = await agent.rotate_token("alice")
+            assert agent.authenticate(Credentials(token=token)) == alice
+            new = await users.rotate_token("alice")
         assert agent.authenticate(Credentials(token=new)) == alice
         for wrong in (token, "", None):
             with pytest.raises(Unauthenticated):
