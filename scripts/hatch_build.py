@@ -92,7 +92,8 @@ def build_all(root: Path) -> list[Path]:
             continue
         if importlib.util.find_spec("ziglang") is None:
             sys.exit(f"The guest agent's compiler is missing. Install it: pip install ziglang=={ZIG_VERSION}")
-        # The first time, the compiler also makes a C library: half a minute. It keeps it here.
+        # The first time, the compiler also makes a C library: half a minute or more. It keeps it here.
+        print(f"Compiling the guest agent for {architecture}", file=sys.stderr, flush=True)
         compile_agent(guest_dir, architecture, output, scratch=root / ".zig-cache")
         stamp.write_text(digest)
     return built
