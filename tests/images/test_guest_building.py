@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from noid.core.guestbuild import aptsources, cache, debs, ext4, programs
+from noid.core.guestbuild import aptsources, cache, debs, ext4, programs, rootfs
 from noid.core.guestbuild.furnish import furnish
 from noid.core.guestbuild.rootfs import debian_rootfs
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NoSpace
@@ -305,3 +305,14 @@ def test_a_guest_too_small_to_hold_a_system_is_refused_before_anything_is_done(c
     with pytest.raises(InvalidRequest, match="at least 512 MiB"):
         debian_rootfs(size_bytes=100 << 20)
     assert not cache_home.exists()
+
+
+def test_a_host_that_refuses_user_namespaces_is_named_as_the_reason(
+    bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(bin_dir / "mmdebstrap", "echo 'E: unshare syscall failed: Operation not permitted' >&2; exit 25")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(rootfs, "_check_user_namespaces", lambda: None)  # an account that has its range of ids
+
+    with pytest.raises(DependencyDown, match=r"refuses user namespaces.*sudo noid-server image build"):
+        rootfs._bootstrap("bookworm", ["bash"], [], tmp_path / "root.tar")

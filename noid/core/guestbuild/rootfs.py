@@ -134,6 +134,13 @@ def _bootstrap(suite: str, wanted: Sequence[str], sources: Sequence[aptsources.S
         try:
             programs.run(argv, purpose)
         except BackendError as error:
+            if not root and "unshare" in str(error):  # not asked before: AppArmor may allow it to mmdebstrap alone
+                raise DependencyDown(
+                    f"{error} This machine, or the container it is, refuses user namespaces to ordinary users, and "
+                    "without them only root can make a root file system. Allow them (sysctl "
+                    "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns, "
+                    "user.max_user_namespaces), or run 'sudo noid-server image build --data-dir DIRECTORY'."
+                ) from error
             raise BackendError(
                 f"{error} Check that the network reaches the package archives and that 'apt-get update' works, then "
                 "try again; or import a root file system of your own with 'noid-server image import'."
