@@ -82,6 +82,9 @@ def build_all(root: Path) -> list[Path]:
     guest_dir = root / GUEST_DIR
     binaries = guest_dir / "bin"
     binaries.mkdir(exist_ok=True)
+    for unfinished in binaries.glob(".noid-agent-*"):  # of builds that were killed; their suffix is their pid
+        if not Path("/proc", unfinished.suffix.removeprefix(".")).exists():
+            unfinished.unlink(missing_ok=True)
     digest = sources_digest(guest_dir)
     built = []
     for architecture in ARCHITECTURES:

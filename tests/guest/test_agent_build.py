@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,20 @@ def test_what_is_up_to_date_is_not_compiled_again(hatch_build: ModuleType, agent
     before = agent_program.stat().st_mtime_ns
     assert agent_program in hatch_build.build_all(ROOT)
     assert agent_program.stat().st_mtime_ns == before
+
+
+def test_what_a_killed_build_left_is_removed_and_a_running_one_is_left_alone(
+    hatch_build: ModuleType, agent_program: Path
+) -> None:
+    killed, running = (agent_program.with_name(f".{agent_program.name}.{pid}") for pid in (2**22 + 1, os.getpid()))
+    try:
+        for path in (killed, running):
+            path.touch()
+        hatch_build.build_all(ROOT)
+        assert (killed.exists(), running.exists()) == (False, True)
+    finally:
+        running.unlink()
+        killed.unlink(missing_ok=True)
 
 
 def test_any_change_of_the_sources_is_noticed(hatch_build: ModuleType, tmp_path: Path) -> None:
