@@ -27,6 +27,8 @@ M     listening sockets are inherited by every child                   never: `n
 N     HTTP/2 in plain text cannot be switched off                      ignored; other versions than HTTP/1 get 505
 R     closing with unread input resets the connection, and the answer  the connection lingers: EOF first, then input is
       (a 413, an exit code) may be lost                                discarded for a moment
+S     sending on a closed connection never yields: a handler that     every send yields, so the handler is cancelled
+      only sends starves the whole server
 ====  ==============================================================  ================================================
 """
 
@@ -140,6 +142,7 @@ class HttpConnection(TrioASGIHTTPConnection):
         async def send_whole(message: ASGISendEvent) -> None:
             last = message["type"] == "http.response.body" and not message.get("more_body")
             with trio.CancelScope(shield=last):
+                await trio.lowlevel.checkpoint()  # S
                 await send(message)
 
         await super().__call__(receive, send_whole)
@@ -171,7 +174,12 @@ class App(QuartTrio):
 
 
 class WebsocketStream(WSStream):
-    """G and H: oversized messages end the connection, and extensions are never negotiated."""
+    """G, H, S: oversized messages end the connection, extensions are never negotiated, every send yields."""
+
+    async def app_send(self, message: ASGISendEvent | None) -> None:
+        """Send what the application says; without effect, but not without yielding, once the connection is closed."""
+        await trio.lowlevel.checkpoint()
+        await super().app_send(message)
 
     async def _accept(self, message: Any) -> None:
         self.handshake.extensions = None

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 import trio
 from quart import request
 
+from noid.core.waiting import plain_nursery
 from noid.server.hardening import Transport
 
 STILL_WORKING_SECS = 10.0
@@ -32,13 +33,7 @@ async def still_working() -> AsyncIterator[None]:
             await trio.sleep(STILL_WORKING_SECS)
             await transport.say_still_working()
 
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
+    async with plain_nursery() as nursery:
         nursery.start_soon(say_so)
-        try:
-            yield
-        except Exception as error:  # carried past the nursery, which would wrap it in a group
-            failure = error
+        yield
         nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure

@@ -21,6 +21,7 @@ from noid.core import wire
 from noid.core.agent import Agent
 from noid.core.backends import Guest, Process
 from noid.core.model import ExecRequest, ProcessExit, User, checked_name
+from noid.core.waiting import plain_nursery
 from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest, NoidError
 from noid.server.guard import Guard, current_user, json_reply
 from noid.server.hardening import App, Transport, hold_websocket
@@ -155,19 +156,13 @@ async def _start(guest: Guest, name: str, command: ExecRequest) -> Process:
 async def _converse(process: Process, command: ExecRequest, transport: Transport) -> wire.ExecResult:
     """Relay output, and input if the command wants it, until the process has ended or its time is up."""
     result = wire.ExecResult(exit_code=None, timed_out=True)
-    failure: NoidError | None = None
-    async with trio.open_nursery() as nursery:
+    async with plain_nursery() as nursery:
         nursery.start_soon(_relay_input, process, command.stdin, transport, nursery.cancel_scope)
         with trio.move_on_after(command.timeout_secs or math.inf):
-            try:
-                while not isinstance(received := await process.receive(), ProcessExit):
-                    await websocket.send(wire.frame(received.stream, received.data))
-                result = wire.ExecResult.of(received)
-            except NoidError as error:  # carried past the nursery, which would wrap it in a group
-                failure = error
+            while not isinstance(received := await process.receive(), ProcessExit):
+                await websocket.send(wire.frame(received.stream, received.data))
+            result = wire.ExecResult.of(received)
         nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
     return result
 
 

@@ -1,0 +1,371 @@
+"""A test per lettered item of noid/server/hardening.py, against a live server with an application of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from functools import partial
+
+import pytest
+import trio
+from hypercorn.config import Sockets
+from hypercorn.trio.run import worker_serve
+from hypercorn.utils import wrap_app
+from quart import Response, request, websocket
+from trio_websocket import ConnectionClosed, WebSocketConnection
+
+from noid.errors import Conflict
+from noid.server.hardening import App, Settings, Transport, hold_websocket
+from noid.server.listening import tcp_listeners
+from noid.testing.raw_http import RawClient, open_ws
+
+
+class Quick(Settings):
+    """The same limits, sooner."""
+
+    keep_alive_timeout = 0.3
+    graceful_timeout = 0.3
+    write_timeout_secs = 0.5
+    linger_secs = 0.5
+
+
+class Rig:
+    """A server on a port of its own, and what its handlers noticed."""
+
+    def __init__(self) -> None:
+        self.stopping = trio.Event()
+        self.stopped = trio.Event()
+        self.cancelled = trio.Event()
+        self.noticed = trio.Event()
+        self.transport: Transport | None = None
+        self.address = ("", 0)
+        self.clients: list[RawClient] = []
+
+    async def connect(self) -> RawClient:
+        self.clients.append(RawClient(await trio.open_tcp_stream(*self.address)))
+        return self.clients[-1]
+
+    @contextlib.asynccontextmanager
+    async def websocket(self, path: str) -> AsyncIterator[WebSocketConnection]:
+        async with open_ws(await trio.open_tcp_stream(*self.address), path) as ws:
+            yield ws
+
+    @contextlib.asynccontextmanager
+    async def notes_cancellation(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except trio.Cancelled:
+            self.cancelled.set()
+            raise
+
+    def app(self) -> App:
+        app = App("test", static_folder=None)
+        app.config.update(MAX_CONTENT_LENGTH=100_000, BODY_TIMEOUT=0.3, RESPONSE_TIMEOUT=None)
+
+        @app.route("/", methods=["GET", "POST"])
+        async def echo() -> Response:
+            self.transport = Transport.of(request.scope)
+            return Response(await request.get_data())
+
+        @app.route("/slow")
+        async def slow() -> Response:
+            async with self.notes_cancellation():
+                await trio.sleep_forever()
+            raise AssertionError
+
+        @app.route("/interim")
+        async def interim() -> Response:
+            for _ in range(3):
+                await Transport.of(request.scope).say_still_working()
+            return Response(b"done")
+
+        @app.websocket("/flood")
+        async def flood() -> None:
+            async with self.notes_cancellation():
+                while True:
+                    await websocket.send(bytes(65536))
+
+        @app.websocket("/echo")
+        async def ws_echo() -> None:
+            async def session() -> None:
+                async with self.notes_cancellation():
+                    while True:
+                        await websocket.send(await websocket.receive())
+
+            await hold_websocket(self.stopping, session, str)
+
+        @app.websocket("/fails/<how>")
+        async def fails(how: str) -> None:
+            async def session() -> None:
+                raise Conflict("on purpose") if how == "kindly" else RuntimeError("a secret")
+
+            await hold_websocket(self.stopping, session, str)
+
+        @app.websocket("/deaf")
+        async def deaf() -> None:
+            await websocket.accept()
+            transport = Transport.of(websocket.scope)
+            while not transport.is_gone():  # noqa: ASYNC110  # that is what is tested
+                await trio.sleep(0.01)
+            self.noticed.set()
+
+        return app
+
+
+@pytest.fixture
+async def rig(nursery: trio.Nursery) -> AsyncIterator[Rig]:
+    rig = Rig()
+    with tcp_listeners("127.0.0.1:0") as listeners:
+        rig.address = listeners[0].getsockname()
+
+        async def run(*, task_status: trio.TaskStatus[object]) -> None:
+            await worker_serve(
+                wrap_app(rig.app(), 0, "asgi"),
+                Quick(),
+                sockets=Sockets([], listeners, []),
+                shutdown_trigger=rig.stopping.wait,
+                task_status=task_status,
+            )
+            rig.stopped.set()
+
+        await nursery.start(run)
+        yield rig
+        rig.stopping.set()
+        with trio.fail_after(10):
+            await rig.stopped.wait()
+        for client in rig.clients:
+            await client.stream.aclose()
+
+
+async def test_a_an_idle_connection_is_closed_also_after_a_response(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.ask("GET", "/")
+    with trio.fail_after(5):
+        assert await client.until_closed() == b""
+
+
+async def test_a_connection_close_is_honoured_with_the_whole_answer(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.send("POST", "/", bytes(90_000), headers={"connection": "close"})
+    with trio.fail_after(5):
+        assert (await client.until_closed()).endswith(bytes(90_000))
+
+
+async def test_a_idle_clients_do_not_delay_shutdown(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Quick, "graceful_timeout", 30.0)
+    monkeypatch.setattr(Quick, "keep_alive_timeout", 30.0)
+    client = await rig.connect()
+    await client.ask("GET", "/")
+    rig.stopping.set()
+    with trio.fail_after(5):
+        await rig.stopped.wait()
+
+
+async def test_a_slow_headers_are_cut_off_on_every_request(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.ask("GET", "/")
+    with trio.fail_after(5), contextlib.suppress(trio.BrokenResourceError):
+        async with trio.open_nursery() as nursery:
+
+            async def dribble() -> None:
+                while True:
+                    await client.stream.send_all(b"X")
+                    await trio.sleep(0.05)
+
+            nursery.start_soon(dribble)
+            assert await client.until_closed() == b""
+            nursery.cancel_scope.cancel()
+
+
+async def test_b_a_client_that_does_not_read_is_dropped(rig: Rig) -> None:
+    async with rig.websocket("/flood"):  # its receive buffer is one message; then it stops reading
+        with trio.fail_after(10):
+            await rig.cancelled.wait()
+
+
+async def test_b_a_client_that_does_not_read_does_not_stop_shutdown(rig: Rig) -> None:
+    async with rig.websocket("/flood"):
+        rig.stopping.set()
+        with trio.fail_after(10):
+            await rig.stopped.wait()
+
+
+async def test_s_a_handler_that_only_sends_does_not_starve_others_after_its_client_left(rig: Rig) -> None:
+    async with rig.websocket("/flood") as ws:
+        await ws._stream.aclose()
+        with trio.fail_after(10):
+            await rig.cancelled.wait()
+            assert (await (await rig.connect()).ask("GET", "/")).status == 200
+
+
+async def test_c_a_client_that_leaves_cancels_its_handler(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.send("GET", "/slow")
+    await client.stream.aclose()
+    with trio.fail_after(5):
+        await rig.cancelled.wait()
+
+
+async def test_d_a_websocket_is_told_of_a_restart(rig: Rig) -> None:
+    async with rig.websocket("/echo") as ws:
+        await ws.send_message("x")
+        await ws.get_message()
+        rig.stopping.set()
+        assert "restart" in await ws.get_message()
+        with pytest.raises(ConnectionClosed) as closed:
+            await ws.get_message()
+    assert closed.value.reason.code == 1012
+
+
+async def test_e_a_failing_handler_is_an_internal_error_and_keeps_its_secrets(rig: Rig) -> None:
+    async with rig.websocket("/fails/badly") as ws:
+        assert "secret" not in await ws.get_message()
+        with pytest.raises(ConnectionClosed) as closed:
+            await ws.get_message()
+    assert closed.value.reason.code == 1011
+
+
+async def test_e_an_error_meant_for_the_client_is_a_normal_end(rig: Rig) -> None:
+    async with rig.websocket("/fails/kindly") as ws:
+        assert await ws.get_message() == "on purpose"
+        with pytest.raises(ConnectionClosed) as closed:
+            await ws.get_message()
+    assert closed.value.reason.code == 1000
+
+
+@pytest.mark.parametrize("message", [b"", "", b"\0", "text"])
+async def test_f_empty_messages_are_messages(rig: Rig, message: bytes | str) -> None:
+    async with rig.websocket("/echo") as ws:
+        await ws.send_message(message)
+        assert await ws.get_message() == message
+
+
+async def test_g_an_oversized_message_ends_the_session_though_the_client_stays(rig: Rig) -> None:
+    async with rig.websocket("/echo") as ws:
+        await ws.send_message(bytes((1 << 20) + 1))
+        with trio.fail_after(5):
+            await rig.cancelled.wait()
+        with pytest.raises(ConnectionClosed) as closed:
+            await ws.get_message()
+    assert closed.value.reason.code == 1009
+
+
+async def test_g_the_largest_message_passes(rig: Rig) -> None:
+    async with rig.websocket("/echo") as ws:
+        await ws.send_message(bytes(1 << 20))
+        assert len(await ws.get_message()) == 1 << 20
+
+
+UPGRADE = {
+    "connection": "keep-alive, Upgrade",
+    "upgrade": "websocket",
+    "sec-websocket-version": "13",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+async def test_h_compression_is_never_negotiated_and_connection_is_single_valued(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.send("GET", "/echo", headers=UPGRADE | {"sec-websocket-extensions": "permessage-deflate"})
+    head = (await client.stream.receive_some()).decode().lower()
+    assert head.startswith("http/1.1 101")
+    assert "sec-websocket-extensions" not in head
+    assert "\r\nconnection: upgrade\r\n" in head
+    await client.stream.send_all(b"\xc1\x80\0\0\0\0")  # a compressed frame nobody agreed on: RSV1 is set
+    with trio.fail_after(5):
+        assert await client.until_closed() == b""
+
+
+async def test_i_dead_peers_are_found_by_keepalive(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.ask("GET", "/")
+    assert rig.transport is not None
+    assert rig.transport._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert rig.transport._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+async def test_j_a_client_that_leaves_is_noticed_while_its_input_is_unread(rig: Rig) -> None:
+    async with rig.websocket("/deaf") as ws:
+        for _ in range(20):
+            await ws.send_message(bytes(1000))
+        await ws._stream.aclose()
+        with trio.fail_after(5):
+            await rig.noticed.wait()
+
+
+async def test_k_a_body_over_the_limit_is_413_with_length_and_chunked(rig: Rig) -> None:
+    assert (await (await rig.connect()).ask("POST", "/", bytes(100_001))).status == 413
+    client = await rig.connect()
+    await client.stream.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1000000\r\n")
+    with contextlib.suppress(trio.BrokenResourceError):
+        await client.stream.send_all(bytes(150_000))
+    assert (await client.receive()).status == 413
+
+
+async def test_k_a_body_that_does_not_arrive_is_408(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.stream.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf")
+    assert (await client.receive()).status == 408
+    with trio.fail_after(5):
+        assert await client.until_closed() == b""
+
+
+async def test_n_http2_is_refused_in_the_clear(rig: Rig) -> None:
+    client = await rig.connect()
+    h2c = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQAAP__"}
+    assert (await client.ask("GET", "/", headers=h2c)).status == 200
+    client = await rig.connect()
+    await client.stream.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    with trio.fail_after(5):
+        assert (await client.until_closed()).startswith(b"HTTP/1.1 505")
+
+
+async def test_r_an_early_refusal_reaches_a_client_that_is_still_sending(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.stream.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 8000000\r\n\r\n")
+    with contextlib.suppress(trio.BrokenResourceError):
+        await client.stream.send_all(bytes(8_000_000))
+    assert (await client.receive()).status == 413
+
+
+async def test_r_lingering_is_bounded(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.send("GET", "/", headers={"connection": "close"})
+    await client.until_closed()
+
+    async def stay() -> None:
+        while True:
+            await client.stream.send_all(b"still here")
+            await trio.sleep(0.02)
+
+    with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
+        await stay()
+
+
+async def test_signs_of_life_precede_the_answer(rig: Rig) -> None:
+    answer = await (await rig.connect()).ask("GET", "/interim")
+    assert (answer.status, answer.body, answer.interim) == (200, b"done", 3)
+
+
+async def test_http_1_0_gets_no_signs_of_life(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.stream.send_all(b"GET /interim HTTP/1.0\r\n\r\n")
+    assert (await client.until_closed()).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\0\x01", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
+async def test_even_what_is_not_http_is_answered_with_the_api_version(rig: Rig, garbage: bytes) -> None:
+    client = await rig.connect()
+    await client.stream.send_all(garbage + b"\r\n\r\n")
+    with trio.fail_after(5):
+        received = await client.until_closed()
+    assert received.startswith(b"HTTP/1.1 400")
+    assert b"x-noid-api-version: 1" in received.lower()
+
+
+async def test_a_body_of_the_limit_arrives_in_pieces(rig: Rig) -> None:
+    client = await rig.connect()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(client.send, "POST", "/", bytes(100_000)))
+        assert (await client.receive()).body == bytes(100_000)
