@@ -114,10 +114,11 @@ class ExecRoutes:
         return wire.reply_to_json(wire.ErrorResponse(error=self._guard.public_text(error), code=error.code))
 
     async def _session(self, user: User, name: str) -> None:
-        with trio.move_on_after(FIRST_MESSAGE_SECS) as patience:
-            first = await websocket.receive()
-        if patience.cancelled_caught:
-            raise DeadlineExceeded(f"no exec request within {FIRST_MESSAGE_SECS:g} s of the upgrade.")
+        try:
+            with trio.fail_after(FIRST_MESSAGE_SECS):
+                first = await websocket.receive()
+        except trio.TooSlowError as error:
+            raise DeadlineExceeded(f"no exec request within {FIRST_MESSAGE_SECS:g} s of the upgrade.") from error
         if not isinstance(first, str):
             raise InvalidRequest("invalid exec request: the first message must be text.")
         command = wire.request_from_json(first)
