@@ -77,7 +77,7 @@ class FileAuth:
 
     def authenticate(self, credentials: Credentials) -> str | None:
         """Return whose token this is. Looked up by its hash, so the time it takes tells nothing about any token."""
-        return self._users().get(_hash(credentials.token or ""))
+        return self.users().get(_hash(credentials.token or ""))
 
     async def create_token(self, user: User) -> str:
         """Return a new token, the only copy there will ever be."""
@@ -91,7 +91,12 @@ class FileAuth:
             self._change, lambda users: {token: owner for token, owner in users.items() if owner != user.id}
         )
 
-    def _users(self) -> dict[str, str]:
+    def users(self) -> dict[str, str]:
+        """Return user ids by the hashes of their tokens.
+
+        Raises:
+            Damaged: the file cannot be read.
+        """
         try:
             users: dict[str, str] = json.loads(self._file.read_text())
         except FileNotFoundError:
@@ -107,7 +112,7 @@ class FileAuth:
             fcntl.flock(lock, fcntl.LOCK_EX)
             new = self._file.with_suffix(".new")
             new.touch(mode=0o600)
-            new.write_text(json.dumps(change(self._users())))
+            new.write_text(json.dumps(change(self.users())))
             new.replace(self._file)
 
 
@@ -118,7 +123,9 @@ def _hash(token: str) -> str:
 @contextlib.asynccontextmanager
 async def open_auth(config: FileAuthConfig, context: AgentContext) -> AsyncIterator[AuthBackend]:
     """Live as long as the agent. What is opened before the ``yield`` is closed after it, whatever happens."""
-    yield FileAuth(config.file or context.data_dir / "tokens.json")
+    auth = FileAuth(config.file or context.data_dir / "tokens.json")
+    await trio.to_thread.run_sync(auth.users)  # a file that cannot be read is said at the start
+    yield auth
 
 
 @hookimpl
