@@ -13,8 +13,9 @@ from noid.core.backends import Machine, MachineExit
 from noid.errors import DependencyDown
 
 _END_SECS = 0.5
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 16384
 _TAIL_LINES = 5
+_PANIC = "Kernel panic - not syncing"
 _UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[^\x20-\x7e\n]")
 
 
@@ -73,12 +74,15 @@ async def until_it_ends(machine: Machine, directory: Path) -> AsyncIterator[None
     if ended is not None:
         raise DependencyDown(
             f"the VM ended before its guest answered ({ended.reason}{f': {ended.detail}' if ended.detail else ''})."
-            f"{console_tail(directory)} Check the image's kernel and root file system."
+            f"{console_tail(directory)} Check the image's kernel and root file system, or give the VM more memory."
         ) from failure
 
 
 def console_tail(directory: Path) -> str:
-    """Return the last console lines of the machine in *directory* as a sentence, or an empty string."""
+    """Return the last console lines of the machine in *directory* as a sentence, or an empty string.
+
+    What a kernel prints after the reason of its panic (a call trace) helps nobody here, so the reason comes last.
+    """
     try:
         with (directory / "serial.log").open("rb") as log:
             log.seek(0, 2)
@@ -87,5 +91,8 @@ def console_tail(directory: Path) -> str:
     except OSError:
         return ""
     lines = [line.strip() for line in _UNPRINTABLE.sub("", text.replace("\r", "")).split("\n")]
+    panics = [number for number, line in enumerate(lines) if _PANIC in line]
+    if panics:
+        del lines[panics[0] + 1 :]
     shown = [line[:200] for line in lines if line][-_TAIL_LINES:]
     return f" Its console said last: {' | '.join(shown)!r}." if shown else " Its console said nothing."

@@ -131,3 +131,12 @@ def test_of_a_long_console_the_last_lines_are_quoted(tmp_path: Path) -> None:
     assert (
         console_tail(tmp_path) == " Its console said last: 'line 4995 | line 4996 | line 4997 | line 4998 | line 4999'."
     )
+
+
+def test_of_a_panic_the_reason_is_quoted_and_not_the_trace_after_it(tmp_path: Path) -> None:
+    trace = "".join(f"[    0.65]  function{n}+0x31/0x50\n" for n in range(60))
+    (tmp_path / "serial.log").write_text(f"no place\n[    0.6] Kernel panic - not syncing: no memory\n{trace}")
+    assert (
+        console_tail(tmp_path)
+        == " Its console said last: 'no place | [    0.6] Kernel panic - not syncing: no memory'."
+    )
