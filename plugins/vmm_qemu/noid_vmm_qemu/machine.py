@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -25,6 +26,7 @@ from noid_vmm_qemu.qmp import Qmp, QmpError, QmpEvent
 _STATE_ROOM_BYTES = 1 << 20
 _PIVOT_SECS = 10.0
 _CONSOLE_LOOK_SECS = 60.0
+_FEED_SECS = 2.0
 _REASONS = {
     "guest-shutdown": "shutdown",
     "guest-reset": "reset",
@@ -43,6 +45,8 @@ class MachineEvents:
         self.resumed = False
         self.shutdown_reason: str | None = None
         self.migration: str | None = None
+        self.starved = False  # paused by QEMU itself, because the host could not write its disk
+        self._told = False
         self._instance = instance
 
     def adopt(self, *, paused: bool) -> None:
@@ -54,18 +58,25 @@ class MachineEvents:
         if event.name == "STOP":
             self.paused = True
         elif event.name == "RESUME":
-            self.paused, self.resumed = False, True
+            self.paused, self.resumed, self.starved = False, True, False
         elif event.name == "SHUTDOWN":
             self.shutdown_reason = str(event.data.get("reason", "unknown"))
         elif event.name == "MIGRATION":
             self.migration = str(event.data.get("status"))
         elif event.name == "BLOCK_IO_ERROR" and event.data.get("action") == "stop":
-            log.error(
-                "the disk of VM instance %s could not be written on the host (%s), so QEMU has paused the guest before "
-                "it loses data. Free space, then resume the VM.",
-                self._instance,
-                event.data.get("reason", "no reason given"),
-            )
+            self.starved = True
+            if not self._told:
+                log.error(
+                    "the disk of VM instance %s could not be written on the host (%s), so QEMU has paused the guest "
+                    "before it loses data. Free space: then the guest goes on by itself.",
+                    self._instance,
+                    event.data.get("reason", "no reason given"),
+                )
+            self._told = True
+
+    def fed(self) -> None:
+        """Take notice that the machine has run for a while: the next time its disk is full is news again."""
+        self._told = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +119,7 @@ class QemuMachine:
         self._spare: _Layer | None = None
         self._channel: trio.SocketStream | None = None
         self._killed = False
+        self._to_stay_paused = False
 
     async def prepare_pause(self, new_top: Path | None) -> None:
         """See `Machine.prepare_pause`. A layered disk's tables are synced here, which takes a disk's time."""
@@ -124,11 +136,23 @@ class QemuMachine:
 
     async def pause(self) -> None:
         """See `Machine.pause`."""
+        self._to_stay_paused = True
         await self._qmp.execute("stop")
 
     async def resume(self) -> None:
         """See `Machine.resume`."""
+        self._to_stay_paused = False
         await self._qmp.execute("cont")
+
+    async def _feed(self) -> None:
+        """Let a guest go on that QEMU has paused for want of room on the host. Still none: it pauses again."""
+        if not self._events.starved:
+            self._events.fed()
+            return
+        await trio.sleep(_FEED_SECS)
+        if not self._to_stay_paused:
+            with contextlib.suppress(NoidError):  # it is about to end, which `wait` is waiting for
+                await self._qmp.execute("cont")
 
     async def capture(self, into: Path) -> Capture:
         """See `Machine.capture`."""
@@ -194,13 +218,15 @@ class QemuMachine:
         Raises:
             NotFound: `aclose` was called meanwhile.
         """
-        while True:
-            # Whoever waits for the end looks after the console meanwhile: there is always somebody who waits.
+        over = False
+        while not over:
+            # Whoever waits for the end looks after console and disk meanwhile: there is always somebody who waits.
             with trio.move_on_after(_CONSOLE_LOOK_SECS) as scope:
-                await self._qmp.drained()
-            if not scope.cancelled_caught:
-                break
-            await self._shorten_console()
+                over = await self._qmp.drained(or_until=lambda: self._events.starved)
+            if scope.cancelled_caught:
+                await self._shorten_console()
+            if not over:
+                await self._feed()
         await self._process.wait()
         told = self._events.shutdown_reason
         if told is not None:

@@ -98,13 +98,18 @@ class Qmp:
         """Wait until *happened*, which looks at what *on_event* noted down."""
         await self._read_until(happened)
 
-    async def drained(self) -> None:
-        """Return when the connection is over and every event that came over it has been delivered."""
+    async def drained(self, or_until: Callable[[], bool] = lambda: False) -> bool:
+        """Return True when the connection is over and every event that came over it has been delivered.
+
+        False: *or_until*, which looks at what *on_event* noted down, was true before.
+        """
         if self._over is None:
             try:
-                await self._read_until(lambda: False)
+                await self._read_until(or_until)
             except DependencyDown:
-                return
+                return True
+            return False
+        return True
 
     async def aclose(self) -> None:
         """Close the connection; QEMU goes on. Whoever waits gets `DependencyDown`."""
