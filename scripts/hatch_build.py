@@ -96,7 +96,9 @@ def build_all(root: Path) -> list[Path]:
         if importlib.util.find_spec("ziglang") is None:
             sys.exit(f"The guest agent's compiler is missing. Install it: pip install ziglang=={ZIG_VERSION}")
         # The first time, the compiler also makes a C library: half a minute or more. It keeps it here.
-        print(f"Compiling the guest agent for {architecture}", file=sys.stderr, flush=True)
+        print(
+            f"Compiling the guest agent for {architecture}; half a minute the first time", file=sys.stderr, flush=True
+        )
         compile_agent(guest_dir, architecture, output, scratch=root / ".zig-cache")
         stamp.write_text(digest)
     return built

@@ -1,20 +1,24 @@
 """The tour of the quickstart: runs noid's commands as a user would, prints each with its time, and checks every claim.
 
-Usage: scripts/tour.py [--mem MIB]. Ends with status 0 only if everything that is said was seen. What it makes, it
-removes, also when something fails.
+Usage: scripts/tour.py [--mem MIB]. Ends with status 0 only if everything that is said was seen. The VMs it makes it
+removes, also when something fails; its checkpoint stays, as checkpoints do.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from noid.core import paths
 
 NOID = Path(sys.executable).with_name("noid")
 VM, COPIES = "tour", ("tour-copy-1", "tour-copy-2")
@@ -36,13 +40,15 @@ def noid(*arguments: str, show: bool = True) -> str:
     """Run a noid command, print it with its time, and return what it printed."""
     started = time.perf_counter()
     command = [str(NOID), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE_SECS)
-    seconds = time.perf_counter() - started
     if show:
-        print(
-            f"  $ noid {shlex.join(arguments)}",
-            f"\033[2m({seconds:.2f} s)\033[0m" if sys.stdout.isatty() else f"({seconds:.2f} s)",
-        )
+        print(f"  $ noid {shlex.join(arguments)} ", end="", flush=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE_SECS)
+    except subprocess.TimeoutExpired as error:
+        raise Unproved(f"noid {shlex.join(arguments)} has not ended after {DEADLINE_SECS} s") from error
+    if show:
+        took = f"({time.perf_counter() - started:.2f} s)"
+        print(f"\033[2m{took}\033[0m" if sys.stdout.isatty() else took)
         for line in done.stdout.rstrip().splitlines()[:12]:
             print(f"    {line}")
     if done.returncode != 0:
@@ -141,6 +147,28 @@ def tour(mem_mib: int) -> None:
     check("the checkpoint outlives its VM", checkpoint["id"] in {c["id"] for c in kept}, checkpoint["id"])
 
 
+@contextlib.contextmanager
+def only_tour() -> Iterator[None]:
+    """Wait until no other tour uses this data directory: the names of its VMs are the same in all of them."""
+    directory = os.open(paths.data_dir(), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Another tour is under way; waiting for it.", flush=True)
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
+def remove_vms() -> None:
+    """Remove the tour's VMs, as far as there are any."""
+    for vm in (VM, *COPIES):
+        with contextlib.suppress(Unproved):
+            noid("destroy", vm, show=False)
+
+
 def main() -> int:
     """Run the tour and return the exit status."""
     parser = argparse.ArgumentParser(description="Show what noid does, and check it.")
@@ -148,19 +176,20 @@ def main() -> int:
     arguments = parser.parse_args()
     os.chdir("/")  # a .noid-vm file here must not matter
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # it is a text file
-    started = time.monotonic()
-    for vm in (VM, *COPIES):
-        with contextlib.suppress(Unproved):
-            noid("destroy", vm, show=False)
-    try:
-        tour(arguments.mem)
-    except Unproved as error:
-        print(f"\nFAILED: {error}", file=sys.stderr)
-        return 1
-    finally:
-        for vm in (VM, *COPIES):
-            with contextlib.suppress(Unproved):
-                noid("destroy", vm, show=False)
+    paths.data_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
+    with only_tour():
+        started = time.monotonic()
+        remove_vms()  # of a tour that was killed
+        try:
+            tour(arguments.mem)
+        except Unproved as error:
+            print(f"\nFAILED: {error}\nThe agent's log is {paths.data_dir() / 'agent.log'}.", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("\nInterrupted. Removing the tour's VMs.", file=sys.stderr)
+            return 130
+        finally:
+            remove_vms()
     print(f"\nEverything above was checked. The tour took {time.monotonic() - started:.1f} s.")
     return 0
 
