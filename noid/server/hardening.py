@@ -29,6 +29,7 @@ R     closing with unread input resets the connection, and the answer  the conne
       (a 413, an exit code) may be lost                                discarded for a moment
 S     sending on a closed connection never yields: a handler that     every send yields, so the handler is cancelled
       only sends starves the whole server
+T     a target without a path, `GET ?x`, is an IndexError in the log  400
 ====  ==============================================================  ================================================
 """
 
@@ -192,7 +193,7 @@ class WebsocketStream(WSStream):
 
 
 class Http1Protocol(H11Protocol):
-    """N: HTTP/1.0 and 1.1 and nothing else."""
+    """N and T: HTTP/1.0 and 1.1 and nothing else, and only for something that has a path."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -215,8 +216,9 @@ class Http1Protocol(H11Protocol):
         """Never switch to HTTP/2."""
 
     async def _create_stream(self, request: h11.Request) -> None:
-        if request.http_version not in (b"1.0", b"1.1"):
-            await self._send_error_response(505)
+        supported = request.http_version in (b"1.0", b"1.1")
+        if not supported or request.target.startswith(b"?"):
+            await self._send_error_response(400 if supported else 505)
             await self.send(Closed())
             return
         await super()._create_stream(request)

@@ -49,8 +49,7 @@ def add_routes(app: App, agent: Agent) -> None:
         ("POST", "/v1/vms/<name>/restore", routes.restore),
     ):
         app.add_url_rule(rule, f"{method} {rule}", handler, methods=[method])
-    for method in ("GET", "POST", "DELETE"):  # an empty name would otherwise be the list
-        app.add_url_rule("/v1/vms/", f"{method} /v1/vms/", routes.no_name, methods=[method], strict_slashes=True)
+    app.before_request(_refuse_no_name)
 
 
 class Routes:
@@ -86,10 +85,6 @@ class Routes:
                 "default_mem_mib": DEFAULT_MEM_MIB,
             }
         )
-
-    async def no_name(self) -> Response:
-        """Refuse ``/v1/vms/``."""
-        raise InvalidRequest("missing VM name in path")
 
     async def create(self) -> Response:
         """Create a VM: 201."""
@@ -185,6 +180,12 @@ def checkpoint_fields(checkpoint: Checkpoint) -> dict[str, Any]:
 def _vm_reply(outcome: Outcome, status: int) -> Response:
     assert outcome.vm is not None  # noqa: S101  # what the outcome of a create or restore has
     return json_reply(vm_fields(outcome.vm) | {"timings": dict(outcome.timings)}, status)
+
+
+async def _refuse_no_name() -> None:
+    """Refuse ``/v1/vms/``, which would otherwise be the list. After the guard, which was registered before."""
+    if request.path == "/v1/vms/":
+        raise InvalidRequest("missing VM name in path")
 
 
 @dataclass(frozen=True, slots=True)

@@ -354,7 +354,9 @@ async def test_http_1_0_gets_no_signs_of_life(rig: Rig) -> None:
     assert (await client.until_closed()).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\0\x01", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize(
+    "garbage", [b"\x16\x03\x01\x02\0\x01", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET ?x HTTP/1.1\r\nHost: x"]
+)
 async def test_even_what_is_not_http_is_answered_with_the_api_version(rig: Rig, garbage: bytes) -> None:
     client = await rig.connect()
     await client.stream.send_all(garbage + b"\r\n\r\n")
