@@ -224,7 +224,7 @@ class Agent:
         except trio.TooSlowError as error:
             raise DeadlineExceeded(
                 f"the guest of VM {name!r} does not answer (waited {CONNECT_SECS:g} s). It may be busy or hung: try "
-                "again, look at its console, or restore it from a checkpoint."
+                "again, look at its serial.log, or restore it from a checkpoint."
             ) from error
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_exit(connecting.__aexit__)
@@ -337,9 +337,19 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         ConfigError: a backend cannot be opened.
         Damaged: the database cannot be used.
     """
+    layout = Layout(config.data_dir)
     with hostfs.os_errors("making the data directory"):
-        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        paths.private_directory(config.run_dir)
+        try:
+            config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            paths.private_directory(config.run_dir)
+            for private in layout.private:
+                private.mkdir(exist_ok=True, mode=0o700)
+                private.chmod(0o700)
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise ConfigError(
+                f"cannot use {config.data_dir} as data directory: {error.filename}: {error.strerror}. Give one that "
+                "this user can write to: data_dir in server.toml, --data-dir or NOID_DATA_DIR."
+            ) from error
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(_only_agent(config.data_dir))
         store = stack.enter_context(open_store(config.database))
@@ -359,7 +369,6 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         auth = await stack.enter_async_context(auth_spec.open(auth_config, context))
         logger.info("backends: vmm %s (%s), storage %s", vmm.name, vmm.features.accelerator, storage.name)
 
-        layout = Layout(config.data_dir)
         images = Images(layout.images, plugins.initrd_files(os.uname().machine))
         await trio.to_thread.run_sync(configured_image.take_up, config, images)
         deeds.take_up_users(store, layout)  # blocks, and nothing else runs yet

@@ -71,7 +71,7 @@ COMMON = [
     "-serial", "chardev:serial",
     "-device", "virtio-serial-device,max_ports=2",
     "-chardev", "socket,id=agent,fd=11,server=on,wait=off",
-    "-device", "virtserialport,chardev=agent,name=agent.0",
+    "-device", "virtserialport,id=channel,chardev=agent,name=agent.0",
     "-blockdev",
     '{"driver": "raw", "node-name": "disk0", "discard": "unmap", "cache": {"direct": false, "no-flush": false}, '
     '"file": {"driver": "file", "node-name": "disk0-file", "filename": "/d/v/disk.raw", "discard": "unmap", '

@@ -155,7 +155,8 @@ def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> li
         *("-serial", "chardev:serial"),
         *("-device", f"virtio-serial-{bus},max_ports=2"),
         *("-chardev", f"socket,id=agent,fd={fds.channel},server=on,wait=off"),
-        *("-device", "virtserialport,chardev=agent,name=agent.0"),
+        # Without an id QEMU does not tell when the guest closes its end.
+        *("-device", "virtserialport,id=channel,chardev=agent,name=agent.0"),
         *("-blockdev", json.dumps(disk_node(DISK_NODE, plan.volume.path, plan.volume.format, backing=True))),
         *("-device", f"virtio-blk-{bus},id={DISK_DEVICE},drive={DISK_NODE}"),
         *("-device", f"virtio-rng-{bus}"),

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class MachineEvents:
         self.shutdown_reason: str | None = None
         self.migration: str | None = None
         self.starved = False  # paused by QEMU itself, because the host could not write its disk
+        self.guest_left: Callable[[], None] = lambda: None  # called when the guest agent closes its end
         self._told = False
         self._instance = instance
 
@@ -61,6 +63,8 @@ class MachineEvents:
             self.paused, self.resumed, self.starved = False, True, False
         elif event.name == "SHUTDOWN":
             self.shutdown_reason = str(event.data.get("reason", "unknown"))
+        elif event.name == "VSERPORT_CHANGE" and not event.data.get("open"):
+            self.guest_left()
         elif event.name == "MIGRATION":
             self.migration = str(event.data.get("status"))
         elif event.name == "BLOCK_IO_ERROR" and event.data.get("action") == "stop":
@@ -118,6 +122,7 @@ class QemuMachine:
         self._top_node: str | None = None
         self._spare: _Layer | None = None
         self._channel: trio.SocketStream | None = None
+        events.guest_left = self._close_channel
         self._killed = False
         self._to_stay_paused = False
 
@@ -262,6 +267,11 @@ class QemuMachine:
         layer = _Layer(path=path, node=f"disk-{secrets.token_hex(8)}")
         await self._qmp.execute("blockdev-add", disk_node(layer.node, path, "qcow2", backing=False))
         return layer
+
+    def _close_channel(self) -> None:
+        """Let whoever talks to the guest agent know that it has gone: QEMU keeps the socket open all the same."""
+        if self._channel is not None:
+            self._channel.socket.close()
 
     async def _disk_node(self) -> str:
         for device in await self._qmp.execute("query-block"):
