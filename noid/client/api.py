@@ -115,7 +115,7 @@ def refusal(endpoint: Endpoint, reply: Reply) -> ServerError:
         case {"error": str(text), **rest}:
             code = rest.get("code")
             if status == 401:
-                text += " Check NOID_TOKEN, or run: noid auth setup --url URL --token TOKEN"
+                text = text.rstrip(".") + ". Check NOID_TOKEN, or run: noid auth setup --url URL --token TOKEN"
             return ServerError(text, status=status, code=code if isinstance(code, str) else None)
     if 300 <= status < 400:
         where = reply.headers.get("location", "elsewhere")

@@ -26,6 +26,11 @@ class Layout:
     data_dir: Path
 
     @property
+    def private(self) -> tuple[Path, ...]:
+        """What nobody else on this host may look into: memory and disks of guests, and what they print."""
+        return self.golden, self.data_dir / "storage"
+
+    @property
     def images(self) -> Path:
         """Registered images."""
         return self.data_dir / "images"

@@ -78,7 +78,8 @@ def tcp_listeners(listen: str) -> Iterator[list[socket.socket]]:
             except OSError as error:
                 if error.errno == errno.EAFNOSUPPORT and len(found) > 1:
                     continue  # a host without IPv6 whose resolver knows it nevertheless
-                hint = "Stop what is using the port, or choose another `listen` in server.toml."
+                used = "Stop what is using the port, or choose" if error.errno == errno.EADDRINUSE else "Choose"
+                hint = f"{used} another `listen` in server.toml."
                 raise ConfigError(f"cannot listen on {listen}: {error.strerror or error}. {hint}") from error
             sock.setblocking(False)
             sockets.append(sock)

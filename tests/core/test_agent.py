@@ -16,6 +16,7 @@ from noid.core.model import VmSpec
 from noid.errors import (
     BackendError,
     Busy,
+    ConfigError,
     Conflict,
     Damaged,
     DeadlineExceeded,
@@ -410,3 +411,18 @@ async def test_events_are_told_after_the_fact_and_a_listener_that_fails_harms_no
         await noid.create()
         await noid.destroy()
     assert heard == [("vm.create", {"web": "running"}), ("vm.destroy", {})]
+
+
+async def test_what_guests_hold_is_for_the_agents_user_alone_also_where_it_was_open_before(rig: Rig) -> None:
+    storage, golden = rig.data_dir / "storage", rig.data_dir / "golden"
+    storage.mkdir(mode=0o755)
+    async with rig.agent():
+        assert [path.stat().st_mode & 0o777 for path in (storage, golden)] == [0o700, 0o700]
+
+
+async def test_a_data_directory_that_cannot_be_is_a_matter_of_configuration(rig: Rig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    rig.data_dir = tmp_path / "file" / "data"
+    with pytest.raises(ConfigError, match=r"cannot use .*file/data as data directory: .*data_dir in server.toml"):
+        async with rig.agent():
+            pass
