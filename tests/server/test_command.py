@@ -1,0 +1,250 @@
+"""``noid-server`` as an admin types it: users, what goes wrong in one paragraph, and a life as a process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from noid.server.command import main
+from noid.testing.processes import marked_processes
+from noid.testing.simulated_agent import give_default_image
+
+Server = Any  # see conftest.py
+Run = Callable[..., tuple[int, str, str]]
+
+PATIENCE_SECS = 30.0
+SERVE = """
+import pathlib, sys
+from noid.core import plugins
+from noid.server import command
+from noid.testing.simulated_agent import simulated_plugins
+
+plugins.Plugins = simulated_plugins  # what is installed, and simulated VMs
+sys.argv[0] = "noid-server"
+command.main()
+"""
+CONFIG = """
+[backends]
+vmm = "simulated"
+exec = ["simulated"]
+storage = "copy"
+network = "none"
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data_dir: Path) -> Run:
+    """Return a function that runs ``noid-server`` with its arguments; it returns exit code, stdout and stderr."""
+    monkeypatch.setenv("NOID_DATA_DIR", str(data_dir))
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["noid-server", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """Return the one paragraph of a command that could not be carried out."""
+    code, out, err = result
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"Error: [^\n]+\n", err), err
+    return err
+
+
+# --- users -----------------------------------------------------------------------------------------------------------
+
+
+def test_users_and_their_tokens(run: Run) -> None:
+    assert run("list-users") == (0, "No users.\n", "")
+    code, token, told = run("add-user", "alice")
+    assert code == 0
+    assert re.fullmatch(r"noid_tok_[0-9a-f]{64}\n", token)
+    assert re.fullmatch(r"User 'alice' created \(id: [0-9a-f-]{36}\)\n", told)
+    assert token not in told
+
+    code, other, told = run("rotate-token", "alice")
+    assert (code, told) == (0, "Token of user 'alice' replaced; the old one is invalid now.\n")
+    assert re.fullmatch(r"noid_tok_[0-9a-f]{64}\n", other)
+    assert other != token
+
+    _, table, _ = run("list-users")
+    assert [line.split()[1] for line in table.splitlines()] == ["NAME", "alice"]
+
+
+def test_what_cannot_be_done_with_users_is_one_paragraph(run: Run) -> None:
+    run("add-user", "alice")
+    assert "'alice' already exists" in refused(run("add-user", "alice"))
+    assert "'nobody-here'" in refused(run("rotate-token", "nobody-here"))
+    assert "user name" in refused(run("add-user", "a b"))
+    assert "user name" in refused(run("add-user", ""))
+    assert "user name" in refused(run("add-user", "local:root"))
+
+
+async def test_a_user_added_beside_a_running_server_can_come_in_at_once(server: Server) -> None:
+    command = [sys.executable, "-m", "noid.server", "add-user", "alice", "--data-dir", str(server.config.data_dir)]
+    done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+    answer = await server.ask("GET", "/v1/whoami", token=done.stdout.decode().strip())
+    assert (answer.status, answer.json()["name"]) == (200, "alice")
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("listen = ", "is not valid TOML"),
+        ("lisen = 1", "'lisen'"),
+        ("listen = 7654", "listen"),
+        ("local = true", "unknown key 'local'"),
+        ('[backends]\nvmm = "nope"', "'nope'"),
+        ("[plugins]\nvmm_qemu = 1", "must be a section"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_one_paragraph(run: Run, data_dir: Path, text: str, words: str) -> None:
+    (data_dir / "server.toml").write_text(text)
+    assert words in refused(run("serve"))
+
+
+def test_a_configuration_that_is_not_there_is_one_paragraph(run: Run, data_dir: Path) -> None:
+    assert "No such file" in refused(run("serve", "--config", str(data_dir / "nope.toml")))
+
+
+def test_a_descriptor_that_is_not_open_is_one_paragraph(run: Run) -> None:
+    assert "--ready-fd 999 is not an open file descriptor" in refused(run("serve", "--ready-fd", "999"))
+
+
+def test_a_damaged_database_is_one_paragraph(run: Run, data_dir: Path) -> None:
+    (data_dir / "noid.db").write_text("no database at all, but long enough to be looked at as one" * 20)
+    assert str(data_dir / "noid.db") in refused(run("list-users"))
+
+
+@pytest.mark.parametrize("args", [(), ("nope",), ("serve", "extra"), ("add-user",), ("serve", "--ready-fd", "x")])
+def test_wrong_usage_is_2(run: Run, args: tuple[str, ...]) -> None:
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: noid-server")
+
+
+# --- a life ----------------------------------------------------------------------------------------------------------
+
+
+class Served:
+    """``noid-server serve`` on simulated VMs, as a process."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        """Start it."""
+        reading, writing = os.pipe()
+        command = [sys.executable, "-c", SERVE, "serve", "--data-dir", str(self.data_dir), "--ready-fd", str(writing)]
+        process = subprocess.Popen(
+            [*command, *args], pass_fds=[writing], stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
+        )
+        os.close(writing)
+        self.processes.append(process)
+        with os.fdopen(reading) as pipe:
+            self.said = pipe.read()  # until it is closed: it says one thing only
+        return process
+
+    def end(self, process: subprocess.Popen[str]) -> str:
+        """Wait for its end and return what it wrote to stderr."""
+        assert process.stderr is not None
+        return process.communicate(timeout=PATIENCE_SECS)[1]
+
+    def ask(self, request: bytes) -> bytes:
+        """Return the start of the answer to *request*, over the unix socket."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PATIENCE_SECS)
+            sock.connect(str(self.data_dir / "run" / "agent.sock"))
+            sock.sendall(request)
+            return sock.recv(65536)
+
+
+@pytest.fixture
+def served(data_dir: Path) -> Iterator[Served]:
+    (data_dir / "server.toml").write_text(CONFIG)
+    served = Served(data_dir)
+    yield served
+    for process in served.processes:
+        if process.poll() is None:
+            process.kill()
+            process.communicate(timeout=PATIENCE_SECS)
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("signo", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_says_that_it_is_ready_and_ends_when_asked(served: Served, signo: signal.Signals) -> None:
+    process = served.start("--local")
+    assert served.said == "ready\n"
+    assert served.ask(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 200")
+    process.send_signal(signo)
+    assert "VMs keep running" in served.end(process)
+    assert process.returncode == 0
+    assert not (served.data_dir / "run" / "agent.sock").exists()
+
+
+def test_a_second_signal_waits_for_no_request_and_vms_outlive_both(served: Served) -> None:
+    give_default_image(served.data_dir)
+    process = served.start("--local")
+    body = b'{"name":"web","mem_mib":128}'
+    made = served.ask(b"POST /v1/vms HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    assert made.startswith(b"HTTP/1.1 201")
+    body = b'{"command":["sh","-c","echo started > /dev/shm/it; sleep 60"]}'
+    head = b"POST /v1/vms/web/exec HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with socket.socket(socket.AF_UNIX) as waiting:
+        waiting.connect(str(served.data_dir / "run" / "agent.sock"))
+        waiting.sendall(head + body)
+        look = b'{"command":["cat","/dev/shm/it"]}'
+        while b"started" not in served.ask(head.replace(b"%d" % len(body), b"%d" % len(look)) + look):
+            pass
+        process.send_signal(signal.SIGTERM)
+        while (served.data_dir / "run" / "agent.sock").exists() and process.poll() is None:
+            with contextlib.suppress(OSError):
+                served.ask(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                continue
+            break  # it listens no more, so it has seen the first signal
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(8) == 0, "the grace for requests is 10 s"
+    assert len(marked_processes(served.data_dir)) == 1
+
+
+def test_two_servers_of_one_directory_are_one_too_many(served: Served) -> None:
+    served.start("--local")
+    second = served.start("--local")
+    assert served.said == ""
+    assert f"\nError: another noid agent already runs on {served.data_dir}." in "\n" + served.end(second)
+    assert second.returncode == 1
+    assert served.ask(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_a_port_in_use_is_one_paragraph_and_leaves_no_socket(served: Served) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        (served.data_dir / "server.toml").write_text(f'listen = "127.0.0.1:{port}"\n{CONFIG}')
+        process = served.start()
+        last = served.end(process).splitlines()[-1]
+    assert last.startswith(f"Error: cannot listen on 127.0.0.1:{port}: Address already in use.")
+    assert process.returncode == 1
+    assert not (served.data_dir / "run" / "agent.sock").exists()
