@@ -21,13 +21,18 @@ _UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[^\x20-\x7e\n]")
 
 @contextlib.asynccontextmanager
 async def plain_nursery() -> AsyncIterator[trio.Nursery]:
-    """Yield a nursery out of which a single exception comes as it is, not inside a group."""
+    """Yield a nursery out of which a single exception comes as it is, not inside a group.
+
+    Also when a cancellation from outside arrives while the nursery ends because of it: the exception is the news, as
+    it would be without a nursery.
+    """
     try:
         async with trio.open_nursery() as nursery:
             yield nursery
     except BaseExceptionGroup as group:
-        if len(group.exceptions) == 1:
-            error = group.exceptions[0]
+        errors = group.split(trio.Cancelled)[1] or group
+        if len(errors.exceptions) == 1:
+            error = errors.exceptions[0]
             raise error from error.__cause__  # the group adds nothing to its story
         raise
 

@@ -120,6 +120,23 @@ async def test_one_error_leaves_a_plain_nursery_plainly() -> None:
             raise BackendError("mine")
 
 
+async def test_an_error_leaves_a_plain_nursery_plainly_even_while_it_is_cancelled() -> None:
+    with pytest.raises(BackendError, match="mine"), trio.CancelScope() as outside:
+        async with plain_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            outside.cancel()
+            raise BackendError("mine")
+
+
+async def test_a_cancellation_passes_a_plain_nursery() -> None:
+    with trio.CancelScope() as outside:
+        async with plain_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            outside.cancel()
+            await trio.sleep_forever()
+    assert outside.cancelled_caught
+
+
 def test_a_console_that_does_not_exist_or_said_nothing(tmp_path: Path) -> None:
     assert console_tail(tmp_path) == ""
     (tmp_path / "serial.log").write_bytes(b"\r\n\x00")
