@@ -121,11 +121,15 @@ async def test_one_error_leaves_a_plain_nursery_plainly() -> None:
 
 
 async def test_an_error_leaves_a_plain_nursery_plainly_even_while_it_is_cancelled() -> None:
-    with pytest.raises(BackendError, match="mine"), trio.CancelScope() as outside:
-        async with plain_nursery() as nursery:
-            nursery.start_soon(trio.sleep_forever)
-            outside.cancel()
-            raise BackendError("mine")
+    async def fail_while_cancelled() -> None:
+        with trio.CancelScope() as outside:
+            async with plain_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                outside.cancel()
+                raise BackendError("mine")
+
+    with pytest.raises(BackendError, match="mine"):
+        await fail_while_cancelled()
 
 
 async def test_a_cancellation_passes_a_plain_nursery() -> None:
