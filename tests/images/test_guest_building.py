@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -316,3 +318,23 @@ def test_a_host_that_refuses_user_namespaces_is_named_as_the_reason(
 
     with pytest.raises(DependencyDown, match=r"refuses user namespaces.*sudo noid-server image build"):
         rootfs._bootstrap("bookworm", ["bash"], [], tmp_path / "root.tar")
+
+
+def test_a_program_that_hangs_up_its_process_group_does_not_end_us(bin_dir: Path) -> None:
+    script(bin_dir / "which-group", "cut -d' ' -f5 /proc/$$/stat")  # mmdebstrap sends SIGHUP to that when it fails
+    assert int(programs.run(["which-group"], "asking")) != os.getpgrp()
+
+
+def test_an_interrupted_build_ends_the_program_it_waits_for(bin_dir: Path, tmp_path: Path) -> None:
+    tidy = f"trap 'echo tidy > {tmp_path}/said; exit 1' TERM"
+    script(bin_dir / "slow", f"{tidy}; echo $$ > {tmp_path}/pid; read line < {tmp_path}/never")
+    os.mkfifo(tmp_path / "never")
+    code = "import sys; from noid.core.guestbuild import programs; programs.run(['slow'], 'waiting')"
+    waiting = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("\n"):
+        assert waiting.poll() is None
+    waiting.send_signal(signal.SIGINT)
+    waiting.communicate(timeout=30)
+
+    assert (tmp_path / "said").read_text() == "tidy\n"
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 from noid.errors import BackendError, DependencyDown
 
 _SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+_END_SECS = 10.0
 _LINES_MAX = 3
 _WORDS_CHARS_MAX = 600
 _ERROR_LINE = re.compile(r"(E|[\w.-]*\b(error|fatal)):", re.IGNORECASE)
@@ -72,17 +73,34 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 def run(argv: list[str], purpose: str, *, stdin: bytes = b"", cwd: Path | None = None) -> bytes:
     """Run a program to its end and return what it wrote to stdout. *purpose* is the step, as in ``reading apt``.
 
+    It has a process group of its own, because mmdebstrap, when it fails, hangs up everybody in its group. So Ctrl+C
+    does not reach it: whatever exception passes here asks it to end, and waits while it tidies up.
+
     Raises:
         DependencyDown: the program is not installed.
         BackendError: it failed; carries the end of its stderr.
     """
     program = require(argv[0], purpose)
-    done = subprocess.run(
-        [program, *argv[1:]], input=stdin, capture_output=True, cwd=cwd, env=environment(), check=False
-    )
-    if done.returncode != 0:
-        raise BackendError(f"{purpose} failed: {failure(argv[0], done.returncode, done.stderr or done.stdout)}.")
-    return done.stdout
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [program, *argv[1:]], stdin=pipe, stdout=pipe, stderr=pipe, cwd=cwd, env=environment(), process_group=0
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(stdin)
+        except BaseException:
+            _end(process)
+            raise
+    if process.returncode != 0:
+        raise BackendError(f"{purpose} failed: {failure(argv[0], process.returncode, stderr or stdout)}.")
+    return stdout
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.communicate(timeout=_END_SECS)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def failure(program: str, status: int, output: bytes) -> str:
