@@ -23,6 +23,7 @@ READY_SECS = 30.0
 ENDING_SECS = 5.0
 LOG_NAME = "agent.log"
 LOG_LINES_SHOWN = 8
+FREE_BYTES_MIN = 1 << 16
 
 
 def connect(data_dir: Path) -> socket.socket:
@@ -165,7 +166,9 @@ def _last_lines(log_path: Path, offset: int) -> str:
     except OSError as error:
         return f" Its log {log_path} cannot be read: {error.strerror or error}."
     if not lines:
-        return f" It wrote nothing to {log_path}."
+        facts = os.statvfs(log_path.parent)
+        full = f" The disk of {log_path.parent} is full: free space there and try again."
+        return full if facts.f_bavail * facts.f_frsize < FREE_BYTES_MIN else f" It wrote nothing to {log_path}."
     if lines[-1].startswith("Error: "):
         return f" {lines[-1].removeprefix('Error: ')} Its log is {log_path}."
     return "\n".join(["", f"Its last words in {log_path}:", *(f"    {line}" for line in lines)])

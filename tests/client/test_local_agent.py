@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from noid.client import local
 from noid.core import paths
 
 ROOT = Path(__file__).parents[2]
@@ -129,3 +130,12 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert code == 1
     assert b"cannot use" in err
     assert b"NOID_DATA_DIR" in err
+
+
+def test_an_agent_without_room_for_its_log_is_not_a_riddle(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.mkdir()
+    (home / "agent.log").touch()
+    assert "It wrote nothing to" in local._last_lines(home / "agent.log", 0)
+    full = os.statvfs_result((4096, 4096, 1000, 0, 0, 1000, 1000, 1000, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    assert f"The disk of {home} is full: free space there" in local._last_lines(home / "agent.log", 0)

@@ -327,7 +327,8 @@ def test_a_program_that_hangs_up_its_process_group_does_not_end_us(bin_dir: Path
 
 def test_an_interrupted_build_ends_the_program_it_waits_for(bin_dir: Path, tmp_path: Path) -> None:
     tidy = f"trap 'echo tidy > {tmp_path}/said; exit 1' TERM"
-    script(bin_dir / "slow", f"{tidy}; echo $$ > {tmp_path}/pid; read line < {tmp_path}/never")
+    until_read = "head -c 200000 /dev/zero"  # more than a pipe holds: when it has gone, somebody waits for us
+    script(bin_dir / "slow", f"{tidy}; {until_read}; echo $$ > {tmp_path}/pid; read line < {tmp_path}/never")
     os.mkfifo(tmp_path / "never")
     code = "import sys; from noid.core.guestbuild import programs; programs.run(['slow'], 'waiting')"
     waiting = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
@@ -338,3 +339,9 @@ def test_an_interrupted_build_ends_the_program_it_waits_for(bin_dir: Path, tmp_p
 
     assert (tmp_path / "said").read_text() == "tidy\n"
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
+def test_a_program_for_which_a_disk_is_full_is_told_as_that(bin_dir: Path) -> None:
+    script(bin_dir / "packer", "echo 'packer: /big: No space left on device' >&2; echo 'E: it failed' >&2; exit 2")
+    with pytest.raises(NoSpace, match=r"packing failed: packer: /big: No space left on device\. Free space"):
+        programs.run(["packer"], "packing")

@@ -15,7 +15,7 @@ from noid_vmm_qemu.backend import QemuBackend
 from noid_vmm_qemu.pagemap import private_mappings, read_memory
 
 from noid.core.model import ExecRequest, FrozenDisk, Volume
-from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoidError
+from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoidError, NoSpace
 from noid.testing.vmm_rig import ANSWER_SECS, Running, Taken, VmmRig, run
 
 pytestmark = pytest.mark.vm
@@ -187,6 +187,20 @@ async def test_a_clone_whose_disk_is_in_use_fails_at_once_with_qemus_words(rig: 
     plan = dataclasses.replace(await rig.restore_plan(taken), volume=running.plan.volume)
 
     with trio.fail_after(ANSWER_SECS), pytest.raises(BackendError, match='Failed to get "write" lock'):
+        await rig.vmm.restore(plan)
+
+    assert set(rig.processes()) == {running.machine.ref.pid}
+
+
+async def test_a_clone_that_cannot_start_on_a_full_disk_is_told_as_that(
+    rig: VmmRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await rig.fresh()
+    taken = await rig.checkpoint(running)
+    plan = dataclasses.replace(await rig.restore_plan(taken), volume=running.plan.volume)  # QEMU will not start
+    monkeypatch.setattr("noid_vmm_qemu.backend.free_bytes", lambda path: 0)
+
+    with trio.fail_after(ANSWER_SECS), pytest.raises(NoSpace, match=r"is full\. Free space there"):
         await rig.vmm.restore(plan)
 
     assert set(rig.processes()) == {running.machine.ref.pid}

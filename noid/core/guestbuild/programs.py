@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -9,10 +10,11 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from noid.errors import BackendError, DependencyDown
+from noid.errors import BackendError, DependencyDown, NoSpace
 
 _SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _END_SECS = 10.0
+_FULL = os.strerror(errno.ENOSPC)
 _LINES_MAX = 3
 _WORDS_CHARS_MAX = 600
 _ERROR_LINE = re.compile(r"(E|[\w.-]*\b(error|fatal)):", re.IGNORECASE)
@@ -78,7 +80,8 @@ def run(argv: list[str], purpose: str, *, stdin: bytes = b"", cwd: Path | None =
 
     Raises:
         DependencyDown: the program is not installed.
-        BackendError: it failed; carries the end of its stderr.
+        NoSpace: a disk is full, as it says.
+        BackendError: it failed otherwise; carries the end of its stderr.
     """
     program = require(argv[0], purpose)
     pipe = subprocess.PIPE
@@ -91,6 +94,8 @@ def run(argv: list[str], purpose: str, *, stdin: bytes = b"", cwd: Path | None =
             _end(process)
             raise
     if process.returncode != 0:
+        if full := [line for line in stderr.decode(errors="replace").splitlines() if _FULL in line]:
+            raise NoSpace(f"{purpose} failed: {full[0].strip()[:_WORDS_CHARS_MAX]}. Free space there and try again.")
         raise BackendError(f"{purpose} failed: {failure(argv[0], process.returncode, stderr or stdout)}.")
     return stdout
 

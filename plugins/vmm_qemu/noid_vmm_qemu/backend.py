@@ -17,8 +17,8 @@ import trio
 
 from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePlan, VmmFeatures
 from noid.core.model import ProcessRef
-from noid.errors import BackendError, ConfigError, DependencyDown, NoidError
-from noid.hostfs import os_errors
+from noid.errors import BackendError, ConfigError, DependencyDown, NoidError, NoSpace
+from noid.hostfs import free_bytes, os_errors
 from noid_vmm_qemu.capture import MEMORY_NAME
 from noid_vmm_qemu.command_line import (
     CONSOLE_LOG,
@@ -42,6 +42,7 @@ LOG_NAME = "vmm.log"
 _ACCELERATORS = ("auto", "kvm", "tcg")
 _ADOPT_SECS = 5.0
 _CLEANUP_SECS = 5.0
+_FULL_BYTES = 4 << 20
 _LOG_TAIL_BYTES = 2000
 _FINGERPRINT_VARIABLE = "NOID_VMM_FINGERPRINT"
 _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "TMPDIR")
@@ -218,6 +219,11 @@ class QemuBackend:
         except NoidError as error:
             await _end(process, qmp)
             said = _said_since(log_path, logged_bytes)
+            if free_bytes(plan.directory) < _FULL_BYTES:  # writing to mapped memory is then SIGBUS, without a word
+                raise NoSpace(
+                    f"VM {plan.instance} did not start: the disk of {plan.directory} is full. Free space there and "
+                    f"try again. ({error} QEMU's own words: {said})"
+                ) from error
             raise BackendError(f"VM {plan.instance} did not start: {error} QEMU's own words: {said}") from error
         except BaseException:
             await _end(process, qmp)  # noqa: ASYNC102  # shields itself
