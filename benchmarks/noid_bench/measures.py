@@ -38,9 +38,7 @@ async def create_from_golden(rig: Rig, rounds: int) -> list[Figure]:
     pooled: list[float] = []
     burst: list[float] = []
     for number in range(rounds):
-        with trio.fail_after(_POOL_SECS):
-            while rig.agent.waiting_machines == 0:  # noqa: ASYNC110  # a bench is nobody to add an event for
-                await trio.sleep(0.1)
+        await _settled(rig)
         floor += await _bare(rig, pattern, 1)
         for samples, name in ((pooled, f"pooled-{number}"), (burst, f"burst-{number}")):
             started = time.perf_counter()
@@ -76,6 +74,7 @@ async def checkpoint_pause(rig: Rig, rounds: int, storage: str) -> Figure:
     """How long a checkpoint of a fresh clone with a few MB changed makes its guest stand still."""
     source = await rig.create("pause-source")
     origin = await _checkpoint(rig, source.name)
+    await _settled(rig)
     samples, changed = [], []
     for number in range(rounds):
         name = f"pause-{number}"
@@ -119,6 +118,7 @@ async def ten_clones(rig: Rig, rounds: int) -> Figure:
     origin = await _checkpoint(rig, source.name)
     one = await rig.fork(source.name, origin, "ten-pattern")
     pattern = _pattern(rig, one, rig.layout.checkpoint(rig.user.id, origin))
+    await _settled(rig)
     samples, floor = [], []
     for _ in range(rounds):
         await _bare(rig, pattern, CLONES)
@@ -154,6 +154,7 @@ async def exec_command(rig: Rig, rounds: int, environment: dict[str, str]) -> Fi
     """What ``noid exec VM -- true`` takes beyond the same exec through the agent in this process."""
     vm = await rig.create("exec")
     await rig.run(vm.name, "true")
+    await _settled(rig)
     samples = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -193,6 +194,13 @@ async def idle_agent(pid: int, vmm_pids: list[int]) -> list[Figure]:
 def present_origin(vm: Vm) -> str:
     """Return what *vm* was restored from."""
     return vm.origin or ""
+
+
+async def _settled(rig: Rig) -> None:
+    """Wait until a machine waits in the pool: making it keeps the processors busy, which is not what is measured."""
+    with trio.fail_after(_POOL_SECS):
+        while rig.agent.waiting_machines == 0:  # noqa: ASYNC110  # a bench is nobody to add an event for
+            await trio.sleep(0.1)
 
 
 _bare_wall: list[float] = []
