@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from noid.errors import BackendError, DependencyDown, NoSpace
 
 _SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-_END_SECS = 10.0
+_END_SECS = 30.0
 _FULL = os.strerror(errno.ENOSPC)
 _LINES_MAX = 3
 _WORDS_CHARS_MAX = 600
@@ -101,11 +102,11 @@ def run(argv: list[str], purpose: str, *, stdin: bytes = b"", cwd: Path | None =
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)  # the group, as Ctrl+C would: mmdebstrap itself waits for its children
     try:
         process.communicate(timeout=_END_SECS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def failure(program: str, status: int, output: bytes) -> str:
