@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
@@ -213,6 +214,8 @@ static void on_events(const struct epoll_event *events, int n) {
     }
 }
 
+enum { AGENT_NICE = -15 };
+
 static void prepare_process(void) {
     signal(SIGPIPE, SIG_IGN);
     signal(SIGHUP, SIG_IGN);
@@ -222,6 +225,8 @@ static void prepare_process(void) {
     int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
     if (fd >= 0 && write(fd, "-1000", 5) < 0) say("cannot be spared by the OOM killer: %s", strerror(errno));
     if (fd >= 0) close(fd);
+    // An answer is short and somebody waits for it: neither a busy guest nor what a wake sets in motion goes first.
+    if (setpriority(PRIO_PROCESS, 0, AGENT_NICE)) say("cannot take precedence: %s", strerror(errno));
 }
 
 _Noreturn void agent_run(const struct agent_options *given) {

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -110,13 +111,14 @@ _Noreturn void start_child(const struct start_request *request, const struct use
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
-    // What the agent ignores would stay ignored through exec: a program nobody can end with TERM.
-    for (int signo = 1; signo < NSIG; signo++) signal(signo, SIG_DFL); // whatever we, or who started us, ignore
+    // What the agent, or who started it, ignores would stay ignored through exec: a program nobody can end with TERM.
+    for (int signo = 1; signo < NSIG; signo++) signal(signo, SIG_DFL);
     umask(022);
     setrlimit(RLIMIT_NOFILE, &start_file_limit); // lowering never fails
     if (owns_machine) {
         enter_cgroup();
         take_part_in_oom();
+        setpriority(PRIO_PROCESS, 0, 0); // the agent's precedence must not be inherited
     }
     become(user, status_fd);
     enter_directory(request, user, status_fd);
