@@ -44,6 +44,7 @@ COMMANDS = {
     "auth": "noid.cli.account:auth",
     "bench": "noid_bench.command:bench",
 }
+NOT_FOUND = 404
 INTERRUPTED = 130
 READER_GONE = 141
 
@@ -113,7 +114,7 @@ def run(args: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except NoidError as error:
-        _complain(str(error))
+        _complain(f"{error}{_next_step(error)}")
         return 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted. What the server has begun it finishes; look with: noid list", err=True)
@@ -131,6 +132,15 @@ def run(args: Sequence[str] | None = None) -> int:
             "Please report it with the output of the same command under NOID_VERBOSE=1."
         )
         return 1
+
+
+def _next_step(error: NoidError) -> str:
+    """Return what to type after an answer whose words are the wire's: a name that is not there."""
+    if getattr(error, "status", None) != NOT_FOUND:
+        return ""
+    if "checkpoint '" in str(error):
+        return ". See which there are with: noid checkpoints NAME"
+    return ". See which there are with: noid list" if ": VM '" in str(error) else ""
 
 
 def _flush() -> None:

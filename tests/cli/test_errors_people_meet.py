@@ -19,7 +19,10 @@ def one_paragraph(done: Any, code: int = 1) -> str:
 
 def test_the_server_s_own_words_are_shown_with_its_status(noid: Any, agent: Any) -> None:
     agent.answers("GET", "/v1/vms/web", 404, {"error": "VM 'web' not found", "code": "not_found"})
-    assert one_paragraph(noid("info", "web")) == "Error: server error (404): VM 'web' not found\n"
+    assert (
+        one_paragraph(noid("info", "web"))
+        == "Error: server error (404): VM 'web' not found. See which there are with: noid list\n"
+    )
 
 
 def test_a_wrong_token_says_how_to_set_one(noid: Any, agent: Any) -> None:

@@ -110,7 +110,10 @@ def test_nobody_listening_is_125(noid: Any) -> None:
 def test_an_error_before_the_upgrade_is_shown_in_the_server_s_words(noid: Any, agent: Any) -> None:
     agent.answers("GET", "/v1/vms/web/exec", 404, {"error": "VM 'web' not found"})
     done = noid("exec", "web", "--", "x")
-    assert (done.returncode, done.stderr) == (1, b"Error: server error (404): VM 'web' not found\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"Error: server error (404): VM 'web' not found. See which there are with: noid list\n",
+    )
 
 
 def test_an_error_after_the_upgrade_is_shown_in_the_server_s_words(noid: Any, agent: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 from noid.core.agent import host_mem_mib
 
 House = Any  # see conftest.py
+NOBODY = "server error (404): VM 'nobody' not found. See which there are with: noid list"
 pytestmark = pytest.mark.vm
 
 
@@ -64,8 +65,8 @@ def test_a_number_that_is_none_is_wrong_usage_here_and_invalid_there(noid: House
 def test_what_there_is_not_is_404_and_says_what_to_do(noid: House) -> None:
     noid.create("web")
     for words in (["info"], ["destroy"], ["checkpoint"], ["checkpoints"]):
-        assert noid(*words, "nobody").complaint == "server error (404): VM 'nobody' not found"
-    assert noid("exec", "nobody", "--", "true").complaint == "server error (404): VM 'nobody' not found"
+        assert noid(*words, "nobody").complaint == NOBODY
+    assert noid("exec", "nobody", "--", "true").complaint == NOBODY
     for checkpoint in ("0123456789abcdef", "nonsense", "../../etc"):
         said = noid("restore", "web", checkpoint).complaint
         assert said.startswith("server error (404): checkpoint"), said
