@@ -20,6 +20,7 @@ from noid.hostfs import clone_file, os_errors
 from noid_vmm_qemu.pagemap import Run, changed_runs, private_mappings, read_memory
 
 HELD_BYTES_MAX = 128 << 20
+RESERVE_BYTES = 16 << 20
 MEMORY_NAME = "memory"
 STATE_NAME = "state"
 SPILL_NAME = "memory.spill"
@@ -29,14 +30,23 @@ _CHUNK_BYTES = 4 << 20
 class ChangedPages:
     """The changed pages of one process at one instant. Blocks throughout; made and used in worker threads."""
 
-    def __init__(self, pid: int, runs: list[Run], spill_path: Path, held_bytes_max: int = HELD_BYTES_MAX) -> None:
+    def __init__(
+        self,
+        pid: int,
+        runs: list[Run],
+        spill_path: Path,
+        held_bytes_max: int = HELD_BYTES_MAX,
+        reserve: mmap.mmap | None = None,
+    ) -> None:
         self.runs = runs
         self.total_bytes = sum(run.length for run in runs)
         self._held_bytes = min(self.total_bytes, held_bytes_max)
         self._held: mmap.mmap | None = None
         self._spill_fd: int | None = None
         try:
-            if self._held_bytes:
+            if reserve is not None and 0 < self._held_bytes <= len(reserve):
+                self._held = reserve
+            elif self._held_bytes:
                 self._held = mmap.mmap(-1, self._held_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 with contextlib.suppress(OSError):  # a kernel without huge pages only takes longer
                     self._held.madvise(mmap.MADV_HUGEPAGE)  # a fault per page would take longer than the copying
@@ -67,7 +77,7 @@ class ChangedPages:
     def _read(self, pid: int, spill_path: Path) -> None:
         held, rest = _split([(run.address, run.length) for run in self.runs], self._held_bytes)
         if self._held is not None:
-            with memoryview(self._held) as view:
+            with memoryview(self._held)[: self._held_bytes] as view:
                 read_memory(pid, held, view)
         for address, span in rest:
             for done, length in _chunks(span):
@@ -137,8 +147,23 @@ class QemuCapture:
             os.close(image_fd)
 
 
-def take(pid: int, parent: Path, mem_mib: int, into: Path) -> QemuCapture:
+def reserve_memory() -> mmap.mmap:
+    """Return memory for the changed pages of an ordinary checkpoint, present already. Blocks.
+
+    The kernel may have to make room for large pages first, which takes longer than everything else in a pause.
+    """
+    memory = mmap.mmap(-1, RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages only takes longer
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    for offset in range(0, RESERVE_BYTES, mmap.PAGESIZE):
+        memory[offset] = 0
+    return memory
+
+
+def take(pid: int, parent: Path, mem_mib: int, into: Path, reserve: mmap.mmap | None = None) -> QemuCapture:
     """Take hold of what process *pid* has changed of its *parent* image. Blocks; the process must be paused.
+
+    *reserve* is used where it is large enough.
 
     Raises:
         BackendError: the process does not map *parent* as expected.
@@ -153,7 +178,7 @@ def take(pid: int, parent: Path, mem_mib: int, into: Path) -> QemuCapture:
                 f"process {pid} maps {mapped_bytes} bytes of {parent}, not the {mem_mib} MiB of its VM, so its memory "
                 "cannot be captured. The VM goes on."
             )
-        pages = ChangedPages(pid, changed_runs(pid, mappings), into / SPILL_NAME)
+        pages = ChangedPages(pid, changed_runs(pid, mappings), into / SPILL_NAME, reserve=reserve)
     except BaseException:
         os.close(parent_fd)
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import mmap
 import os
 import secrets
 import signal
@@ -18,7 +19,7 @@ from noid.core.backends import Capture, MachineExit
 from noid.core.model import ProcessRef
 from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoidError, NoSpace
 from noid.hostfs import os_errors
-from noid_vmm_qemu.capture import STATE_NAME, take
+from noid_vmm_qemu.capture import STATE_NAME, reserve_memory, take
 from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node, file_node
 from noid_vmm_qemu.console_log import shorten
 from noid_vmm_qemu.process import VmmProcess
@@ -121,6 +122,7 @@ class QemuMachine:
         self._foreign = foreign
         self._top_node: str | None = None
         self._spare: _Layer | None = None
+        self._reserve: mmap.mmap | None = None
         self._channel: trio.SocketStream | None = None
         events.guest_left = self._close_channel
         self._killed = False
@@ -133,6 +135,8 @@ class QemuMachine:
         said = await self._qmp.execute("human-monitor-command", {"command-line": f"qemu-io {self._top_node} flush"})
         if said:
             log.info("flushing the disk of a VM before its pause: %s", said.strip())
+        if self._reserve is None:
+            self._reserve = await trio.to_thread.run_sync(reserve_memory)
         if self._spare is not None:  # of a pause that never came
             await self._qmp.execute("blockdev-del", {"node-name": self._spare.node})
             self._spare = None
@@ -175,7 +179,8 @@ class QemuMachine:
             await trio.to_thread.run_sync(_check_room, state)
             raise BackendError(f"saving the VM's devices to {state} failed: {error.description}") from error
         with os_errors("reading the memory of a VM for its checkpoint"):
-            return await trio.to_thread.run_sync(take, self.ref.pid, self._memory, self._mem_mib, into)
+            reserve, self._reserve = self._reserve, None
+            return await trio.to_thread.run_sync(take, self.ref.pid, self._memory, self._mem_mib, into, reserve)
 
     async def pivot_disk(self, new_top: Path, format: str) -> None:
         """See `Machine.pivot_disk`. The file's own header must name its backing file already, relatively."""
