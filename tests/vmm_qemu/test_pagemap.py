@@ -132,6 +132,27 @@ def test_parent_and_changed_pages_together_are_the_memory_however_little_of_it_i
     assert [entry.name for entry in into.iterdir()] == ["memory"]
 
 
+@pytest.mark.parametrize(("reserved_pages", "used"), [(60, True), (51, True), (50, False)])
+def test_memory_made_ready_before_the_pause_holds_the_changed_pages_if_it_is_large_enough(
+    guest: Guest, tmp_path: Path, reserved_pages: int, used: bool
+) -> None:
+    guest.write(3)
+    guest.write(10, 50)
+    expected = bytes(guest.memory)
+    reserve = mmap.mmap(-1, reserved_pages * PAGE_BYTES)
+
+    pages_held = ChangedPages(
+        os.getpid(), changed_runs(os.getpid(), guest.mappings), tmp_path / "spill", reserve=reserve
+    )
+    assert (reserve[:PAGE_BYTES] == expected[3 * PAGE_BYTES : 4 * PAGE_BYTES]) is used
+    clone_file(guest.path, tmp_path / "image")
+    with (tmp_path / "image").open("r+b") as image:
+        pages_held.write_to(image.fileno())
+    pages_held.close()
+
+    assert (tmp_path / "image").read_bytes() == expected
+
+
 def test_memory_is_read_through_proc_where_the_direct_way_is_forbidden(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
