@@ -333,3 +333,11 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+async def test_a_builtin_runs_inside_the_agents_program_and_one_that_is_not_there_ends_with_127(
+    guest: AgentGuest,
+) -> None:
+    process = await guest.start_builtin(ExecRequest(argv=("sh", "-c", "echo a shell")))
+    assert await process.receive() == OutputChunk(stream=2, data=b"noid: the guest agent has no builtin 'sh'\n")
+    assert await process.receive() == ProcessExit(code=127)

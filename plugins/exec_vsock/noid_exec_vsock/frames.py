@@ -25,6 +25,8 @@ _HEADER = struct.Struct("<BII")
 _RAW_BYTES_MAX = _HEADER.size + BODY_BYTES_MAX + 4
 _STUFFED_BYTES_MAX = 2 * _RAW_BYTES_MAX
 _CREDIT = struct.Struct("<BI")
+_WITH_STDIN = 1
+_BUILTIN = 4
 _RECEIPT_ITEMS_MAX = 32
 _RECEIPT_STATUS = ("done", "failed", "not_possible")
 
@@ -179,9 +181,10 @@ def _text(value: str | bytes) -> bytes:
     return struct.pack("<I", len(raw)) + raw
 
 
-def start_body(request: ExecRequest, *, stdout_credit: int, stderr_credit: int) -> bytes:
+def start_body(request: ExecRequest, *, stdout_credit: int, stderr_credit: int, builtin: bool = False) -> bytes:
     """Return the body of START. It may be longer than a frame; see `start_frames`."""
-    parts = [struct.pack("<III", int(request.stdin), stdout_credit, stderr_credit)]
+    flags = _WITH_STDIN * request.stdin | _BUILTIN * builtin
+    parts = [struct.pack("<III", flags, stdout_credit, stderr_credit)]
     parts += [_text(request.user or ""), _text(request.cwd or "")]
     parts += [struct.pack("<I", len(request.argv)), *map(_text, request.argv)]
     parts += [struct.pack("<I", len(request.env))]

@@ -351,12 +351,24 @@ class AgentGuest:
             BackendError: the guest has no process, memory or file to spare, or broke the protocol.
             DependencyDown: the guest does not answer.
         """
+        return await self._start(request, builtin=False)
+
+    async def start_builtin(self, request: ExecRequest) -> GuestProcess:
+        """Start a function of the agent itself, named by the first argument, as `start` does a program.
+
+        A function the guest's agent does not have exits with 127. Raises what `start` raises.
+        """
+        return await self._start(request, builtin=True)
+
+    async def _start(self, request: ExecRequest, *, builtin: bool) -> GuestProcess:
         if not request.argv or not request.argv[0]:
             raise InvalidRequest("command cannot be empty")
         try:
             _check_length("user name", request.user or "", _USER_BYTES_MAX)
             _check_length("working directory", request.cwd or "", _CWD_BYTES_MAX)
-            body = frames.start_body(request, stdout_credit=OUTPUT_WINDOW_BYTES, stderr_credit=OUTPUT_WINDOW_BYTES)
+            body = frames.start_body(
+                request, stdout_credit=OUTPUT_WINDOW_BYTES, stderr_credit=OUTPUT_WINDOW_BYTES, builtin=builtin
+            )
         except UnicodeEncodeError as error:
             raise InvalidRequest(
                 f"The command, its environment, directory or user contains {error.object[error.start]!a}, half a "

@@ -73,8 +73,6 @@ static bool owns_machine;
 static bool answers_waiting; // some process has news and the outbox had no room
 static unsigned killers;     // processes with a `kill_at_ms`
 
-enum { FILES_WANTED = 4 * PROCESSES_MAX + 64 };
-
 // Windows for stdin come out of one budget, so that many processes that do not read cannot make the agent large.
 enum { STDIN_BUDGET = 256 * 1024, STDIN_WINDOW_MAX = 64 * 1024, STDIN_WINDOW_MIN = 4 * 1024 };
 static uint32_t stdin_granted;
@@ -126,7 +124,7 @@ void processes_init(int epoll, bool owns) {
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files)) return;
     start_file_limit = files;
-    files.rlim_cur = files.rlim_max < FILES_WANTED ? files.rlim_max : FILES_WANTED;
+    files.rlim_cur = files.rlim_max < FILES_MAX ? files.rlim_max : FILES_MAX;
     setrlimit(RLIMIT_NOFILE, &files); // without it, fewer processes: each START says so
 }
 

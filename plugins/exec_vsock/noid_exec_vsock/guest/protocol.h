@@ -38,13 +38,14 @@ enum {
 };
 
 enum { STREAM_STDIN = 0, STREAM_STDOUT = 1, STREAM_STDERR = 2 };
-enum { START_WITH_STDIN = 1 };
+enum { START_WITH_STDIN = 1, START_BUILTIN = 4 };
 enum { POWER_OFF = 0, POWER_REBOOT = 1 };
 enum { ITEM_DONE = 0, ITEM_FAILED = 1, ITEM_NOT_POSSIBLE = 2 };
 enum { STATE_READY = 0, STATE_NO_ROOT = 1 };
 
 enum {
     PROCESSES_MAX = 512,
+    FILES_MAX = 4 * PROCESSES_MAX + 64, // the agent's own
     START_BYTES_MAX = 1 << 20,
     STREAM_CHUNK_BYTES = 16 * 1024,
     GRACE_MS_MAX = 60 * 1000,
