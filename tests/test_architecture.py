@@ -13,7 +13,6 @@ LINES_MAX = 450
 
 #: Files that are longer than `LINES_MAX`, each with its reason.
 LONG_FILES: dict[str, str] = {
-    "noid/core/lifecycle.py": "the five step tables and their steps are read together, from top to bottom",
     "noid/core/agent.py": "the one list of what an agent can be asked, and how it is put together",
 }
 

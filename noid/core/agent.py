@@ -20,7 +20,7 @@ from typing import IO
 import trio
 
 from noid import hostfs
-from noid.core import configured_image, deeds, lifecycle, paths, recovery, saga, states
+from noid.core import checkpointing, configured_image, deeds, lifecycle, paths, recovery, saga, states
 from noid.core.backends import (
     AgentContext,
     AuthBackend,
@@ -34,7 +34,6 @@ from noid.core.config import Config
 from noid.core.ids import new_id
 from noid.core.images import Images
 from noid.core.layout import Layout
-from noid.core.lifecycle import Work
 from noid.core.model import (
     Checkpoint,
     Credentials,
@@ -54,6 +53,7 @@ from noid.core.supervisor import Supervisor
 from noid.core.templates import Templates
 from noid.core.users import Users
 from noid.core.waiting import plain_nursery
+from noid.core.work import Work
 from noid.errors import Busy, ConfigError, Conflict, DeadlineExceeded, NoidError, NotFound, Unauthenticated
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,8 @@ class Agent:
             raise Busy(name, holder)
         work = self._work(user, vm=vm)
         work.machine = self.services.supervisor.get(vm).machine
-        facts = lifecycle.facts_of_checkpoint(vm, label)
-        outcome = await self._run(lifecycle.CHECKPOINT_VM, "checkpoint", user, (name,), facts, work)
+        facts = checkpointing.facts_of_checkpoint(vm, label)
+        outcome = await self._run(checkpointing.CHECKPOINT_VM, "checkpoint", user, (name,), facts, work)
         timings = dict(outcome.timings) | {"pause": facts["pause_secs"]}
         changed = facts["changed_bytes"]
         return dataclasses.replace(outcome, checkpoint=work.checkpoint, timings=timings, changed_bytes=changed)

@@ -14,12 +14,12 @@ import os
 
 import trio
 
-from noid.core import lifecycle
-from noid.core.lifecycle import Warm, Work
+from noid.core import lifecycle, machines
 from noid.core.model import ExecRequest, ProcessExit, VmSpec
 from noid.core.operations import Operations
 from noid.core.services import Services
 from noid.core.templates import GUEST_NAME, Templates
+from noid.core.work import Warm, Work, given
 from noid.errors import DeadlineExceeded, NoidError
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ class Pool:
         warm = Warm(fingerprint=fingerprint, facts=facts, work=work)
         try:
             with trio.fail_after(WARM_SECS):
-                facts.update(await lifecycle.find_template(work, facts))
-                for step in lifecycle.MACHINE:
+                facts.update(await machines.find_template(work, facts))
+                for step in machines.MACHINE:
                     facts.update(await step.do(work, facts) or {})
                 await _rehearse(work)
         except trio.TooSlowError as error:
@@ -126,7 +126,7 @@ class Pool:
     async def _answers(self, warm: Warm) -> bool:
         try:
             with trio.fail_after(PING_SECS):
-                async with lifecycle.given(warm.work.link).guest() as guest:
+                async with given(warm.work.link).guest() as guest:
                     await guest.ping()
         except (NoidError, trio.TooSlowError) as error:
             logger.info("the waiting machine %s does not answer: %s", warm.facts["instance"], error)
@@ -137,13 +137,13 @@ class Pool:
         """Undo what made it. What fails the next start sweeps."""
         with trio.move_on_after(CLOSE_SECS, shield=True):
             try:
-                await lifecycle.end_all(warm.work, warm.facts)
+                await machines.end_all(warm.work, warm.facts)
             except (NoidError, OSError):
                 logger.exception("the waiting machine %s is not entirely gone", warm.facts["instance"])
 
 
 async def _rehearse(work: Work) -> None:
-    async with lifecycle.given(work.link).guest() as guest:
+    async with given(work.link).guest() as guest:
         for argv in REHEARSAL:
             process = await guest.start(ExecRequest(argv=argv))
             while not isinstance(await process.receive(), ProcessExit):

@@ -19,15 +19,15 @@ from typing import Any
 import trio
 
 from noid import hostfs
-from noid.core import deeds, lifecycle, processes, saga
+from noid.core import checkpointing, deeds, lifecycle, processes, saga
 from noid.core import manifest as manifests
 from noid.core.backends import Machine, MachinePlan
-from noid.core.lifecycle import Work
 from noid.core.model import Checkpoint, User, Vm, VmState, now
-from noid.core.saga import Journal
+from noid.core.saga import Journal, Saga
 from noid.core.services import Services
 from noid.core.store import Tx
 from noid.core.templates import Templates
+from noid.core.work import Work
 from noid.errors import Damaged, DependencyDown, NoidError, NotFound
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,17 @@ logger = logging.getLogger(__name__)
 ADOPT_SECS = 15.0
 ADOPTED_AT_ONCE = 8
 REMEMBERED = timedelta(days=30)
+
+SAGAS: dict[str, Saga[Work]] = {
+    table.kind: table
+    for table in (
+        lifecycle.CREATE_VM,
+        lifecycle.FORK_VM,
+        lifecycle.RESTORE_VM,
+        lifecycle.DESTROY_VM,
+        checkpointing.CHECKPOINT_VM,
+    )
+}
 
 
 async def recover(services: Services, templates: Templates) -> None:
@@ -129,14 +140,14 @@ async def _take_hold(services: Services, vm: Vm) -> None:
 async def _unwind(services: Services, templates: Templates, operation: dict[str, Any]) -> None:
     """Undo an operation the last agent did not end. A destroy goes forward instead, by its row's state."""
     kind, facts = operation["kind"], json.loads(operation["facts"])
-    table = lifecycle.SAGAS.get(kind)
+    table = SAGAS.get(kind)
     if table is None:
         raise Damaged(f"the journal has an operation {kind!r} that this noid does not know. Upgrade noid.")
     work = _work(services, templates, operation["owner"])
     try:
         work.vm = services.store.vm(operation["owner"], operation["vm_name"])
         live = services.supervisor.find(work.vm.id)
-        work.machine = live.machine if live and kind == lifecycle.CHECKPOINT_VM.kind else None
+        work.machine = live.machine if live and kind == checkpointing.CHECKPOINT_VM.kind else None
     except NotFound:
         pass  # a create that died before its row
     began = {step for step, event in operation["events"] if event == "doing"}

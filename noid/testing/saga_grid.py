@@ -11,24 +11,26 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NoReturn
 from unittest import mock
 
 import trio
 
-from noid.core import lifecycle
+from noid.core import checkpointing, lifecycle
 from noid.core import saga as engine
-from noid.core.lifecycle import Work
 from noid.core.saga import Facts, Saga, Step
+from noid.core.work import Work
 from noid.errors import BackendError
 from noid.testing.faults import Action, Faults, die, fail, kill_agent
 
-SAGAS: Mapping[str, str] = {
-    "create": "CREATE_VM",
-    "fork": "FORK_VM",
-    "restore": "RESTORE_VM",
-    "checkpoint": "CHECKPOINT_VM",
-    "destroy": "DESTROY_VM",
+#: The module and the name of each saga's table: the core looks it up there whenever it runs one.
+SAGAS: Mapping[str, tuple[ModuleType, str]] = {
+    "create": (lifecycle, "CREATE_VM"),
+    "fork": (lifecycle, "FORK_VM"),
+    "restore": (lifecycle, "RESTORE_VM"),
+    "checkpoint": (checkpointing, "CHECKPOINT_VM"),
+    "destroy": (lifecycle, "DESTROY_VM"),
 }
 
 #: How a step is broken. ``killed in undo``: the last step fails, and the agent is killed right after this one's undo.
@@ -105,7 +107,7 @@ def places(saga: str) -> list[str]:
 
 def table(saga: str) -> Saga[Work]:
     """Return the saga as the core runs it."""
-    found: Saga[Work] = getattr(lifecycle, SAGAS[saga])
+    found: Saga[Work] = getattr(*SAGAS[saga])
     return found
 
 
@@ -149,7 +151,7 @@ def broken(cell: Cell, faults: Faults) -> Iterator[None]:
 
     with contextlib.ExitStack() as patches:
         patches.enter_context(
-            mock.patch.object(lifecycle, SAGAS[cell.saga], dataclasses.replace(saga, steps=tuple(steps), commit=commit))
+            mock.patch.object(*SAGAS[cell.saga], dataclasses.replace(saga, steps=tuple(steps), commit=commit))
         )
         if cell.after_commit:
             patches.enter_context(mock.patch.object(engine, "run", run_and_die))

@@ -1,0 +1,138 @@
+"""A checkpoint, as a table: prepare, pause and capture, build the image while the guest runs, publish."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from noid import hostfs
+from noid.core import deeds, freezing
+from noid.core import manifest as manifests
+from noid.core.backends import FreezePlan
+from noid.core.ids import new_checkpoint_id
+from noid.core.machines import GOLDEN
+from noid.core.manifest import Manifest
+from noid.core.model import Checkpoint, Vm, now
+from noid.core.saga import Facts, Saga, Step
+from noid.core.store import Tx
+from noid.core.work import Work, given
+
+
+async def reserve_checkpoint(work: Work, facts: Facts) -> None:
+    """Make the directory it is written into."""
+    await trio.to_thread.run_sync(deeds.write_user, work.services.layout, given(work.user))
+    with hostfs.os_errors("making the checkpoint's directory"):
+        (_partial(work, facts) / "disk").mkdir(parents=True, mode=0o700)
+
+
+async def remove_partial(work: Work, facts: Facts) -> None:
+    """Remove what there is of the checkpoint."""
+    await trio.to_thread.run_sync(hostfs.remove_tree, _partial(work, facts))
+
+
+async def prepare_freeze(work: Work, facts: Facts) -> None:
+    """Do the slow part of the disk's freeze while the guest runs."""
+    services, vm = work.services, given(work.vm)
+    volume = services.storage.volume(services.layout.vm(vm.instance))
+    work.freeze_plan = await services.storage.prepare_freeze(volume, _partial(work, facts) / "disk")
+
+
+async def abandon_freeze(work: Work, facts: Facts) -> None:
+    """Remove a prepared layer the machine does not use.
+
+    Recovery has no plan any more: the layer, if there is one, is then what the volume has on top.
+    """
+    services, plan = work.services, work.freeze_plan
+    if plan is None and work.vm is not None and work.machine is not None:
+        volume = services.storage.volume(services.layout.vm(work.vm.instance))
+        plan = FreezePlan(volume=volume, into=_partial(work, facts) / "disk", prepared=volume.path)
+    if plan is not None:
+        await services.storage.abandon_freeze(plan, work.machine)
+
+
+async def capture_machine(work: Work, facts: Facts) -> dict[str, Any]:
+    """The pause. The guest runs again when this returns or raises."""
+    machine, plan, into = given(work.machine), given(work.freeze_plan), _partial(work, facts)
+    work.frozen = await freezing.freeze(machine, work.services.storage, plan, into, resume=True)
+    return {"pause_secs": work.frozen.pause_secs, "changed_bytes": work.frozen.capture.changed_bytes}
+
+
+async def finish_image(work: Work, facts: Facts) -> None:
+    """Build the memory image and write the manifest, while the guest runs."""
+    vm, services = given(work.vm), work.services
+    own = await trio.to_thread.run_sync(manifests.read, services.layout.vm(vm.instance))
+    parent = None if vm.origin is None or vm.origin.startswith(GOLDEN) else vm.origin
+    checkpoint = Checkpoint(
+        id=facts["checkpoint_id"],
+        owner=vm.owner,
+        vm_id=vm.id,
+        vm_name=vm.name,
+        label=facts["label"],
+        cpus=vm.cpus,
+        mem_mib=vm.mem_mib,
+        image=vm.image,
+        parent=parent,
+        created_at=now(),
+    )
+    draft = Manifest(
+        id=checkpoint.id,
+        vm_id=vm.id,
+        vm_name=vm.name,
+        label=checkpoint.label,
+        parent=checkpoint.parent,
+        created_at=checkpoint.created_at,
+        cpus=vm.cpus,
+        mem_mib=vm.mem_mib,
+        image=vm.image,
+        image_digest=own.image_digest,
+        kernel_release=own.kernel_release,
+        network=vm.network,
+        fingerprint=services.vmm.fingerprint(),
+    )
+    await freezing.complete(given(work.frozen), _partial(work, facts), draft, own.files)
+    work.checkpoint = checkpoint
+
+
+async def publish_checkpoint(work: Work, facts: Facts) -> None:
+    """Make it durable and give it its final name: from here it exists."""
+    final = work.services.layout.checkpoint(given(work.user).id, facts["checkpoint_id"])
+    with hostfs.os_errors("publishing the checkpoint"):
+        await trio.to_thread.run_sync(hostfs.publish_directory, _partial(work, facts), final)
+
+
+async def unpublish_checkpoint(work: Work, facts: Facts) -> None:
+    """Take it back, at one instant: what follows is the removal of a part nobody takes for a checkpoint."""
+    final = work.services.layout.checkpoint(given(work.user).id, facts["checkpoint_id"])
+    with contextlib.suppress(FileNotFoundError):
+        final.rename(_partial(work, facts))  # which undoing `reserve` removes
+
+
+def commit_checkpoint(work: Work, facts: Facts, tx: Tx) -> None:
+    """The checkpoint can be found."""
+    tx.insert_checkpoint(given(work.checkpoint))
+
+
+def facts_of_checkpoint(vm: Vm, label: str | None) -> Facts:
+    """Decide every name a checkpoint will use."""
+    return {"checkpoint_id": new_checkpoint_id(), "instance": vm.instance, "label": label}
+
+
+def _partial(work: Work, facts: Facts) -> Path:
+    return work.services.layout.partial(given(work.user).id, facts["checkpoint_id"])
+
+
+CHECKPOINT_VM: Saga[Work] = Saga(
+    "vm.checkpoint",
+    (
+        Step("reserve", reserve_checkpoint, remove_partial),
+        Step("prepare", prepare_freeze, abandon_freeze),
+        Step("capture", capture_machine),
+        Step("finish", finish_image),
+        Step("publish", publish_checkpoint, unpublish_checkpoint),
+    ),
+    commit_checkpoint,
+    deadline_secs=300.0,
+)
