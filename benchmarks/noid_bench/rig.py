@@ -17,7 +17,7 @@ from noid.core.agent import Agent, open_agent
 from noid.core.config import Backends, Config
 from noid.core.images import Images
 from noid.core.layout import Layout
-from noid.core.model import ExecRequest, ProcessExit, User, Vm, VmSpec
+from noid.core.model import ExecRequest, Gap, ProcessExit, User, Vm, VmSpec
 from noid.core.plugins import Plugins
 from noid.errors import BackendError, Conflict, NotFound
 
@@ -54,7 +54,7 @@ class Rig:
             process = await guest.start(ExecRequest(argv=argv))
             try:
                 while not isinstance(received := await process.receive(), ProcessExit):
-                    output += received.data
+                    output += b"" if isinstance(received, Gap) else received.data
             finally:
                 with trio.move_on_after(10, shield=True):
                     await guest.release(process)

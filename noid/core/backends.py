@@ -20,12 +20,15 @@ from noid.core.model import (
     DiskUsage,
     ExecRequest,
     FrozenDisk,
+    Gap,
+    GuestProcessInfo,
     Identity,
     NetLease,
     OutputChunk,
     ProcessExit,
     ProcessRef,
     Receipt,
+    TerminalSize,
     User,
     Volume,
 )
@@ -314,12 +317,19 @@ class StorageBackend(Protocol):
 
 
 class Process(Protocol):
-    """A process in a guest, attached to one reader. Output that is not read stops the process, not its neighbours."""
+    """A process in a guest, attached to one reader. Output that is not read stops the process, not its neighbours.
+
+    *id* is the process' for the life of its guest, where ``Guest.features`` has ``sessions``; else the connection's.
+    """
 
     id: int
+    pid: int
 
-    async def receive(self) -> OutputChunk | ProcessExit:
+    async def receive(self) -> OutputChunk | Gap | ProcessExit:
         """Return the next output, or how the process ended; after the end, `ProcessExit` again and again.
+
+        Output comes in the order of its offsets, and where bytes are missing a `Gap` says so. Cancelled, it has taken
+        nothing.
 
         Raises:
             DependencyDown: the guest or its VM went away; the process' fate is unknown.
@@ -338,12 +348,36 @@ class Process(Protocol):
         """Send *signo* to the process' group. Signalling an ended process does nothing."""
         ...
 
+    async def resize(self, size: TerminalSize) -> None:
+        """Change the size of the process' terminal. Does nothing to a process without one, or an ended one."""
+        ...
+
+    async def end(self, grace_secs: float) -> None:
+        """Ask the process' group to end: TERM now, KILL after the grace. Returns at once.
+
+        Output goes on, and `receive` tells the end as ever.
+        """
+        ...
+
 
 class Guest(Protocol):
-    """The agent inside one VM: many processes at once."""
+    """The agent inside one VM: many processes at once.
+
+    *features* is what this way into the guest can do. The core asks before it starts something and answers
+    `Unsupported` otherwise:
+
+    - ``sessions``: processes outlive their connection; `attach` and `processes` work.
+    - ``tty``: processes can have a terminal.
+    - ``stdin``, ``stderr``, ``signals``: processes take input, tell stderr from stdout, can be signalled.
+    - ``files``: files are copied in and out.
+    - ``identity``: `wake` makes a clone its own.
+    - ``power``: the guest can be asked to power off.
+    """
+
+    features: frozenset[str]
 
     async def start(self, request: ExecRequest) -> Process:
-        """Start a process and attach to it.
+        """Start a process and attach to it. Cancelled before it is known to run, it is ended.
 
         Raises:
             InvalidRequest: no such user, working directory not enterable.
@@ -353,8 +387,34 @@ class Guest(Protocol):
         """
         ...
 
-    async def release(self, process: Process) -> None:
-        """Forget *process*: end its group (TERM, then KILL after a grace) if it still runs, and drop its output."""
+    async def attach(self, process_id: int, offset: int) -> Process:
+        """Attach to a process of this guest whose output is then received from *offset*.
+
+        Where the guest has no longer kept all of that, `Process.receive` returns a `Gap` first. Whoever was attached
+        before receives nothing more: a process has one reader.
+
+        Raises:
+            NotFound: there is no such process.
+            DependencyDown: the guest does not answer.
+        """
+        ...
+
+    async def processes(self) -> list[GuestProcessInfo]:
+        """Return the processes that were started through this agent and not released, oldest first.
+
+        Ended ones stay for a while; those that nobody is attached to go first. What is in it the guest says: it may
+        be a lie, but it is bounded and well-formed.
+
+        Raises:
+            DependencyDown: the guest does not answer.
+        """
+        ...
+
+    async def release(self, process: Process | int) -> None:
+        """Forget a process: end its group (TERM, then KILL after a grace) if it still runs, and drop its output.
+
+        An int is the id of one nobody needs to be attached to. Releasing what there is not does nothing.
+        """
         ...
 
     async def wake(self, identity: Identity) -> Receipt:

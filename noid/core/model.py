@@ -22,6 +22,10 @@ CPUS_MAX = 32
 MEM_MIB_MIN = 64
 ENV_ENTRIES_MAX = 64
 ENV_VALUE_BYTES_MAX = 32768
+LOG_BYTES = 1 << 20
+LOG_BYTES_MIN = 4096
+LOG_BYTES_MAX = 16 << 20
+LABEL_BYTES_MAX = 8192
 
 #: Ends when systemd has finished booting. The agent answers long before systemd can be asked, hence the patience; a
 #: guest whose PID 1 is something else is ready at once, one whose PID 1 stays our own init after five seconds.
@@ -322,10 +326,20 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TerminalSize:
+    """How large a terminal is, in characters; 0 where nobody knows. Both fit 16 bits."""
+
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExecRequest:
     """A process to start in a guest. *argv* goes to ``execve`` as it is; no shell is involved.
 
-    *user* None means the image's default user; *cwd* None means that user's home, or ``/``.
+    *user* None means the image's default user; *cwd* None means that user's home, or ``/``. *tty* gives it a terminal
+    of that size, and stdout is then all it has. *log_bytes* is how much of its latest output the guest keeps. *label*
+    is text of ours, at most `LABEL_BYTES_MAX`, that the guest keeps with the process and gives back.
     """
 
     argv: tuple[str, ...]
@@ -334,14 +348,44 @@ class ExecRequest:
     user: str | None = None
     stdin: bool = False
     timeout_secs: float | None = None
+    tty: TerminalSize | None = None
+    log_bytes: int = LOG_BYTES
+    label: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputChunk:
-    """Bytes a process wrote. *stream* is 1 for stdout, 2 for stderr."""
+    """Bytes a process wrote. *stream* is 1 for stdout, 2 for stderr.
+
+    A process' output is one log: the bytes of both streams in the order the guest read them, counted together from 0.
+    *offset* is that of the first byte of *data*.
+    """
 
     stream: int
     data: bytes = field(repr=False)
+    offset: int = 0
+
+    @property
+    def end(self) -> int:
+        """The offset of what follows."""
+        return self.offset + len(self.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """Bytes of a process' log, from *start* up to *end*, that nobody has any more."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a process used in its life."""
+
+    user_secs: float
+    system_secs: float
+    rss_max_kib: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,11 +394,32 @@ class ProcessExit:
 
     code: int | None
     signal: int | None = None
+    usage: Usage | None = field(default=None, compare=False)
 
     @property
     def status(self) -> int:
         """The exit code, or 128 plus the signal."""
         return self.code if self.code is not None else 128 + (self.signal or 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestProcessInfo:
+    """A process as its guest tells of it. The guest keeps bytes *log_start* up to *log_end* of its output.
+
+    *id* was chosen by the host that started it and is the same for the life of the guest, in checkpoints and clones
+    too. *stdin* is whether it still takes input. *exit* is None while it runs.
+    """
+
+    id: int
+    pid: int
+    running: bool
+    tty: bool
+    stdin: bool
+    log_start: int
+    log_end: int
+    exit: ProcessExit | None
+    started_at_unix_ns: int
+    label: str = field(repr=False)
 
 
 def now() -> datetime:

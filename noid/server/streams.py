@@ -20,7 +20,7 @@ from quart import Response, request, websocket
 from noid.core import wire
 from noid.core.agent import Agent
 from noid.core.backends import Guest, Process
-from noid.core.model import ExecRequest, ProcessExit, User, checked_name
+from noid.core.model import ExecRequest, OutputChunk, ProcessExit, User, checked_name
 from noid.core.waiting import plain_nursery
 from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest, NoidError
 from noid.server.guard import Guard, current_user, json_reply
@@ -77,7 +77,8 @@ class ExecRoutes:
         async with still_working(), self._process(current_user(), name, command) as process:
             with trio.move_on_after(limit_secs):
                 while not isinstance(received := await process.receive(), ProcessExit):
-                    output.add(received.data)
+                    if isinstance(received, OutputChunk):
+                        output.add(received.data)
                 exit_ = received
         return json_reply(
             {
@@ -161,7 +162,8 @@ async def _converse(process: Process, command: ExecRequest, transport: Transport
         nursery.start_soon(_relay_input, process, command.stdin, transport, nursery.cancel_scope)
         with trio.move_on_after(command.timeout_secs or math.inf):
             while not isinstance(received := await process.receive(), ProcessExit):
-                await websocket.send(wire.frame(received.stream, received.data))
+                if isinstance(received, OutputChunk):
+                    await websocket.send(wire.frame(received.stream, received.data))
             result = wire.ExecResult.of(received)
         nursery.cancel_scope.cancel()
     return result

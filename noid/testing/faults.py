@@ -23,7 +23,8 @@ import trio
 
 CALLS = frozenset(
     {"launch", "restore", "adopt", "prepare_pause", "pause", "capture", "capture.finish", "resume", "pivot_disk",
-     "disk_path", "channel", "kill", "connect", "start", "release", "wake", "ping", "power_off"}
+     "disk_path", "channel", "kill", "connect", "start", "attach", "processes",
+     "release", "wake", "ping", "power_off"}
 )  # fmt: skip
 
 Action = Callable[[int | None], Awaitable[None]]

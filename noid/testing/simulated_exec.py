@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import secrets
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,11 +14,24 @@ from typing import Any
 import trio
 
 from noid.core.backends import Guest, Machine, Process
-from noid.core.model import ExecRequest, Identity, OutputChunk, ProcessExit, Receipt, ReceiptItem
-from noid.errors import BackendError, DependencyDown, InvalidRequest
+from noid.core.model import (
+    ExecRequest,
+    Gap,
+    GuestProcessInfo,
+    Identity,
+    OutputChunk,
+    ProcessExit,
+    Receipt,
+    ReceiptItem,
+    TerminalSize,
+    Usage,
+)
+from noid.errors import BackendError, DependencyDown, InvalidRequest, NotFound
 from noid.testing.faults import Faults
 
 RELEASE_GRACE_SECS = 0.5
+RELEASE_BOUND_SECS = 5.0
+OUTPUT_WINDOW_BYTES = 262144
 _STDIN_PIECE_BYTES = 16384
 
 
@@ -55,6 +69,8 @@ class SimulatedExec:
 
 class SimulatedGuestLink:
     """One conversation with a guest agent: the `Guest` protocol."""
+
+    features = frozenset({"sessions", "tty", "signals", "stdin", "stderr", "identity", "power"})
 
     def __init__(self, stream: trio.abc.Stream, pid: int, faults: Faults) -> None:
         self._stream = stream
@@ -101,10 +117,9 @@ class SimulatedGuestLink:
             self._lose()
 
     def _take(self, event: dict[str, Any]) -> None:
-        if "number" in event or event["event"] in ("started", "refused"):
-            number = event.get("number", event.get("id"))
-            if number in self._answers:
-                self._answers[number] = event
+        if "number" in event:
+            if event["number"] in self._answers:
+                self._answers[event["number"]] = event
                 self._answered.unpark_all()
         elif process := self._processes.get(event["id"]):
             process.take(event)
@@ -119,11 +134,11 @@ class SimulatedGuestLink:
         """The error for whoever waits for a guest that is no more."""
         return DependencyDown("the simulated guest went away. Look whether its VM still runs.")
 
-    async def call(self, op: str, *, number: int | None = None, **fields: Any) -> dict[str, Any]:
+    async def call(self, op: str, **fields: Any) -> dict[str, Any]:
         """Ask and return the answer."""
         if self.gone:
             raise self.lost()
-        number = next(self._numbers) if number is None else number
+        number = next(self._numbers)
         self._answers[number] = None
         try:
             self.post({"op": op, "number": number, **fields})
@@ -140,43 +155,74 @@ class SimulatedGuestLink:
     async def start(self, request: ExecRequest) -> Process:
         """Start a process and attach to it."""
         await self._faults.before("start", self._pid)
-        number = next(self._numbers)
-        process = self._processes[number] = SimulatedProcess(number, self)
-        fields = {"argv": list(request.argv), "env": dict(request.env), "stdin": request.stdin}
+        process_id = 0x80000000 | secrets.randbits(31)
+        process = self._processes[process_id] = SimulatedProcess(process_id, self, 0)
+        tty = request.tty and [request.tty.columns, request.tty.rows]
+        fields = {"argv": list(request.argv), "env": dict(request.env), "stdin": request.stdin, "tty": tty}
+        fields |= {"cwd": request.cwd, "user": request.user, "log_bytes": request.log_bytes, "label": request.label}
         try:
-            answer = await self.call(
-                "start", number=number, id=number, process={**fields, "cwd": request.cwd, "user": request.user}
-            )
+            answer = await self.call("start", id=process_id, credit=OUTPUT_WINDOW_BYTES, process=fields)
         except BaseException:
-            del self._processes[number]
-            if not self.gone:
-                self.post({"op": "release", "id": number})  # it may have started: then it goes with its caller
+            del self._processes[process_id]
+            if not self.gone:  # it may have started: then it goes with its caller
+                self.post({"op": "release", "id": process_id, "grace_secs": 0.0})
             raise
         if answer["event"] == "refused":
-            del self._processes[number]
+            del self._processes[process_id]
             raise InvalidRequest(f"{answer['text']}.")
         process.pid, process.stdin_window = answer["pid"], answer["stdin_window"]
         await self._faults.after("start", self._pid)
         return process
 
-    async def release(self, process: Process) -> None:
+    async def attach(self, process_id: int, offset: int) -> Process:
+        """Attach to a process whose output is then received from *offset*."""
+        await self._faults.before("attach", self._pid)
+        before = self._processes.get(process_id)
+        if before is not None:
+            before.drop()
+        process = self._processes[process_id] = SimulatedProcess(process_id, self, offset)
+        answer = await self.call("attach", id=process_id, offset=offset, credit=OUTPUT_WINDOW_BYTES)
+        if answer["event"] == "missing":
+            del self._processes[process_id]
+            raise NotFound(f"the guest has no process {process_id:08x}.")
+        process.pid, process.stdin_window = answer["pid"], process.stdin_window + answer["stdin_window"]
+        await self._faults.after("attach", self._pid)
+        return process
+
+    async def processes(self) -> list[GuestProcessInfo]:
+        """Return the processes there are."""
+        await self._faults.before("processes", self._pid)
+        answer = await self.call("list")
+        return [
+            GuestProcessInfo(
+                id=page["id"],
+                pid=page["pid"],
+                running=page["running"],
+                tty=page["tty"],
+                stdin=page["stdin"],
+                log_start=page["start"],
+                log_end=page["end"],
+                exit=None if page["exit"] is None else ProcessExit(code=page["exit"][0], signal=page["exit"][1]),
+                started_at_unix_ns=page["started"],
+                label=page["label"],
+            )
+            for page in answer["processes"]
+        ]
+
+    async def release(self, process: Process | int) -> None:
         """Forget *process*: TERM, and KILL after a grace."""
         await self._faults.before("release", self._pid)
-        mine = self._processes.get(process.id)
-        if mine is None:
+        process_id = process if isinstance(process, int) else process.id
+        mine = self._processes.setdefault(process_id, SimulatedProcess(process_id, self, 0))
+        mine.drop()
+        if self.gone:
             return
-        mine.dropped = True
-        try:
-            if mine.end is None and not self.gone:
-                self.post({"op": "credit", "id": process.id, "bytes": 1 << 40})  # what it still writes is dropped
-                self.post({"op": "signal", "id": process.id, "signo": 15})
-                with trio.move_on_after(RELEASE_GRACE_SECS):
-                    while mine.end is None and not self.gone:
-                        await mine.changed.park()
-        finally:
-            self.post({"op": "release", "id": process.id})
-            self._processes.pop(process.id, None)
-            mine.changed.unpark_all()
+        self.post({"op": "release", "id": process_id, "grace_secs": RELEASE_GRACE_SECS})
+        with trio.move_on_after(RELEASE_BOUND_SECS):
+            while not mine.released and not self.gone:
+                await mine.changed.park()
+        if self._processes.get(process_id) is mine:
+            del self._processes[process_id]
 
     async def wake(self, identity: Identity) -> Receipt:
         """Make the guest its own."""
@@ -206,39 +252,58 @@ class SimulatedGuestLink:
 
 
 class SimulatedProcess:
-    """A process in a simulated guest: the `Process` protocol. *id* is the conversation's, *pid* the guest's."""
+    """A process in a simulated guest: the `Process` protocol. *id* and *pid* are the guest's."""
 
-    def __init__(self, number: int, link: SimulatedGuestLink) -> None:
-        self.id = number
+    def __init__(self, process_id: int, link: SimulatedGuestLink, offset: int) -> None:
+        self.id = process_id
         self.pid = 0
         self.stdin_window = 0
-        self.end: ProcessExit | None = None
+        self.end_: ProcessExit | None = None
         self.changed = trio.lowlevel.ParkingLot()
         self.dropped = False
+        self.released = False
         self._link = link
+        self._expected = offset
         self._output: deque[OutputChunk] = deque()
 
     def take(self, event: dict[str, Any]) -> None:
         """Hear from the guest."""
         match event["event"]:
             case "output" if not self.dropped:
-                self._output.append(OutputChunk(stream=event["stream"], data=base64.b64decode(event["data"])))
+                data = base64.b64decode(event["data"])
+                self._output.append(OutputChunk(stream=event["stream"], data=data, offset=event["offset"]))
             case "consumed":
                 self.stdin_window += event["bytes"]
             case "exit":
-                self.end = ProcessExit(code=event["code"], signal=event["signal"])
+                self.end_ = ProcessExit(
+                    code=event["code"],
+                    signal=event["signal"],
+                    usage=Usage(user_secs=0.0, system_secs=0.0, rss_max_kib=0),
+                )
+            case "released":
+                self.released = True
         self.changed.unpark_all()
 
-    async def receive(self) -> OutputChunk | ProcessExit:
-        """Return the next output, or how the process ended."""
+    def drop(self) -> None:
+        """Hear no more of it."""
+        self.dropped = True
+        self._output.clear()
+        self.changed.unpark_all()
+
+    async def receive(self) -> OutputChunk | Gap | ProcessExit:
+        """Return the next output, a gap before it, or how the process ended."""
         await trio.lowlevel.checkpoint()
         while True:
             if self._output:
+                if self._output[0].offset > self._expected:
+                    start, self._expected = self._expected, self._output[0].offset
+                    return Gap(start=start, end=self._expected)
                 chunk = self._output.popleft()
+                self._expected = chunk.end
                 self._link.post({"op": "credit", "id": self.id, "bytes": len(chunk.data)})
                 return chunk
-            if self.end is not None:
-                return self.end
+            if self.end_ is not None:
+                return self.end_
             if self._link.gone:
                 raise self._link.lost()
             if self.dropped:
@@ -248,7 +313,7 @@ class SimulatedProcess:
     async def send_stdin(self, data: bytes) -> None:
         """Write to the process' stdin."""
         view = memoryview(data)
-        while view and self.end is None and not self.dropped:
+        while view and self.end_ is None and not self.dropped:
             if self._link.gone:
                 raise self._link.lost()
             size = min(self.stdin_window, _STDIN_PIECE_BYTES, len(view))
@@ -266,3 +331,11 @@ class SimulatedProcess:
     async def signal(self, signo: int) -> None:
         """Send *signo* to the process."""
         self._link.post({"op": "signal", "id": self.id, "signo": signo})
+
+    async def resize(self, size: TerminalSize) -> None:
+        """Change the size of the process' terminal."""
+        self._link.post({"op": "resize", "id": self.id, "columns": size.columns, "rows": size.rows})
+
+    async def end(self, grace_secs: float) -> None:
+        """Ask the process to end."""
+        self._link.post({"op": "end", "id": self.id, "grace_secs": grace_secs})

@@ -5,7 +5,11 @@ capture is a copy of it and a clone continues from it in the middle of a command
 long it ran, and never looks at the host's clock but to boot.
 
 Understood are ``true false echo cat tee sleep hostname date count yes env pwd id sync poweroff reboot`` and
-``sh -c`` with ``;``, ``&&``, ``>``, ``>>``, ``>&2``, ``exit N`` and ``trap '' TERM``. Any other program does not exist.
+``ticker`` (a numbered line with the guest's generation, again and again), ``stty size`` and ``sh -c`` with ``;``,
+``&&``, ``>``, ``>>``, ``>&2``, ``exit N`` and ``trap '' TERM``. Any other program does not exist.
+
+What processes write is kept in their logs, in memory too, and so are processes that have ended, until they are
+released: `ENDED_MAX` at most, the oldest go first.
 
 Standard library only: this runs inside the simulated VMM process.
 """
@@ -20,15 +24,21 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from noid.testing import simulated_ring as ring
 from noid.testing.simulated_disk import SimulatedDisk
 
 Page = dict[str, Any]
 TICK_SECS = 0.05
+BLOCKED_SECS = 0.005
 STDIN_BUFFER_BYTES = 65536
+ENDED_MAX = 64
+UNSENT_BYTES_MAX = 65536
+_YES_BYTES = 32768
 USERS = {"root": "/root", "noid": "/home/noid"}
 # paths inside the guest, so nothing insecure about any of them
 _DIRECTORIES = {"", "/root", "/home", "/home/noid", "/tmp", "/run", "/dev", "/dev/shm", "/etc", "/usr", "/var"}  # noqa: S108
 _IN_MEMORY = ("/dev/shm/", "/run/", "/tmp/")  # noqa: S108
+_IGNORED = (0, signal.SIGCHLD, signal.SIGCONT, signal.SIGWINCH)
 _UUID = "/proc/sys/kernel/random/uuid"
 
 
@@ -53,14 +63,18 @@ class SimulatedGuest:
     Raises:
         ValueError: *disk* and *memory* are not of one instant.
 
-    What it does is appended to `events`: ``(pid, "output", stream, bytes)``, ``(pid, "stdin", bytes consumed)``,
-    ``(pid, "exit", code, signal)`` and ``(0, "end", reason)``, which whoever drives it takes away.
+    What it does is appended to `events`: ``(pid, "stdin", bytes consumed)``, ``(pid, "released")`` and
+    ``(0, "end", reason)``, which whoever drives it takes away. Output and ends are in the logs and pages of processes.
+
+    *unsent* says from which offset on the log of a process must not be forgotten, because somebody who reads it has not
+    been sent the rest: whoever drives this keeps it up to date.
     """
 
     def __init__(self, disk: SimulatedDisk, memory: dict[str, Any]) -> None:
         self.disk = disk
         self.memory = memory
         self.events: list[tuple[Any, ...]] = []
+        self.unsent: dict[int, int] = {}
         if not memory:
             memory |= {"uptime": 0.0, "wall_offset": time.time(), "seed": time.time_ns(), "draws": 0, "next_pid": 100}
             memory["hostname"] = (disk.read("/etc/hostname") or b"noid").decode().strip()
@@ -78,27 +92,58 @@ class SimulatedGuest:
         self.memory["uptime"] = max(uptime, self.memory["uptime"])
         due: list[float] = []
         for pid, process in self._processes():
+            if process.get("kill_at", uptime + 1) <= uptime:
+                self._end(pid, None, signal.SIGKILL)
+                continue
             now = process["now"]
             if "due" in now and now["due"] <= uptime:
-                if now["kind"] == "count":
-                    self._write(now["path"], f"{int(self._read(now['path']) or b'0') + 1}\n".encode())
-                    process = self._page(pid, now={**now, "due": max(now["due"], uptime - TICK_SECS) + TICK_SECS})
-                else:
-                    self._proceed(pid, status=0)
+                self._act(pid, now, uptime)
             live = self.memory.get(f"process:{pid}")
-            if live is not None and "due" in live["now"]:
-                due.append(live["now"]["due"])
+            if live is not None:
+                due += [at for at in (live["now"].get("due"), live.get("kill_at")) if at is not None]
         return min(due, default=None)
 
-    def endless(self) -> Iterator[int]:
-        """Yield the processes that write as long as somebody reads."""
-        return (pid for pid, process in self._processes() if process["now"]["kind"] == "yes")
+    def _act(self, pid: int, now: Page, uptime: float) -> None:
+        """Let a process whose time has come do what it does."""
+        again = {**now, "due": max(now["due"], uptime - TICK_SECS) + TICK_SECS}
+        match now["kind"]:
+            case "count":
+                self._write(now["path"], f"{int(self._read(now['path']) or b'0') + 1}\n".encode())
+                self._page(pid, now=again)
+            case "ticker" if self.may_write(pid):
+                generation = (self._read("/run/noid/generation") or b"0").decode().strip()
+                self._emit(pid, 1, f"{now['ticks']} {generation}\n".encode())
+                self._page(pid, now=again | {"ticks": now["ticks"] + 1})
+            case "yes" if self.may_write(pid):
+                self._emit(pid, 1, b"y\n" * (_YES_BYTES // 2))
+                self._page(pid, now=again if pid not in self.unsent else {**now, "due": uptime})
+            case "ticker" | "yes":
+                self._page(pid, now=now | {"due": uptime + BLOCKED_SECS})
+            case _:
+                self._proceed(pid, status=0)
 
-    def start(self, argv: list[str], env: dict[str, str], cwd: str | None, user: str | None, stdin: bool) -> int:
-        """Start a process and return its pid.
+    def may_write(self, pid: int) -> bool:
+        """Whether the pipe of a process has room: always while nobody reads it, because then the oldest goes."""
+        unsent = self.unsent.get(pid)
+        return unsent is None or self.log(pid)["end"] - unsent < UNSENT_BYTES_MAX
+
+    def start(
+        self,
+        process_id: int,
+        argv: list[str],
+        env: dict[str, str],
+        cwd: str | None,
+        user: str | None,
+        stdin: bool,
+        *,
+        tty: list[int] | None = None,
+        log_bytes: int = 1 << 20,
+        label: str = "",
+    ) -> int:
+        """Start a process and return its pid. *process_id* is the host's name for it; *tty* is columns and rows.
 
         Raises:
-            Refused: no such user or directory.
+            Refused: no such user or directory, or the id is taken.
         """
         user = user or "root"
         if user not in USERS:
@@ -106,15 +151,75 @@ class SimulatedGuest:
         directory = cwd or USERS[user]
         if directory.rstrip("/") not in _DIRECTORIES | self._parents():
             raise Refused(f"working directory {directory!r}: No such file or directory")
+        if self.pid_of(process_id) is not None:
+            raise Refused(f"there is a process {process_id:08x} already")
         pid = self.memory["next_pid"]
         self.memory["next_pid"] = pid + 1
         home = {"HOME": USERS[user], "USER": user, "PATH": "/usr/bin:/bin"}
+        self.memory[f"log:{pid}"] = ring.new_log(log_bytes)
         self.memory[f"process:{pid}"] = {
             "argv": argv, "env": home | env, "cwd": directory, "user": user, "todo": [[argv, None, None]], "status": 0,
             "now": {"kind": "new"}, "stdin": "", "stdin_open": stdin, "ignored": [],
+            "id": process_id, "tty": tty, "label": label, "started": int(self._wall() * 1e9),
         }  # fmt: skip
-        self._proceed(pid, status=0)
         return int(pid)
+
+    def begin(self, pid: int) -> None:
+        """Let a process that was just started run its first command."""
+        self._proceed(pid, status=0)
+
+    def pid_of(self, process_id: int) -> int | None:
+        """Return the pid of the process the host calls *process_id*, or None."""
+        return next((pid for pid, page in self._all() if page["id"] == process_id), None)
+
+    def log(self, pid: int) -> Page:
+        """Return the log of a process: see `noid.testing.simulated_ring`."""
+        log: Page = self.memory[f"log:{pid}"]
+        return log
+
+    def exit(self, pid: int) -> list[int | None] | None:
+        """Return code and signal of a process that has ended, else None."""
+        exit_: list[int | None] | None = self.memory.get(f"ended:{pid}", {}).get("exit")
+        return exit_
+
+    def stdin_window(self, pid: int) -> int:
+        """Return how much more input a process can be given before it reads."""
+        return max(0, STDIN_BUFFER_BYTES - len(self.memory.get(f"process:{pid}", {}).get("stdin", "")) * 3 // 4)
+
+    def forget_sent(self, pid: int) -> None:
+        """Drop from a log what is over its limit and was sent."""
+        self.memory[f"log:{pid}"] = ring.trimmed(self.log(pid), self.unsent.get(pid))
+
+    def listing(self) -> list[Page]:
+        """Return what there is of processes, oldest first."""
+        return [
+            {
+                "id": page["id"], "pid": pid, "running": "exit" not in page, "tty": page["tty"] is not None,
+                "stdin": page.get("stdin_open", False), "start": self.log(pid)["start"], "end": self.log(pid)["end"],
+                "exit": page.get("exit"), "started": page["started"], "label": page["label"],
+            }
+            for pid, page in sorted(self._all())
+        ]  # fmt: skip
+
+    def resize(self, pid: int, columns: int, rows: int) -> None:
+        """Change the size of a process' terminal, if it has one."""
+        if (process := self.memory.get(f"process:{pid}")) is not None and process["tty"] is not None:
+            self._page(pid, tty=[columns, rows])
+
+    def end(self, pid: int, grace_secs: float) -> None:
+        """Send TERM, and KILL after the grace."""
+        if grace_secs > 0:
+            self.signal(pid, signal.SIGTERM)
+        if f"process:{pid}" in self.memory:
+            self._page(pid, kill_at=self.memory["uptime"] + grace_secs)
+
+    def release(self, pid: int, grace_secs: float) -> None:
+        """Forget a process as soon as it has ended, and see to that."""
+        if f"process:{pid}" in self.memory:
+            self._page(pid, forget=True)
+            self.end(pid, grace_secs)
+        else:
+            self._forget(pid)
 
     def feed(self, pid: int, data: bytes | None) -> None:
         """Give a process input; None ends it."""
@@ -131,7 +236,7 @@ class SimulatedGuest:
     def signal(self, pid: int, signo: int) -> None:
         """Send a signal, as the kernel would."""
         process = self.memory.get(f"process:{pid}")
-        if process is None or signo in process["ignored"] or signo in (0, signal.SIGCHLD, signal.SIGCONT):
+        if process is None or signo in process["ignored"] or signo in _IGNORED:
             return
         self._end(pid, None, signo)
 
@@ -191,14 +296,35 @@ class SimulatedGuest:
     def _processes(self) -> Iterator[tuple[int, Page]]:
         return iter([(int(key[8:]), page) for key, page in self.memory.items() if key.startswith("process:")])
 
+    def _all(self) -> Iterator[tuple[int, Page]]:
+        kinds = ("process:", "ended:")
+        return iter([(int(k.partition(":")[2]), page) for k, page in self.memory.items() if k.startswith(kinds)])
+
     def _page(self, pid: int, **fields: Any) -> Page:
         page: Page = {**self.memory[f"process:{pid}"], **fields}  # a new object: captures hold the old one
         self.memory[f"process:{pid}"] = page
         return page
 
     def _end(self, pid: int, code: int | None, signo: int | None = None) -> None:
-        del self.memory[f"process:{pid}"]
-        self.events.append((pid, "exit", code, signo))
+        page = self.memory.pop(f"process:{pid}")
+        self.memory[f"ended:{pid}"] = {key: page[key] for key in ("id", "tty", "label", "started")} | {
+            "exit": [code, signo]
+        }
+        if page.get("forget"):
+            self._forget(pid)
+        ended = [pid for pid, page in sorted(self._all()) if "exit" in page and pid not in self.unsent]
+        for oldest in ended[:-ENDED_MAX]:
+            self._forget(oldest)
+
+    def _forget(self, pid: int) -> None:
+        del self.memory[f"ended:{pid}"], self.memory[f"log:{pid}"]
+        self.events.append((pid, "released"))
+
+    def _emit(self, pid: int, stream: int, data: bytes) -> None:
+        if self.memory[f"process:{pid}"]["tty"] is not None:
+            stream, data = 1, data.replace(b"\n", b"\r\n")
+        self.memory[f"log:{pid}"] = ring.appended(self.log(pid), stream, data)
+        self.forget_sent(pid)
 
     def _proceed(self, pid: int, status: int) -> None:
         """Run the process' next commands until one takes time or none is left."""
@@ -223,12 +349,12 @@ class SimulatedGuest:
         self._end(pid, int(argv[1]) % 256 if argv[1:] else process["status"])
 
     def _say(self, pid: int, text: str, status: int) -> int:
-        self.events.append((pid, "output", 2, f"{text}\n".encode()))
+        self._emit(pid, 2, f"{text}\n".encode())
         return status
 
     def _out(self, pid: int, target: str | None, data: bytes) -> int:
         if target is None or target == "&2":
-            self.events.append((pid, "output", 1 if target is None else 2, data))
+            self._emit(pid, 1 if target is None else 2, data)
         else:
             append, path = target.startswith("+"), target.lstrip("+")
             self._write(path, ((self._read(path) or b"") if append else b"") + data)
@@ -286,7 +412,12 @@ class SimulatedGuest:
             case "count", [path]:
                 self._page(pid, now={"kind": "count", "path": path, "due": uptime})
             case "yes", []:
-                self._page(pid, now={"kind": "yes"})
+                self._page(pid, now={"kind": "yes", "due": uptime})
+            case "ticker", []:
+                self._page(pid, now={"kind": "ticker", "due": uptime, "ticks": 0})
+            case "stty", ["size"]:
+                columns, rows = process["tty"] or (0, 0)
+                return self._out(pid, target, f"{rows} {columns}\n".encode())
             case _:
                 return self._say(pid, f"{argv[0]}: not found", 127)
         reads = self.memory[f"process:{pid}"]["now"]["kind"] == "read"

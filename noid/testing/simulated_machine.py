@@ -26,11 +26,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from noid.testing import simulated_ring as ring
 from noid.testing.simulated_disk import SimulatedDisk
 from noid.testing.simulated_guest import STDIN_BUFFER_BYTES, Refused, SimulatedGuest, changes
 
 REPORT_FD = 3
-OUTPUT_WINDOW_BYTES = 262144
 _READ_BYTES = 65536
 
 
@@ -78,13 +78,13 @@ class _Line:
 
 
 class _Stream:
-    """A process as the attached host sees it: its id there, what it wrote and how much of that may be sent."""
+    """A process as the attached host sees it: up to where its log was sent, and how much more of it may be."""
 
-    def __init__(self, stream_id: int) -> None:
-        self.id = stream_id
-        self.credit = OUTPUT_WINDOW_BYTES
-        self.queued: list[tuple[int, bytes]] = []
-        self.end: dict[str, Any] | None = None
+    def __init__(self, process_id: int, sent: int, credit: int) -> None:
+        self.id = process_id
+        self.sent = sent
+        self.credit = credit
+        self.end_was_sent = False
 
 
 class SimulatedMachine:
@@ -108,7 +108,7 @@ class SimulatedMachine:
         self.selector.register(self.control, selectors.EVENT_READ, self._accept_control)
         self.host: _Line | None = None
         self.held: list[dict[str, Any]] = []
-        self.streams: dict[int, _Stream] = {}  # by pid
+        self.streams: dict[int, _Stream] = {}  # by pid: those the host is attached to
         self.paused = False
         self.since = time.monotonic()
         self.uptime_then = float(self.guest.memory["uptime"])
@@ -189,13 +189,14 @@ class SimulatedMachine:
         self._update_exec()
 
     def _detach(self) -> None:
-        """The host went away: its processes go on, what they write is dropped."""
+        """The host went away: its processes go on, what they write is kept as far as their logs reach."""
         if self.host is not None:
             if self.host.socket in self.selector.get_map():
                 self.selector.unregister(self.host.socket)
             self.host.socket.close()
         self.host = None
         self.streams.clear()
+        self.guest.unsent.clear()
         self.held.clear()
         self._update_exec()
 
@@ -217,62 +218,56 @@ class SimulatedMachine:
         if not self.mute and self._uptime() >= self.answers_at:
             while self.held and self.host is not None:
                 self._answer(self.held.pop(0))
-        for pid in self.guest.endless():
-            stream = self.streams.get(pid)
-            if stream is not None and stream.credit > 0 and not stream.queued:
-                stream.queued.append((1, b"y\n" * (min(stream.credit, 32768) // 2 + 1)))
-        events, self.guest.events = self.guest.events, []
-        for pid, kind, *facts in events:
-            stream = self.streams.get(pid)
-            if kind == "end":
-                self._end(facts[0])
-            elif stream is None:
-                continue
-            elif kind == "output":
-                stream.queued.append((facts[0], facts[1]))
-            elif kind == "stdin" and self.host is not None:
-                self.host.send({"event": "consumed", "id": stream.id, "bytes": facts[0]})
-            elif kind == "exit":
-                stream.end = {"event": "exit", "id": stream.id, "code": facts[0], "signal": facts[1]}
         for pid, stream in list(self.streams.items()):
             self._send_output(pid, stream)
+        events, self.guest.events = self.guest.events, []
+        for pid, kind, *facts in events:
+            if kind == "end":
+                self._end(facts[0])
+            elif kind == "released":
+                self._detach_process(pid)
+            elif pid in self.streams and self.host is not None:
+                self.host.send({"event": "consumed", "id": self.streams[pid].id, "bytes": facts[0]})
         self._update_exec()
 
     def _send_output(self, pid: int, stream: _Stream) -> None:
-        if self.host is None:
+        if self.host is None or f"log:{pid}" not in self.guest.memory:
             return
-        while stream.queued and stream.credit > 0:
-            number, data = stream.queued.pop(0)
-            data, rest = data[: stream.credit], data[stream.credit :]
-            if rest:
-                stream.queued.insert(0, (number, rest))
+        log = self.guest.log(pid)
+        for number, offset, data in ring.pieces(log, stream.sent, stream.credit):
             stream.credit -= len(data)
+            stream.sent = offset + len(data)
             encoded = base64.b64encode(data).decode()
-            self.host.send({"event": "output", "id": stream.id, "stream": number, "data": encoded})
-        if stream.end is not None and not stream.queued:
-            self.host.send(stream.end)
-            del self.streams[pid]
+            said = {"event": "output", "id": stream.id, "stream": number, "offset": offset, "data": encoded}
+            self.host.send(said)
+        if self.guest.unsent.get(pid) != stream.sent:
+            self.guest.unsent[pid] = stream.sent
+            self.guest.forget_sent(pid)
+        end = self.guest.exit(pid)
+        if end is not None and not stream.end_was_sent and stream.sent == log["end"]:
+            self.host.send({"event": "exit", "id": stream.id, "code": end[0], "signal": end[1]})
+            stream.end_was_sent = True
+
+    def _detach_process(self, pid: int) -> None:
+        stream = self.streams.pop(pid, None)
+        self.guest.unsent.pop(pid, None)
+        if stream is not None and self.host is not None:
+            self.host.send({"event": "released", "id": stream.id})
 
     def _answer(self, request: dict[str, Any]) -> None:
         host, guest = self.host, self.guest
         if host is None:
             return
-        pid = next((pid for pid, stream in self.streams.items() if stream.id == request.get("id")), None)
+        pid = guest.pid_of(request["id"]) if "id" in request else None
         match request["op"]:
             case "hello" | "ping":
                 host.send({"event": request["op"], "number": request["number"]})
             case "start":
-                process = request["process"]
-                try:
-                    pid = guest.start(
-                        process["argv"], process["env"], process["cwd"], process["user"], process["stdin"]
-                    )
-                except Refused as error:
-                    host.send({"event": "refused", "id": request["id"], "text": str(error)})
-                else:
-                    self.streams[pid] = _Stream(request["id"])
-                    window = STDIN_BUFFER_BYTES
-                    host.send({"event": "started", "id": request["id"], "pid": pid, "stdin_window": window})
+                self._start(host, request)
+            case "list":
+                host.send({"event": "listed", "number": request["number"], "processes": guest.listing()})
+            case "attach":
+                self._attach(host, pid, request)
             case "wake":
                 entropy = base64.b64decode(request["entropy"])
                 names = (request["hostname"], request["machine_id"], request["unix_ns"])
@@ -282,17 +277,52 @@ class SimulatedMachine:
                 self.disk.flush()
                 host.send({"event": "powering_off", "number": request["number"]})
                 guest.events.append((0, "end", "shutdown"))
+            case "release" if pid is None:
+                host.send({"event": "released", "id": request["id"]})
             case _ if pid is None:
-                pass  # about a process that has ended
+                pass  # about a process that is gone
             case "stdin":
                 guest.feed(pid, None if request["data"] is None else base64.b64decode(request["data"]))
-            case "credit":
+            case "credit" if pid in self.streams:
                 self.streams[pid].credit += request["bytes"]
             case "signal":
                 guest.signal(pid, request["signo"])
+            case "resize":
+                guest.resize(pid, request["columns"], request["rows"])
+            case "end":
+                guest.end(pid, request["grace_secs"])
             case "release":
-                guest.signal(pid, 9)
-                self.streams[pid].queued.clear()
+                guest.unsent.pop(pid, None)  # what it still writes nobody wants
+                guest.release(pid, request["grace_secs"])
+
+    def _start(self, host: _Line, request: dict[str, Any]) -> None:
+        guest, process = self.guest, request["process"]
+        try:
+            pid = guest.start(
+                request["id"], process["argv"], process["env"], process["cwd"], process["user"], process["stdin"],
+                tty=process["tty"], log_bytes=process["log_bytes"], label=process["label"],
+            )  # fmt: skip
+        except Refused as error:
+            host.send({"event": "refused", "number": request["number"], "text": str(error)})
+            return
+        self.streams[pid] = _Stream(request["id"], 0, request["credit"])
+        guest.unsent[pid] = 0
+        guest.begin(pid)
+        answer = {"event": "started", "number": request["number"], "pid": pid, "stdin_window": STDIN_BUFFER_BYTES}
+        host.send(answer)
+
+    def _attach(self, host: _Line, pid: int | None, request: dict[str, Any]) -> None:
+        if pid is None:
+            host.send({"event": "missing", "number": request["number"]})
+            return
+        log = self.guest.log(pid)
+        start = min(max(request["offset"], log["start"]), log["end"])
+        self.streams[pid] = _Stream(request["id"], start, request["credit"])
+        self.guest.unsent[pid] = start
+        window = self.guest.stdin_window(pid)
+        host.send(
+            {"event": "attached", "number": request["number"], "pid": pid, "start": start, "stdin_window": window}
+        )
 
     # --- control ---------------------------------------------------------------------------------------------------
 
@@ -333,7 +363,7 @@ class SimulatedMachine:
             case "capture" | "pivot" if not self.paused:
                 raise ValueError(f"{request['op']} needs a paused machine; this one runs")
             case "capture":
-                # What the host has not read yet belongs to its conversation with this machine, not to the memory.
+                # What is on its way to the host belongs to its conversation with this machine; the logs are memory.
                 memory = dict(self.guest.memory)
                 state = {"cpus": self.config["cpus"], "mem_mib": self.config["mem_mib"], "memory": digest(memory)}
                 with (Path(request["into"]) / "state").open("w") as file:

@@ -262,6 +262,7 @@ async def run(guest: Guest, *argv: str, stdin: bytes | None = None, **request: A
             while isinstance(said := await process.receive(), OutputChunk):
                 written[said.stream] += said.data
         await guest.release(process)
+    assert isinstance(said, ProcessExit), said  # nothing is missing in what one reads from the start
     return Finished(end=said, stdout=bytes(written[1]), stderr=bytes(written[2]))
 
 

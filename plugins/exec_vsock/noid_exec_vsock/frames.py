@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from noid.core.model import ExecRequest, Identity, ProcessExit, Receipt, ReceiptItem
+from noid.core.model import ExecRequest, Identity, ProcessExit, Receipt, ReceiptItem, Usage
 
 PROTOCOL_VERSION = 1
 BODY_BYTES_MAX = 65536
@@ -272,15 +272,6 @@ def read_error(body: bytes) -> str:
     words = reader.text("words")
     reader.end()
     return words
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """What a process used."""
-
-    user_secs: float
-    system_secs: float
-    rss_max_kib: int
 
 
 def read_exit(body: bytes) -> tuple[ProcessExit, Usage]:

@@ -18,8 +18,8 @@ from typing import TypeVar
 import trio
 
 from noid.core.backends import Process
-from noid.core.model import ExecRequest, Identity, Receipt
-from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, TooLarge
+from noid.core.model import ExecRequest, GuestProcessInfo, Identity, Receipt
+from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, TooLarge, Unsupported
 from noid_exec_vsock import frames
 from noid_exec_vsock.frames import FailedReason, Frame, FrameDecoder, Hello, Message, ProtocolError
 from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES, GuestProcess
@@ -336,6 +336,8 @@ class AgentGuest:
         hello: What the agent said of itself and its machine when the conversation began.
     """
 
+    features = frozenset({"signals", "stdin", "stderr", "identity", "power"})
+
     def __init__(self, connection: _Connection, hello: Hello) -> None:
         self.hello = hello
         self._connection = connection
@@ -381,7 +383,24 @@ class AgentGuest:
             )
         return await self._connection.start(request, body)
 
-    async def release(self, process: Process) -> None:
+    async def attach(self, process_id: int, offset: int) -> GuestProcess:
+        """Refuse: `features` says that this agent's processes end with their connection.
+
+        Raises:
+            Unsupported: always.
+        """
+        del process_id, offset
+        raise Unsupported("vsock", "attach to a running process")
+
+    async def processes(self) -> list[GuestProcessInfo]:
+        """Refuse: see `attach`.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported("vsock", "list processes")
+
+    async def release(self, process: Process | int) -> None:
         """Forget *process*: end its group (TERM, then KILL after a grace) if it still runs, and drop its output.
 
         Returns once it has ended, or after a bound if the guest does not say so. Cancelled, the guest ends it all the

@@ -6,14 +6,15 @@ The host grants credit per stream and gives it back as output is received, so a 
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from typing import Protocol
 
 import trio
 
-from noid.core.model import OutputChunk, ProcessExit
+from noid.core.model import OutputChunk, ProcessExit, TerminalSize, Usage
 from noid.errors import Conflict, InvalidRequest, NoidError
-from noid_exec_vsock.frames import CHUNK_BYTES_MAX, Message, ProtocolError, Usage, credit_body
+from noid_exec_vsock.frames import CHUNK_BYTES_MAX, Message, ProtocolError, credit_body
 
 OUTPUT_WINDOW_BYTES = 256 * 1024
 _RETURN_CREDIT_AT = OUTPUT_WINDOW_BYTES // 4
@@ -132,6 +133,15 @@ class GuestProcess:
         if self._exit is None:
             self._check()
             self._sender.post(Message.SIGNAL, self.id, bytes([signo]))
+
+    async def resize(self, size: TerminalSize) -> None:
+        """Do nothing: no process of this agent has a terminal."""
+        del size
+        await trio.lowlevel.checkpoint()
+
+    async def end(self, grace_secs: float) -> None:
+        """Send TERM, or KILL where there is no grace. What ignores TERM goes with `Guest.release`."""
+        await self.signal(signal.SIGTERM if grace_secs > 0 else signal.SIGKILL)
 
     def _check(self) -> None:
         if self._failure is not None:
