@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from typing import Any
 
 from noid.testing import simulated_ring as ring
 from noid.testing.simulated_disk import SimulatedDisk
+from noid.testing.simulated_shell import parse
 
 Page = dict[str, Any]
 TICK_SECS = 0.05
@@ -434,25 +434,3 @@ class SimulatedGuest:
             self.events.append((pid, "stdin", len(data)))
             self._page(pid, stdin="")
         return not process["stdin_open"]
-
-
-def parse(script: str) -> list[list[Any]]:
-    """Return the commands of a shell script as ``[argv, "&&" or None, redirection or None]``."""
-    lexer = shlex.shlex(script.replace("\n", ";"), posix=True, punctuation_chars=";&|<>")
-    lexer.whitespace_split = True
-    commands: list[list[Any]] = []
-    argv: list[str] = []
-    condition = target = redirect = None
-    for word in [*lexer, ";"]:
-        if word in (";", "&&"):
-            if argv:
-                commands.append([argv, condition, target])
-            argv, condition, target = [], word if word == "&&" else None, None
-        elif word in (">", ">>", ">&"):
-            redirect = word
-        elif redirect:
-            target = {">": "", ">>": "+", ">&": "&"}[redirect] + word
-            redirect = None
-        else:
-            argv.append(word)
-    return commands
