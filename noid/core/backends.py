@@ -142,7 +142,11 @@ class MachineExit:
 
 
 class Machine(Protocol):
-    """One running VMM process. It outlives the agent; `VmmBackend.adopt` gives a new object for the same process."""
+    """One running VMM process. It outlives the agent; `VmmBackend.adopt` gives a new object for the same process.
+
+    What its guest prints on its serial line is appended to ``serial.log`` in the plan's directory from the first byte
+    on, whoever is connected. The VMM may give a part of a long log back to the disk by punching a hole.
+    """
 
     ref: ProcessRef
 
@@ -191,6 +195,18 @@ class Machine(Protocol):
 
         Raises:
             DependencyDown: the machine is gone.
+        """
+        ...
+
+    async def console(self) -> trio.abc.Stream:
+        """Connect to the guest's serial line, for input. One connection at a time; closing it frees the place.
+
+        What arrives on it is in ``serial.log`` too, and must be read without pause all the same: a guest stops where
+        its output is not taken. What is sent waits while the guest does not read.
+
+        Raises:
+            Conflict: somebody else is connected.
+            DependencyDown: the machine is gone, does not answer, or has no serial line to connect to.
         """
         ...
 
@@ -430,13 +446,47 @@ class Guest(Protocol):
         ...
 
 
+class ConsoleListener(Protocol):
+    """What a guest prints, from when the listening began."""
+
+    async def receive_some(self) -> bytes:
+        """Return what was printed since the last call, waiting for it; ``b""`` once the machine has ended.
+
+        Raises:
+            BackendError: so much was printed since the last call that a part of it is no longer kept.
+        """
+        ...
+
+
+class ConsolePort(Protocol):
+    """The serial line of one machine, which any number of writers and listeners share.
+
+    Nothing is connected and nothing held for who does neither. Listening never slows the guest.
+    """
+
+    async def write(self, data: bytes) -> None:
+        """Type *data*. Waits while the guest does not read; writers take turns. After a cancellation a part is typed.
+
+        Raises:
+            Conflict, DependencyDown: see `Machine.console`.
+        """
+        ...
+
+    def listen(self) -> AbstractAsyncContextManager[ConsoleListener]:
+        """Listen to what the guest prints from now on."""
+        ...
+
+
 class ExecBackend(Protocol):
     """Reaches into guests."""
 
     name: str
 
-    def connect(self, machine: Machine) -> AbstractAsyncContextManager[Guest]:
-        """Attach to the machine's guest agent; entering waits until it answers (bound it with ``fail_after``)."""
+    def connect(self, machine: Machine, console: ConsolePort) -> AbstractAsyncContextManager[Guest]:
+        """Attach to the machine's guest agent; entering waits until it answers (bound it with ``fail_after``).
+
+        *console* is the machine's serial line, for guests that have no agent.
+        """
         ...
 
 

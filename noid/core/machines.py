@@ -121,7 +121,7 @@ async def end_machine(work: Work, facts: Facts) -> None:
 async def wake_guest(work: Work, facts: Facts) -> None:
     """Make the guest its own before any user byte: clock, randomness, names. Keeps the receipt."""
     services, directory, machine = work.services, _directory(work, facts), given(work.machine)
-    work.link = work.link or services.supervisor.link(machine)
+    work.link = work.link or services.supervisor.link(machine, directory)
     identity = new_identity(facts["name"], facts["vm_id"], work.lease)
     secs = services.config.wake_timeout_secs
     try:

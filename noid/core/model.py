@@ -373,7 +373,7 @@ class OutputChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """Bytes of a process' log, from *start* up to *end*, that nobody has any more."""
+    """Bytes of a log, from *start* up to *end*, that nobody has any more."""
 
     start: int
     end: int

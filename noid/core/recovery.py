@@ -133,7 +133,7 @@ async def _take_hold(services: Services, vm: Vm) -> None:
             await trio.to_thread.run_sync(processes.end_instance, services.config.data_dir, vm.instance)
         await services.store.write(lambda tx: tx.update_vm(vm, state=VmState.DEAD, process=None))
         return
-    services.supervisor.hold(vm.id, vm.instance, machine, services.supervisor.link(machine))
+    services.supervisor.hold(vm.id, vm.instance, machine, services.supervisor.link(machine, directory))
     logger.info("adopted VM %s (%s)", vm.name, vm.instance, extra={"vm": vm.name, "owner": vm.owner})
 
 

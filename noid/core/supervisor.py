@@ -6,10 +6,13 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
 from noid.core.backends import ExecBackend, Guest, Machine, MachineExit
+from noid.core.console import CONSOLE_LOG, Console
+from noid.core.filewatch import FileWatches
 from noid.core.model import Vm
 from noid.errors import BackendError, DependencyDown
 
@@ -22,10 +25,11 @@ PING_SECS = 2.0
 class GuestLink:
     """A machine's one connection to its guest agent, opened when first needed and shared by everybody.
 
-    A connection that fails is dropped, and whoever comes next opens a new one.
+    A connection that fails is dropped, and whoever comes next opens a new one. *console* is the same machine's.
     """
 
-    def __init__(self, machine: Machine, backend: ExecBackend, nursery: trio.Nursery) -> None:
+    def __init__(self, machine: Machine, console: Console, backend: ExecBackend, nursery: trio.Nursery) -> None:
+        self.console = console
         self._machine = machine
         self._backend = backend
         self._nursery = nursery
@@ -63,7 +67,7 @@ class GuestLink:
         scope = self._scope = trio.CancelScope()
         try:
             with scope:
-                async with self._backend.connect(self._machine) as guest:
+                async with self._backend.connect(self._machine, self.console) as guest:
                     opened, self._guest = True, guest
                     task_status.started(guest)
                     await trio.sleep_forever()
@@ -113,10 +117,12 @@ class Supervisor:
         self._on_exit = on_exit
         self._live: dict[str, Live] = {}
         self._held = trio.Event()
+        self.watches = FileWatches(nursery)
 
-    def link(self, machine: Machine) -> GuestLink:
-        """Return a connection for a machine that is not held yet."""
-        return GuestLink(machine, self._exec, self._nursery)
+    def link(self, machine: Machine, directory: Path) -> GuestLink:
+        """Return a connection for a machine that is not held yet. *directory* is its plan's."""
+        console = Console(machine, directory / CONSOLE_LOG, self.watches, self._nursery)
+        return GuestLink(machine, console, self._exec, self._nursery)
 
     def get(self, vm: Vm) -> Live:
         """Return *vm*'s machine.
@@ -153,6 +159,7 @@ class Supervisor:
         if live is not None:
             live.watch.cancel()
             live.link.drop()
+            live.link.console.end()
         return live
 
     async def _watch(self, live: Live) -> None:
@@ -161,6 +168,7 @@ class Supervisor:
             with live.watch:
                 why = await live.machine.wait()
                 live.link.drop()
+                live.link.console.end()
                 if self._live.get(live.vm_id) is live:
                     del self._live[live.vm_id]
                     await self._on_exit(live.vm_id, live.instance, why)

@@ -208,7 +208,7 @@ class Templates:
         """
         services = self._services
         secs = services.config.boot_timeout_secs
-        link = services.supervisor.link(machine)
+        link = services.supervisor.link(machine, directory)
         try:
             with trio.fail_after(secs):
                 async with until_it_ends(machine, directory), link.guest() as guest:

@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from noid.core.backends import Guest, Machine, Process
+from noid.core.backends import ConsolePort, Guest, Machine, Process
 from noid.core.model import (
     ExecRequest,
     Gap,
@@ -44,7 +44,7 @@ class SimulatedExec:
         self._faults = faults or Faults()
 
     @asynccontextmanager
-    async def connect(self, machine: Machine) -> AsyncIterator[Guest]:
+    async def connect(self, machine: Machine, console: ConsolePort) -> AsyncIterator[Guest]:
         """Attach to the machine's guest agent; entering waits until it answers."""
         await self._faults.before("connect", machine.ref.pid)
         stream = await machine.channel()

@@ -39,6 +39,8 @@ USERS = {"root": "/root", "noid": "/home/noid"}
 _DIRECTORIES = {"", "/root", "/home", "/home/noid", "/tmp", "/run", "/dev", "/dev/shm", "/etc", "/usr", "/var"}  # noqa: S108
 _IN_MEMORY = ("/dev/shm/", "/run/", "/tmp/")  # noqa: S108
 _IGNORED = (0, signal.SIGCHLD, signal.SIGCONT, signal.SIGWINCH)
+#: What the serial console calls the program in its foreground; hosts' ids are greater.
+CONSOLE_ID = 0
 _UUID = "/proc/sys/kernel/random/uuid"
 
 
@@ -199,6 +201,7 @@ class SimulatedGuest:
                 "exit": page.get("exit"), "started": page["started"], "label": page["label"],
             }
             for pid, page in sorted(self._all())
+            if page["id"] != CONSOLE_ID
         ]  # fmt: skip
 
     def resize(self, pid: int, columns: int, rows: int) -> None:

@@ -7,6 +7,7 @@ orphans are tested on what they are for; only the guest is made up.
 - ``<run_dir>/control.sock``: one JSON request per line, one JSON answer per line.
 - ``<run_dir>/exec.sock``: the guest agent's byte stream, JSON lines; like a QEMU chardev it serves one client at a
   time, and the next one waits in the queue without being told.
+- ``<run_dir>/console.sock``: input of the serial console, see `noid.testing.simulated_console`.
 - ``<run_dir>/end.json``: why it ended, if it ended by itself.
 
 Kernel arguments: ``simulated.mute`` makes a guest whose agent never answers, ``simulated.boot_secs=N`` one that takes
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from noid.testing import simulated_ring as ring
+from noid.testing.simulated_console import SimulatedConsole
 from noid.testing.simulated_disk import SimulatedDisk
 from noid.testing.simulated_guest import STDIN_BUFFER_BYTES, Refused, SimulatedGuest, changes
 
@@ -105,6 +107,8 @@ class SimulatedMachine:
         self.selector = selectors.DefaultSelector()
         self.control = self._listen("control.sock")
         self.exec = self._listen("exec.sock")
+        self.console = SimulatedConsole(self._listen("console.sock"), Path(config["console"]), self.selector)
+        self.console.start(self.guest)
         self.selector.register(self.control, selectors.EVENT_READ, self._accept_control)
         self.host: _Line | None = None
         self.held: list[dict[str, Any]] = []
@@ -166,6 +170,7 @@ class SimulatedMachine:
 
     def _update_exec(self) -> None:
         """Watch the exec listener or its one client. A paused guest reads nothing, and one client holds the place."""
+        self.console.set_running(not self.paused)
         wanted: dict[Any, int] = {}
         if self.host is None:
             wanted[self.exec] = selectors.EVENT_READ
@@ -228,6 +233,7 @@ class SimulatedMachine:
                 self._detach_process(pid)
             elif pid in self.streams and self.host is not None:
                 self.host.send({"event": "consumed", "id": self.streams[pid].id, "bytes": facts[0]})
+        self.console.update()
         self._update_exec()
 
     def _send_output(self, pid: int, stream: _Stream) -> None:

@@ -35,7 +35,7 @@ from noid.core.backends import (
     VmmFeatures,
 )
 from noid.core.model import ProcessRef
-from noid.errors import BackendError, DependencyDown, NoidError, NoSpace, NotFound, Unsupported
+from noid.errors import BackendError, Conflict, DependencyDown, NoidError, NoSpace, NotFound, Unsupported
 from noid.hookspecs import hookimpl
 from noid.hostfs import os_errors
 from noid.testing.faults import Faults
@@ -136,7 +136,8 @@ class SimulatedVmm:
         if plan.lease is not None and plan.lease.kind not in self.features.network_kinds:
             raise Unsupported(self.name, f"connect a network card to {plan.lease.kind}")
         shape = {"cpus": plan.cpus, "mem_mib": plan.mem_mib, "instance": plan.instance}
-        config = {**shape, "run_dir": str(plan.run_dir), "disk": str(plan.volume.path), **fields}
+        places = {"run_dir": str(plan.run_dir), "disk": str(plan.volume.path)}
+        config = {**shape, **places, "console": str(plan.directory / "serial.log"), **fields}
         with os_errors(f"preparing the {step} of {plan.instance}"):
             (plan.run_dir / "end.json").unlink(missing_ok=True)
             reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -172,6 +173,7 @@ class SimulatedMachine:
         self._faults = faults
         self._end: MachineExit | None = None
         self._killed = False
+        self._line: trio.SocketStream | None = None
 
     async def ask(self, op: str, **fields: str) -> Any:
         """Make a request on the control socket and return the answer."""
@@ -232,6 +234,17 @@ class SimulatedMachine:
             except OSError as error:
                 raise self._gone("the guest agent's channel") from error
 
+    async def console(self) -> trio.abc.Stream:
+        """Connect to the guest's serial line."""
+        async with self._faulty("console"):
+            if self._line is not None and self._line.socket.fileno() >= 0:
+                raise Conflict("the serial console of this VM is in use; close the other connection first.")
+            try:
+                self._line = await trio.open_unix_socket(str(self._run_dir / "console.sock"))
+            except OSError as error:
+                raise self._gone("the serial console") from error
+            return self._line
+
     async def wait(self) -> MachineExit:
         """Return when the process has ended and its end is known."""
         await self._ended()
@@ -245,6 +258,8 @@ class SimulatedMachine:
     async def aclose(self) -> None:
         """Let go of the process without ending it."""
         await trio.lowlevel.checkpoint()
+        if self._line is not None:
+            self._line.socket.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -15,10 +15,13 @@ Collected (``pytest --collect-only``) it is the list of what `VmmBackend`, `Mach
 from __future__ import annotations
 
 from noid.testing.vmm_checkpoints import CheckpointSpecification
+from noid.testing.vmm_consoles import ConsoleSpecification
 from noid.testing.vmm_guests import GuestSpecification
 from noid.testing.vmm_lives import LifeSpecification
 from noid.testing.vmm_starts import LaunchSpecification
 
 
-class VmmConformance(LaunchSpecification, GuestSpecification, LifeSpecification, CheckpointSpecification):
+class VmmConformance(
+    LaunchSpecification, GuestSpecification, ConsoleSpecification, LifeSpecification, CheckpointSpecification
+):
     """All of it."""

@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from noid.core.console import open_console
 from noid.core.model import ExecRequest, OutputChunk, ProcessExit
 from noid.errors import DependencyDown, InvalidRequest, NoidError
 from noid.testing.vmm_rig import ANSWER_SECS, VmmRig, read_count, run
@@ -116,7 +117,10 @@ class GuestSpecification:
         async with rig.guest(running) as guest:
             with trio.move_on_after(0.5) as scope:
                 try:
-                    async with rig.exec_backend.connect(running.machine):
+                    async with (
+                        open_console(running.machine, running.plan.directory) as console,
+                        rig.exec_backend.connect(running.machine, console),
+                    ):
                         pytest.fail("two hosts talk to one guest at the same time")
                 except NoidError:  # to refuse it is as good as to let it wait
                     scope.cancel()

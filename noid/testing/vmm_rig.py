@@ -25,6 +25,7 @@ from noid.core.backends import (
     StorageBackend,
     VmmBackend,
 )
+from noid.core.console import open_console
 from noid.core.model import ExecRequest, FrozenDisk, Identity, Image, OutputChunk, ProcessExit, Volume
 from noid.testing.processes import marked_processes
 
@@ -202,7 +203,10 @@ class VmmRig:
     async def guest(self, running: Running) -> AsyncIterator[Guest]:
         """Attach to the guest agent."""
         with trio.fail_after(ANSWER_SECS) as scope:
-            async with self.exec_backend.connect(running.machine) as guest:
+            async with (
+                open_console(running.machine, running.plan.directory) as console,
+                self.exec_backend.connect(running.machine, console) as guest,
+            ):
                 scope.deadline = math.inf
                 yield guest
 

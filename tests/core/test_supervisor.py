@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,8 @@ import trio
 import trio.testing
 
 from noid.core.backends import ExecBackend, Machine, MachineExit
+from noid.core.console import Console
+from noid.core.filewatch import FileWatches
 from noid.core.supervisor import GuestLink, Supervisor
 from noid.errors import BackendError, DependencyDown
 
@@ -25,7 +28,7 @@ class Backend:
         self.let = trio.Event()
 
     @contextlib.asynccontextmanager
-    async def connect(self, machine: Machine) -> AsyncIterator[Any]:
+    async def connect(self, machine: Machine, console: Any) -> AsyncIterator[Any]:
         await self.let.wait()
         self.opened += 1
         self.open += 1
@@ -63,7 +66,9 @@ class Ending:
 
 
 def link_of(backend: Backend, nursery: trio.Nursery) -> GuestLink:
-    return GuestLink(cast("Machine", Ending()), cast("ExecBackend", backend), nursery)  # as much as it needs
+    machine = cast("Machine", Ending())  # as much as it needs
+    console = Console(machine, Path("serial.log"), FileWatches(nursery), nursery)
+    return GuestLink(machine, console, cast("ExecBackend", backend), nursery)
 
 
 async def test_everybody_shares_one_connection_also_those_who_come_while_it_opens() -> None:
@@ -164,7 +169,7 @@ async def test_an_end_that_cannot_be_written_down_ends_no_other_watch() -> None:
         machines = {vm_id: Ending() for vm_id in "ab"}
         for vm_id, machine in machines.items():
             held = cast("Machine", machine)
-            assert supervisor.hold(vm_id, f"instance of {vm_id}", held, supervisor.link(held)) is None
+            assert supervisor.hold(vm_id, f"instance of {vm_id}", held, supervisor.link(held, Path())) is None
         for machine in machines.values():
             machine.ended.set()
             await trio.testing.wait_all_tasks_blocked()
@@ -178,8 +183,8 @@ async def test_a_released_machine_ends_unheard_and_is_its_new_owners_to_close() 
 
     async with supervised(on_exit) as supervisor:
         first, second = Ending(), Ending()
-        supervisor.hold("a", "1", cast("Machine", first), supervisor.link(cast("Machine", first)))
-        replaced = supervisor.hold("a", "2", cast("Machine", second), supervisor.link(cast("Machine", second)))
+        supervisor.hold("a", "1", cast("Machine", first), supervisor.link(cast("Machine", first), Path()))
+        replaced = supervisor.hold("a", "2", cast("Machine", second), supervisor.link(cast("Machine", second), Path()))
         assert replaced is not None
         assert replaced.instance == "1"
         first.ended.set()

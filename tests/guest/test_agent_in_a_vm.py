@@ -61,9 +61,9 @@ async def rig(data_dir: Path, image: Image, no_leaks: None) -> AsyncIterator[Vmm
 
 async def test_a_machine_boots_into_the_agent_takes_an_identity_and_powers_off(rig: VmmRig) -> None:
     plan = await rig.launch_plan()
-    machine = (await rig.launch(replace(plan, lease=NetLease(kind="user")))).machine
+    running = await rig.launch(replace(plan, lease=NetLease(kind="user")))
     with trio.fail_after(BOOT_SECS):
-        async with rig.exec_backend.connect(machine) as guest:
+        async with rig.guest(running) as guest:
             assert (await run(guest, "cat", "/proc/1/cmdline")).stdout == b"/init\0"
             assert (await run(guest, "id", "-un", user="noid")).stdout == b"noid\n"
             assert (await run(guest, "cat", "/proc/self/cgroup")).stdout == b"0::/noid\n"
@@ -97,14 +97,14 @@ async def test_a_machine_boots_into_the_agent_takes_an_identity_and_powers_off(r
             stubborn = "trap '' TERM; echo $$; while :; do sleep 1; done"
             await (await guest.start(_shell(stubborn))).receive()
             await guest.power_off()
-        assert (await machine.wait()).reason == "shutdown"
+        assert (await running.machine.wait()).reason == "shutdown"
 
 
 async def test_a_root_that_cannot_be_mounted_is_said_to_the_host_and_on_the_console(rig: VmmRig) -> None:
     plan = await rig.launch_plan()
-    machine = (await rig.launch(replace(plan, cmdline=plan.cmdline + " rootfstype=no-such-fs"))).machine
+    running = await rig.launch(replace(plan, cmdline=plan.cmdline + " rootfstype=no-such-fs"))
     with trio.fail_after(BOOT_SECS), pytest.raises(BackendError, match="cannot mount /dev/vda as no-such-fs"):
-        async with rig.exec_backend.connect(machine):
+        async with rig.guest(running):
             pytest.fail("it was let in")
     console = await trio.to_thread.run_sync((plan.directory / "serial.log").read_text)
     assert "noid: no root file system: cannot mount /dev/vda as no-such-fs" in console
@@ -113,7 +113,7 @@ async def test_a_root_that_cannot_be_mounted_is_said_to_the_host_and_on_the_cons
 async def test_a_checkpoint_in_the_middle_of_frames_in_both_directions_wakes_and_answers(rig: VmmRig) -> None:
     running = await rig.launch()
     with trio.fail_after(BOOT_SECS):
-        async with rig.exec_backend.connect(running.machine) as guest:
+        async with rig.guest(running) as guest:
             talker = await guest.start(_shell("yes"))
             listener = await guest.start(replace(_shell("cat >/dev/null"), stdin=True))
             async with trio.open_nursery() as nursery:
@@ -132,5 +132,5 @@ async def test_a_checkpoint_in_the_middle_of_frames_in_both_directions_wakes_and
                 taken = await rig.checkpoint(running)
                 nursery.cancel_scope.cancel()
         clone = await rig.clone(taken)
-        async with rig.exec_backend.connect(clone.machine) as guest:
+        async with rig.guest(clone) as guest:
             assert (await run(guest, "echo", "awake")).end == ProcessExit(code=0)

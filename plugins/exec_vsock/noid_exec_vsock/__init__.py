@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 
-from noid.core.backends import AgentContext, BackendSpec, ExecBackend, Guest, Machine
+from noid.core.backends import AgentContext, BackendSpec, ConsolePort, ExecBackend, Guest, Machine
 from noid.errors import ConfigError
 from noid.hookspecs import hookimpl
 from noid_exec_vsock.guest import connect
@@ -29,8 +29,9 @@ class VsockExec:
 
     name = "vsock"
 
-    def connect(self, machine: Machine) -> AbstractAsyncContextManager[Guest]:
+    def connect(self, machine: Machine, console: ConsolePort) -> AbstractAsyncContextManager[Guest]:
         """Attach to the machine's agent; entering waits until it answers. See `noid_exec_vsock.guest.connect`."""
+        del console  # the agent has a channel of its own
         return connect(machine.channel)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -38,6 +39,7 @@ from noid_vmm_qemu.tsc import tsc_khz
 
 QMP_SOCKET = "qmp.sock"
 CHANNEL_SOCKET = "agent.sock"
+CONSOLE_SOCKET = "console.sock"
 LOG_NAME = "vmm.log"
 _ACCELERATORS = ("auto", "kvm", "tcg")
 _ADOPT_SECS = 5.0
@@ -192,12 +194,12 @@ class QemuBackend:
     ) -> QemuMachine:
         """Spawn QEMU and let *set_off* bring it to run. Whatever fails or is cancelled: no process is left."""
         log_path = plan.directory / LOG_NAME
-        with os_errors("starting QEMU"), _listening(plan.run_dir) as (qmp_fd, channel_fd):
+        with os_errors("starting QEMU"), _listening(plan.run_dir) as sockets:
             logged_bytes = log_path.stat().st_size if log_path.exists() else 0
-            inherited = (qmp_fd, channel_fd) if state_fd is None else (qmp_fd, channel_fd, state_fd)
+            inherited = dataclasses.astuple(sockets) + (() if state_fd is None else (state_fd,))
             try:
                 process = VmmProcess.spawn(
-                    argv(Descriptors(qmp=qmp_fd, channel=channel_fd)),
+                    argv(sockets),
                     environment=self._environment(plan),
                     log_path=log_path,
                     pass_fds=inherited,
@@ -247,6 +249,7 @@ class QemuBackend:
             qmp=qmp,
             events=events,
             channel_path=str(plan.run_dir / CHANNEL_SOCKET),
+            console_path=str(plan.run_dir / CONSOLE_SOCKET),
             memory=memory,
             mem_mib=plan.mem_mib,
             console=plan.directory / CONSOLE_LOG,
@@ -265,11 +268,11 @@ async def _end(process: VmmProcess, qmp: Qmp | None) -> None:
 
 
 @contextlib.contextmanager
-def _listening(run_dir: Path) -> Iterator[tuple[int, int]]:
-    """Make the control and the channel socket, listening, for a process to inherit; our own copies close again."""
+def _listening(run_dir: Path) -> Iterator[Descriptors]:
+    """Make a machine's sockets, listening, for a process to inherit; our own copies close again."""
     with contextlib.ExitStack() as stack:
         numbers = []
-        for name in (QMP_SOCKET, CHANNEL_SOCKET):
+        for name in (QMP_SOCKET, CHANNEL_SOCKET, CONSOLE_SOCKET):
             path = run_dir / name
             path.unlink(missing_ok=True)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -277,7 +280,7 @@ def _listening(run_dir: Path) -> Iterator[tuple[int, int]]:
             path.chmod(0o600)
             listener.listen(1)
             numbers.append(listener.fileno())
-        yield numbers[0], numbers[1]
+        yield Descriptors(qmp=numbers[0], channel=numbers[1], console=numbers[2])
 
 
 def _make_sparse(path: Path, size_bytes: int) -> None:

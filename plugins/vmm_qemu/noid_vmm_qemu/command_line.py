@@ -18,6 +18,7 @@ from noid.errors import InvalidRequest, Unsupported
 
 DEVICE_SET = "1"
 CONSOLE_LOG = "serial.log"
+CONSOLE_DEVICE = "serial"
 DISK_DEVICE = "disk"
 DISK_NODE = "disk0"
 READONLY_RAM_SINCE = (8, 2)
@@ -43,10 +44,11 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descriptors:
-    """The numbers under which the new process inherits its two sockets, which listen already."""
+    """The numbers under which the new process inherits its sockets, which listen already."""
 
     qmp: int
     channel: int
+    console: int
 
 
 def launch_argv(host: Host, plan: LaunchPlan, memory: Path, fds: Descriptors) -> list[str]:
@@ -150,9 +152,10 @@ def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> li
         *("-object", json.dumps(_memory(host, plan, memory))),
         *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
-        # Appending, so that nothing done to the file from outside makes QEMU write into the middle of it.
-        *("-chardev", f"file,id=serial,path={_escaped(str(plan.directory / CONSOLE_LOG))},append=on"),
-        *("-serial", "chardev:serial"),
+        # Appending, so that nothing done to the file from outside makes QEMU write into the middle of it. The log has
+        # all that is printed, whether or not somebody is connected; who is and does not read stops the guest.
+        *("-chardev", f"socket,id={CONSOLE_DEVICE},fd={fds.console},server=on,wait=off,{_console_log(plan)}"),
+        *("-serial", f"chardev:{CONSOLE_DEVICE}"),
         *("-device", f"virtio-serial-{bus},max_ports=2"),
         *("-chardev", f"socket,id=agent,fd={fds.channel},server=on,wait=off"),
         # Without an id QEMU does not tell when the guest closes its end.
@@ -193,6 +196,10 @@ def _network(plan: MachinePlan, bus: str) -> list[str]:
     if lease.mac:
         device += f",mac={lease.mac}"
     return ["-netdev", "user,id=net0", "-device", device]
+
+
+def _console_log(plan: MachinePlan) -> str:
+    return f"logfile={_escaped(str(plan.directory / CONSOLE_LOG))},logappend=on"
 
 
 def _escaped(text: str) -> str:
