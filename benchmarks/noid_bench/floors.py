@@ -6,6 +6,7 @@ Blocking; ten at once are ten threads.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,12 +15,14 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from noid_exec_vsock.frames import Frame, FrameDecoder, Message, encode
 
 CALL_SECS = 60.0
+_SOCKET = re.compile(r"socket,id=(\w+),fd=\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,19 +57,20 @@ class BareMachine:
     def start(self) -> float:
         """Restore and wait for the agent's answer to a ping. Return the seconds it took."""
         started = time.perf_counter()
-        qmp_path, agent_path = self.directory / "q", self.directory / "a"
-        with _listener(qmp_path) as qmp, _listener(agent_path) as agent, self._pattern.state.open("rb") as state:
-            argv = [self._rewritten(word, qmp.fileno(), agent.fileno()) for word in self._pattern.argv]
-            with (self.directory / "vmm.log").open("wb") as log:
+        with self._pattern.state.open("rb") as state:
+            with contextlib.ExitStack() as stack:  # QEMU has its own; with ours open nobody would notice that it ended
+                listeners = {name: stack.enter_context(_listener(self.directory / name)) for name in self._sockets()}
+                argv = [self._rewritten(word, listeners) for word in self._pattern.argv]
+                log = stack.enter_context((self.directory / "vmm.log").open("wb"))
                 self._process = subprocess.Popen(  # the command noid runs
                     argv,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=(qmp.fileno(), agent.fileno(), state.fileno()),
+                    pass_fds=(*(listener.fileno() for listener in listeners.values()), state.fileno()),
                     start_new_session=True,
                 )
-            with _connected(qmp_path) as control:
+            with _connected(self.directory / "qmp") as control:
                 stream = control.makefile("rwb")
                 stream.readline()
                 for command, arguments in (
@@ -78,9 +82,34 @@ class BareMachine:
                     stream.flush()
                 while json.loads(stream.readline()).get("event") != "RESUME":
                     pass
-        with _connected(agent_path) as channel:
+        with _connected(self.channel) as channel:
             _ping(channel)
         return time.perf_counter() - started
+
+    @property
+    def channel(self) -> Path:
+        """The socket of the guest agent's channel, free for one connection once started."""
+        return self.directory / "agent"
+
+    def command(self, name: str, arguments: dict[str, str], *, until: str | None = None) -> None:
+        """Say something to QEMU and wait for its answer, then for the event *until*.
+
+        Raises:
+            RuntimeError: it refused.
+        """
+        with _connected(self.directory / "qmp") as control:
+            stream = control.makefile("rwb")
+            stream.readline()
+            for question, body in (("qmp_capabilities", {}), (name, arguments)):
+                stream.write(json.dumps({"execute": question, "arguments": body}).encode() + b"\n")
+                stream.flush()
+            answers, happened = 0, set()
+            while answers < 2 or (until and until not in happened):
+                said = json.loads(stream.readline())
+                if "error" in said:
+                    raise RuntimeError(f"{name}: {said['error']}")
+                answers += "return" in said
+                happened.add(said.get("event"))
 
     def end(self) -> None:
         """Kill it and remove its directory."""
@@ -89,10 +118,13 @@ class BareMachine:
             self._process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _rewritten(self, word: str, qmp_fd: int, agent_fd: int) -> str:
+    def _sockets(self) -> list[str]:
+        """Return the names of the sockets QEMU inherits, listening."""
+        return [found[1] for word in self._pattern.argv if (found := _SOCKET.match(word))]
+
+    def _rewritten(self, word: str, listeners: Mapping[str, socket.socket]) -> str:
         word = word.replace(str(self._pattern.directory), str(self.directory))
-        word = re.sub(r"(socket,id=qmp,fd=)\d+", rf"\g<1>{qmp_fd}", word)
-        return re.sub(r"(socket,id=agent,fd=)\d+", rf"\g<1>{agent_fd}", word)
+        return _SOCKET.sub(lambda found: f"socket,id={found[1]},fd={listeners[found[1]].fileno()}", word)
 
 
 def _ping(channel: socket.socket) -> None:

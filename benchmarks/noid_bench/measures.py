@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,12 @@ async def create_from_golden(rig: Rig, rounds: int) -> list[Figure]:
     pool empty, as in a burst.
     """
     first = await rig.create("golden-first")  # boots the template, if there is none
-    pattern = _pattern(rig, first, rig.layout.golden / (first.origin or "").removeprefix("golden/"))
+    pattern = golden_pattern(rig, first)
     floor: list[float] = []
     pooled: list[float] = []
     burst: list[float] = []
     for number in range(rounds):
-        await _settled(rig)
+        await settled(rig)
         floor += await _bare(rig, pattern, 1)
         for samples, name in ((pooled, f"pooled-{number}"), (burst, f"burst-{number}")):
             started = time.perf_counter()
@@ -53,8 +55,8 @@ async def create_from_golden(rig: Rig, rounds: int) -> list[Figure]:
         Figure(
             name="create from golden to first exec",
             unit="ms",
-            samples=_ms(pooled),
-            floor=_ms(floor),
+            samples=in_ms(pooled),
+            floor=in_ms(floor),
             floor_name=floor_name,
             must=2.0,
             aim=1.3,
@@ -63,8 +65,8 @@ async def create_from_golden(rig: Rig, rounds: int) -> list[Figure]:
         Figure(
             name="the same, right after another (pool empty)",
             unit="ms",
-            samples=_ms(burst),
-            floor=_ms(floor),
+            samples=in_ms(burst),
+            floor=in_ms(floor),
             floor_name=floor_name,
         ),
     ]
@@ -74,7 +76,7 @@ async def checkpoint_pause(rig: Rig, rounds: int, storage: str) -> Figure:
     """How long a checkpoint of a fresh clone with a few MB changed makes its guest stand still."""
     source = await rig.create("pause-source")
     origin = await _checkpoint(rig, source.name)
-    await _settled(rig)
+    await settled(rig)
     samples, changed = [], []
     for number in range(rounds):
         name = f"pause-{number}"
@@ -88,7 +90,7 @@ async def checkpoint_pause(rig: Rig, rounds: int, storage: str) -> Figure:
     return Figure(
         name=f"checkpoint pause, {storage}",
         unit="ms",
-        samples=_ms(samples),
+        samples=in_ms(samples),
         must=15.0,
         aim=5.0,
         note=f"{min(changed):.1f} to {max(changed):.1f} MB of memory changed",
@@ -118,7 +120,7 @@ async def ten_clones(rig: Rig, rounds: int) -> Figure:
     origin = await _checkpoint(rig, source.name)
     one = await rig.fork(source.name, origin, "ten-pattern")
     pattern = _pattern(rig, one, rig.layout.checkpoint(rig.user.id, origin))
-    await _settled(rig)
+    await settled(rig)
     samples, floor = [], []
     for _ in range(rounds):
         await _bare(rig, pattern, CLONES)
@@ -142,8 +144,8 @@ async def ten_clones(rig: Rig, rounds: int) -> Figure:
     return Figure(
         name="ten clones at once, all answering",
         unit="ms",
-        samples=_ms(samples),
-        floor=_ms(floor),
+        samples=in_ms(samples),
+        floor=in_ms(floor),
         floor_name="bare loop that starts the same ten",
         must=2.0,
         aim=1.3,
@@ -154,7 +156,7 @@ async def exec_command(rig: Rig, rounds: int, environment: dict[str, str]) -> Fi
     """What ``noid exec VM -- true`` takes beyond the same exec through the agent in this process."""
     vm = await rig.create("exec")
     await rig.run(vm.name, "true")
-    await _settled(rig)
+    await settled(rig)
     samples = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -162,7 +164,7 @@ async def exec_command(rig: Rig, rounds: int, environment: dict[str, str]) -> Fi
         inside = time.perf_counter() - started
         samples.append(await _command(("exec", vm.name, "--", "true"), environment) - inside)
     await rig.agent.destroy_vm(rig.user, vm.name)
-    return Figure(name="noid exec VM -- true, beyond the API", unit="ms", samples=_ms(samples), must=250.0, aim=100.0)
+    return Figure(name="noid exec VM -- true, beyond the API", unit="ms", samples=in_ms(samples), must=250.0, aim=100.0)
 
 
 async def list_command(rounds: int, environment: dict[str, str]) -> Figure:
@@ -174,7 +176,7 @@ async def list_command(rounds: int, environment: dict[str, str]) -> Figure:
         python.append(time.perf_counter() - started)
         samples.append(await _command(("list",), environment))
     note = f"python -c pass: {sorted(python)[len(python) // 2] * 1000:.0f} ms"
-    return Figure(name="noid list, cold", unit="ms", samples=_ms(samples), must=120.0, aim=60.0, note=note)
+    return Figure(name="noid list, cold", unit="ms", samples=in_ms(samples), must=120.0, aim=60.0, note=note)
 
 
 async def idle_agent(pid: int, vmm_pids: list[int]) -> list[Figure]:
@@ -196,7 +198,7 @@ def present_origin(vm: Vm) -> str:
     return vm.origin or ""
 
 
-async def _settled(rig: Rig) -> None:
+async def settled(rig: Rig) -> None:
     """Wait until a machine waits in the pool: making it keeps the processors busy, which is not what is measured."""
     with trio.fail_after(_POOL_SECS):
         while rig.agent.waiting_machines == 0:  # noqa: ASYNC110  # a bench is nobody to add an event for
@@ -208,6 +210,21 @@ _bare_wall: list[float] = []
 
 async def _bare(rig: Rig, pattern: Pattern, count: int) -> list[float]:
     """Start *count* bare machines at once, and return how long each took; the whole is put into `_bare_wall`."""
+    async with bare_machines(rig, pattern, count) as machines:
+
+        def start() -> list[float]:
+            started = time.perf_counter()
+            with concurrent.futures.ThreadPoolExecutor(count) as pool:
+                seconds = list(pool.map(BareMachine.start, machines))
+            _bare_wall.append(time.perf_counter() - started)
+            return seconds
+
+        return await trio.to_thread.run_sync(start)
+
+
+@contextlib.asynccontextmanager
+async def bare_machines(rig: Rig, pattern: Pattern, count: int) -> AsyncIterator[list[BareMachine]]:
+    """Yield *count* machines like *pattern*, prepared and not yet started, and end them."""
     machines = [BareMachine(pattern, rig.layout.data_dir / f"bare-{next(_numbers)}") for _ in range(count)]
     storage = rig.agent.services.storage
     source = storage.volume(pattern.directory)
@@ -220,18 +237,15 @@ async def _bare(rig: Rig, pattern: Pattern, count: int) -> list[float]:
             made = await storage.clone(frozen, machine.directory)
             if made.top != source.top:  # the command line names the pattern's file
                 made.path.rename(machine.directory / source.top)
-
-        def start() -> list[float]:
-            started = time.perf_counter()
-            with concurrent.futures.ThreadPoolExecutor(count) as pool:
-                seconds = list(pool.map(BareMachine.start, machines))
-            _bare_wall.append(time.perf_counter() - started)
-            return seconds
-
-        return await trio.to_thread.run_sync(start)
+        yield machines
     finally:
         for machine in machines:
             machine.end()
+
+
+def golden_pattern(rig: Rig, vm: Vm) -> Pattern:
+    """Return how *vm*, which woke from a golden template, was restored."""
+    return _pattern(rig, vm, rig.layout.golden / (vm.origin or "").removeprefix("golden/"))
 
 
 def _pattern(rig: Rig, vm: Vm, origin: Path) -> Pattern:
@@ -280,5 +294,6 @@ def _resident_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def _ms(seconds: list[float]) -> tuple[float, ...]:
+def in_ms(seconds: list[float]) -> tuple[float, ...]:
+    """Return *seconds* as milliseconds."""
     return tuple(value * 1000 for value in seconds)

@@ -16,7 +16,7 @@ import trio
 from noid.core import paths, processes
 from noid.core.layout import Layout
 from noid.server.serve import serve_until
-from noid_bench import measures
+from noid_bench import commands, measures
 from noid_bench.report import Figure
 from noid_bench.rig import MEM_MIB, Rig, btrfs_directory, image_to_use, open_rig, scratch_directory
 
@@ -43,6 +43,8 @@ async def measure(image: str | None, rounds: int, parent: Path) -> list[Figure]:
             _say("commands")
             figures.append(await measures.exec_command(rig, rounds, environment))
             figures.append(await measures.list_command(rounds, environment))
+            _say("output, input and answers of commands")
+            figures += await commands.commands(rig, rounds)
         _say("checkpoint pause, btrfs")
         figures.insert(3, await _pause_on_btrfs(name, images, rounds, parent))
         _say("idle agent")
