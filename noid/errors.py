@@ -13,6 +13,7 @@
     ├── TooLarge                413  too_large
     ├── TooManyRequests         429  rate_limited
     ├── BackendError            500  backend          a VMM, storage, exec or network backend failed
+    │   └── NotUnique           500  not_unique       a clone could not be made its own, and require_unique is strict
     ├── Damaged                 500  damaged          a checkpoint, image or database is not what was written
     ├── Unsupported             501  unsupported      names the backend and the missing ability
     ├── DependencyDown          503  unavailable      a program, daemon or guest that does not answer
@@ -100,6 +101,12 @@ class BackendError(NoidError):
     """A backend failed. The message names the step and carries the backend's own words."""
 
     code = "backend"
+
+
+class NotUnique(BackendError):
+    """A woken guest is not its own in everything, and ``require_unique`` is strict. Nobody was given it."""
+
+    code = "not_unique"
 
 
 class Damaged(NoidError):

@@ -6,6 +6,7 @@ import click
 
 from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_name_option, with_vm
 from noid.cli.output import printable, progress, show, table
+from noid.cli.receipts import lacking_lines
 from noid.client import api
 from noid.core.model import checked_name
 
@@ -59,4 +60,5 @@ def restore(words: tuple[str, ...], name_option: str | None, new_name: str | Non
         checked_name(new_name, "new VM name")
     with progress(f"Restoring {new_name or source!r}"):
         vm = api.restore_vm(call().endpoint, source, checkpoint_id, new_name)
-    show(vm, f"VM '{vm['name']}' restored from checkpoint '{printable(checkpoint_id)}'")
+    restored = f"VM '{vm['name']}' restored from checkpoint '{printable(checkpoint_id)}'"
+    show(vm, "\n".join([restored, *lacking_lines(vm)]))

@@ -6,6 +6,7 @@ import click
 
 from noid.cli.options import Command, call, chosen_name, resolved_vm, with_endpoint, with_json, with_vm
 from noid.cli.output import printable, progress, show, table
+from noid.cli.receipts import lacking_lines, summary
 from noid.client import api
 
 DEFAULT_CPUS = 1
@@ -29,7 +30,7 @@ def create(name: str | None, name_option: str | None, cpus: int, mem: int, image
         raise click.UsageError("Missing argument 'NAME'. A new VM needs a name: noid create web")
     with progress(f"Creating VM {wanted!r}"):
         vm = api.create_vm(call().endpoint, wanted, cpus=cpus, mem_mib=mem, image=image)
-    show(vm, f"VM '{vm['name']}' created (state: {vm['state']})")
+    show(vm, "\n".join([f"VM '{vm['name']}' created (state: {vm['state']})", *lacking_lines(vm)]))
 
 
 @click.command("list", cls=Command, epilog="noid list")
@@ -56,8 +57,10 @@ def info(name: str | None, name_option: str | None) -> None:
         ("CPUs:", vm["cpus"]),
         ("Memory:", f"{vm['mem_mib']} MiB"),
         ("Created:", vm["created_at"]),
+        ("Receipt:", summary(vm)),
     ]
-    show(vm, "\n".join(f"{label:<9}{printable(str(value))}" for label, value in fields))
+    lines = [f"{label:<9}{printable(str(value))}" for label, value in fields]
+    show(vm, "\n".join([*lines, *lacking_lines(vm)]))
 
 
 @click.command(cls=Command, epilog="noid destroy web")

@@ -16,6 +16,17 @@ RAW_TEXT_MAX = 200
 ShapeT = TypeVar("ShapeT")
 
 
+class ReceiptItem(TypedDict):
+    """One thing that makes a VM its own: ``done``, ``failed`` or ``not_possible``. Servers before 0.3.0 say nothing."""
+
+    name: str
+    status: str
+    before: str
+    after: str
+    detail: str
+    required: NotRequired[bool]
+
+
 class VmInfo(TypedDict):
     """A VM. *created_at* is UTC, ``YYYY-MM-DD HH:MM:SS``. *timings* are seconds by phase, in answers to changes."""
 
@@ -26,6 +37,7 @@ class VmInfo(TypedDict):
     created_at: str
     image: NotRequired[str]
     busy: NotRequired[str | None]
+    receipt: NotRequired[list[ReceiptItem] | None]
     timings: NotRequired[dict[str, float]]
 
 

@@ -65,12 +65,17 @@ class BackendSpec(Generic[B_co]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmmFeatures:
-    """What this VMM can do here. The core asks before it starts an operation and answers 501 otherwise."""
+    """What this VMM can do here. The core asks before it starts an operation and answers 501 otherwise.
+
+    *vm_generation_id*: its machines have the device of that name, with a new id after every restore, so that a guest's
+    kernel reseeds itself before anybody has told it.
+    """
 
     accelerator: str
     disk_formats: frozenset[str]
     disk_pivot: bool
     network_kinds: frozenset[str]
+    vm_generation_id: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -434,7 +439,10 @@ class Guest(Protocol):
         ...
 
     async def wake(self, identity: Identity) -> Receipt:
-        """Make the guest its own: clock, randomness, hostname, machine-id. Answered before any later `start`."""
+        """Make the guest its own: clock, randomness, names, network, then the image's own hooks.
+
+        Answered before any later `start`; it may take ``identity.hook_timeout_secs`` longer than a `ping`.
+        """
         ...
 
     async def ping(self) -> float:

@@ -23,6 +23,8 @@ from noid.errors import ConfigError
 
 T = TypeVar("T")
 
+HOOK_TIMEOUT_SECS_MAX = 120.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backends:
@@ -61,6 +63,8 @@ class Config:
     console_timeout_secs: float = 3600.0
     boot_timeout_secs: float = 180.0
     wake_timeout_secs: float = 30.0
+    hook_timeout_secs: float = 10.0
+    require_unique: str = "report"
     backends: Backends = field(default_factory=Backends)
     pool: PoolConfig = field(default_factory=PoolConfig)
     plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -121,6 +125,13 @@ def load_config(path: Path | None = None, *, data_dir: Path | None = None, local
     for key in ("max_ws_sessions", *(f.name for f in dataclasses.fields(Config) if f.name.endswith("_secs"))):
         if not 0 < getattr(config, key) < math.inf:  # TOML knows nan and inf
             raise ConfigError(f"{where}: {key} is {getattr(config, key)}; it must be a number above 0.")
+    if config.require_unique not in ("report", "strict"):
+        raise ConfigError(f'{where}: require_unique is {config.require_unique!r}; it must be "report" or "strict".')
+    if config.hook_timeout_secs > HOOK_TIMEOUT_SECS_MAX:
+        raise ConfigError(
+            f"{where}: hook_timeout_secs is {config.hook_timeout_secs:g}; it must be at most "
+            f"{HOOK_TIMEOUT_SECS_MAX:g}, so that an operation can end in order when hooks do not."
+        )
     return dataclasses.replace(config, local=local, source=path)
 
 

@@ -7,6 +7,7 @@ any await; its undo then makes its product go away, using nothing but facts (see
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import trio
 from noid import hostfs
 from noid.core import processes
 from noid.core.backends import RestorePlan
-from noid.core.identity import new_identity
+from noid.core.identity import judged, new_identity
+from noid.core.model import Identity, Receipt, WakeReason
 from noid.core.saga import Facts, Step
 from noid.core.templates import verified
 from noid.core.waiting import console_tail, until_it_ends
 from noid.core.work import Work, given
-from noid.errors import DeadlineExceeded, Incompatible, NoidError
+from noid.errors import DeadlineExceeded, Incompatible, NoidError, NotUnique
+
+logger = logging.getLogger(__name__)
 
 #: How `Vm.origin` begins when it names a template and no checkpoint.
 GOLDEN = "golden/"
@@ -119,20 +123,49 @@ async def end_machine(work: Work, facts: Facts) -> None:
 
 
 async def wake_guest(work: Work, facts: Facts) -> None:
-    """Make the guest its own before any user byte: clock, randomness, names. Keeps the receipt."""
+    """Make the guest its own before any user byte: clock, randomness, names, the image's hooks. Keeps the receipt."""
     services, directory, machine = work.services, _directory(work, facts), given(work.machine)
     work.link = work.link or services.supervisor.link(machine, directory)
-    identity = new_identity(facts["name"], facts["vm_id"], work.lease)
-    secs = services.config.wake_timeout_secs
+    identity = new_identity(
+        facts["name"],
+        facts["vm_id"],
+        work.lease,
+        reason=_wake_reason(facts),
+        # A machine that waits for the next create is nobody's yet: hooks run when it has become somebody's.
+        hook_timeout_secs=services.config.hook_timeout_secs if work.user is not None else 0.0,
+        vm_generation_id=services.vmm.features.vm_generation_id,
+    )
+    secs = services.config.wake_timeout_secs + identity.hook_timeout_secs
     try:
         with trio.fail_after(secs):
             async with until_it_ends(machine, directory), work.link.guest() as guest:
-                work.receipt = await guest.wake(identity)
+                work.receipt = judged(await guest.wake(identity), identity)
     except trio.TooSlowError as error:
         raise DeadlineExceeded(
             f"the guest of VM {facts['name']!r} did not answer within {secs:g} s.{console_tail(directory)} Try again "
             "on a less busy host, or raise wake_timeout_secs in server.toml."
         ) from error
+    _judge(facts["name"], identity, work.receipt, strict=services.config.require_unique == "strict")
+
+
+def _judge(name: str, identity: Identity, receipt: Receipt, *, strict: bool) -> None:
+    """Say what a guest may still share with its twins: to whoever waits, if that is not allowed, else to the log."""
+    if not receipt.lacking:
+        return
+    before = "The VM runs on as it was." if identity.reason is WakeReason.RESTORE else "No VM was made."
+    items = "; ".join(f"{i.name} {i.status}" + (f" ({i.detail})" if i.detail else "") for i in receipt.lacking)
+    if strict:
+        raise NotUnique(
+            f"the guest of VM {name!r} was ended, because it is not its own in everything: {items}. {before} Mend that "
+            'in the image or the checkpoint, or allow it with require_unique = "report" in server.toml.'
+        )
+    logger.warning("the guest of VM %s is not its own in everything: %s", name, items)
+
+
+def _wake_reason(facts: Facts) -> WakeReason:
+    if "old_instance" in facts:
+        return WakeReason.RESTORE
+    return WakeReason.CREATE if (facts.get("origin") or GOLDEN).startswith(GOLDEN) else WakeReason.CLONE
 
 
 def _directory(work: Work, facts: Facts) -> Path:

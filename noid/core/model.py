@@ -182,13 +182,17 @@ class VmSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReceiptItem:
-    """One thing that makes a clone its own. *status* is ``done``, ``failed`` or ``not_possible``."""
+    """One thing that makes a clone its own. *status* is ``done``, ``failed`` or ``not_possible``.
+
+    *required* ones must be done where ``require_unique`` is strict.
+    """
 
     name: str
     status: str
     before: str = ""
     after: str = ""
     detail: str = ""
+    required: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,12 +206,27 @@ class Receipt:
         """No item failed."""
         return all(item.status != "failed" for item in self.items)
 
+    @property
+    def lacking(self) -> tuple[ReceiptItem, ...]:
+        """The required items that are not done: what the guest may still share with its twins."""
+        return tuple(item for item in self.items if item.required and item.status != "done")
+
+
+class WakeReason(enum.StrEnum):
+    """Why a guest is told who it is. The image's hooks are told, too."""
+
+    CREATE = "create"
+    RESTORE = "restore"
+    CLONE = "clone"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """What a woken guest is told to be. *entropy* is fresh host randomness, at least 32 bytes.
 
     *generation* is greater with every wake, wherever the guest came from: a program that sees it grow was cloned.
+    *hook_timeout_secs* is what the image's own programs may take together before the guest answers; 0: none is run.
+    *vm_generation_id* says that the machine has that device, see `noid.core.backends.VmmFeatures`.
     """
 
     hostname: str
@@ -216,6 +235,9 @@ class Identity:
     entropy: bytes = field(repr=False)
     generation: int = 0
     lease: NetLease | None = None
+    reason: WakeReason = WakeReason.CREATE
+    hook_timeout_secs: float = 0.0
+    vm_generation_id: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -389,7 +389,7 @@ def _vm_row(vm: Vm) -> dict[str, Any]:
 
 def _vm(row: sqlite3.Row) -> Vm:
     lease, process, receipt = (json.loads(row[name] or "null") for name in ("lease", "process", "receipt"))
-    items: Iterable[dict[str, str]] = (receipt or {}).get("items", ())
+    items: Iterable[dict[str, Any]] = (receipt or {}).get("items", ())
     return Vm(
         **{key: row[key] for key in row.keys() if key not in _DECODED},  # noqa: SIM118  # Row iterates over values
         state=VmState(row["state"]),

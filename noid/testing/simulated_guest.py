@@ -258,7 +258,9 @@ class SimulatedGuest:
             {"name": "clock", "status": "done", "before": f"{clock:.3f}", "after": f"{self._wall():.3f}"},
             {"name": "randomness", "status": "done"},
             {"name": "hostname", "status": "done", "before": name, "after": hostname},
-            {"name": "machine_id", "status": "done", "before": identity, "after": machine_id},
+            {"name": "machine-id", "status": "done", "before": identity, "after": machine_id},
+            {"name": "boot-id", "status": "done"},
+            {"name": "network", "status": "done"},
             {"name": "generation", "status": "done", "after": str(generation)},
         ]
 

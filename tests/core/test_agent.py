@@ -322,10 +322,10 @@ def give_default_image_mute(data_dir: Path) -> None:
 
 
 async def test_a_guest_that_does_not_wake_is_told_and_nothing_is_left(rig: Rig) -> None:
-    async with rig.agent(wake_timeout_secs=0.3) as noid:
+    async with rig.agent(wake_timeout_secs=0.3, hook_timeout_secs=0.1) as noid:
         await noid.create("first")
         rig.faults.arm("wake", hang)
-        with pytest.raises(DeadlineExceeded, match=r"guest of VM 'web' did not answer within 0\.3 s"):
+        with pytest.raises(DeadlineExceeded, match=r"guest of VM 'web' did not answer within 0\.4 s"):
             await noid.create()
         assert noid.states() == {"first": "running"}
         assert rig.machines() == 1

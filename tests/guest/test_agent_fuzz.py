@@ -15,7 +15,7 @@ from noid_exec_vsock.frames import Frame, Message, encode
 from .conftest import ROOT, NativeAgent, Wire
 
 HARNESS = Path(__file__).with_name("fuzz_parsers.c")
-PARSERS = ("wire.c", "start.c", "builtin.c", "users.c", "identity.c", "files.c", "network.c", "say.c")
+PARSERS = ("wire.c", "start.c", "builtin.c", "users.c", "identity.c", "hooks.c", "files.c", "network.c", "say.c")
 ROUNDS = 30_000
 SEED = 20260101
 HOST_MESSAGES = [Message(number) for number in range(0x01, 0x0B)]

@@ -128,7 +128,7 @@ def test_exit_says_code_or_signal() -> None:
     ("read", "body"),
     [
         (frames.read_hello, b""),
-        (frames.read_hello, struct.pack("<HBB", 2, 0, 0) + bytes(40)),
+        (frames.read_hello, struct.pack("<HBB", frames.PROTOCOL_VERSION + 1, 0, 0) + bytes(40)),
         (frames.read_exit, b"\x02\x00" + bytes(24)),
         (frames.read_exit, b"\x00\x00" + bytes(25)),
         (frames.read_credit, b"\x01"),

@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
-from noid_exec_vsock.frames import Frame, FrameDecoder, Message, encode
+from noid_exec_vsock.frames import PROTOCOL_VERSION, Frame, FrameDecoder, Message, encode
 from noid_exec_vsock.guest import AgentGuest, connect
 from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES, GuestProcess
 
 from noid.core.model import ExecRequest, Identity, OutputChunk
 from noid.errors import BackendError, DependencyDown
 
-HELLO = struct.pack("<HBBIQII", 1, 0, 1, 77, 10**9, 512, 0) + bytes(12)
+HELLO = struct.pack("<HBBIQII", PROTOCOL_VERSION, 0, 1, 77, 10**9, 512, 0) + bytes(12)
 
 
 class Liar:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from noid.core.model import ExecRequest, Identity, ProcessExit, Receipt, ReceiptItem, Usage
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 BODY_BYTES_MAX = 65536
 START_BYTES_MAX = 1 << 20
 CHUNK_BYTES_MAX = 32 * 1024
@@ -306,7 +306,8 @@ def wake_body(identity: Identity) -> bytes:
             struct.pack("<QQ", identity.unix_ns, identity.generation),
             *(_text(value) for value in (identity.hostname, identity.machine_id, identity.entropy)),
             struct.pack("<B", wanted),
-            *map(_text, (mac, address, gateway, dns)),
+            *map(_text, (mac, address, gateway, dns, identity.reason.value)),
+            struct.pack("<II", round(identity.hook_timeout_secs * 1000), int(identity.vm_generation_id)),
         ]
     )
 

@@ -418,7 +418,9 @@ class AgentGuest:
             _log.warning("the guest did not say within %g s that a released process ended", _RELEASE_BOUND_SECS)
 
     async def wake(self, identity: Identity) -> Receipt:
-        """Make the guest its own: clock, randomness, hostname, machine-id. Answered before any later `start`.
+        """Make the guest its own: clock, randomness, names, network, then the image's own hooks.
+
+        Answered before any later `start`; a `ping` is answered meanwhile.
 
         Raises:
             DependencyDown: the guest does not answer; what it has changed is unknown.

@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "channel.h"
+#include "hooks.h"
 #include "identity.h"
 #include "outbox.h"
 #include "power.h"
@@ -36,6 +37,14 @@ static bool readable, writable;
 static struct decoder decoder;
 static uint8_t input[INPUT_BYTES];
 static size_t input_start, input_end;
+
+// A wake that waits for the image's hooks. What must not overtake its receipt stays in the decoder, and all behind it.
+static struct {
+    bool owed;
+    uint32_t epoch, id;
+} receipt;
+static bool holding;
+static struct frame held;
 
 static void watch_channel(int fd, enum event_kind kind, uint32_t events) {
     struct epoll_event event = {.events = events | EPOLLET, .data.u64 = event_word(kind, 0)};
@@ -92,12 +101,25 @@ static void on_release(const struct frame *frame) {
     else answer_text(MSG_ERROR, frame->id, "malformed RELEASE");
 }
 
-static void on_wake(const struct frame *frame) {
+static void give_receipt(void) {
+    if (!receipt.owed || hooks_running() || !outbox_has_room()) return;
+    receipt.owed = false;
+    if (receipt.epoch != outbox_epoch) return; // who asked is gone
     uint8_t body[ANSWER_BYTES_MAX];
     struct writer writer = {.data = body, .capacity = sizeof body};
-    if (identity_wake(frame->body, frame->length, options->owns_machine && !options->no_root, &writer))
-        outbox_answer(MSG_RECEIPT, frame->id, body, writer.length);
-    else answer_text(MSG_ERROR, frame->id, "malformed WAKE");
+    identity_receipt(&writer);
+    outbox_answer(MSG_RECEIPT, receipt.id, body, writer.length);
+}
+
+static void on_wake(const struct frame *frame) {
+    if (!identity_wake(frame->body, frame->length, options->owns_machine && !options->no_root)) {
+        answer_text(MSG_ERROR, frame->id, "malformed WAKE");
+        return;
+    }
+    receipt.owed = true;
+    receipt.epoch = frame->epoch;
+    receipt.id = frame->id;
+    give_receipt();
 }
 
 // Writes the acknowledgement out, whatever it takes, but not for ever: the host may have stopped listening.
@@ -126,6 +148,11 @@ static void on_frame(const struct frame *frame) {
         return;
     }
     if (!outbox_epoch || frame->epoch != outbox_epoch) return; // another conversation's
+    if (receipt.owed && (frame->type == MSG_START || frame->type == MSG_WAKE)) {
+        holding = true;
+        held = *frame;
+        return;
+    }
     switch (frame->type) {
     case MSG_PING: outbox_answer(MSG_PONG, frame->id, frame->body, frame->length > 64 ? 64 : frame->length); break;
     case MSG_START_PART:
@@ -152,6 +179,7 @@ static void on_frame(const struct frame *frame) {
 // The host is gone for now. What was half said is forgotten; processes go on until they block on a full pipe.
 static void on_disconnect(void) {
     decoder_reset(&decoder);
+    holding = false;
     input_start = input_end = 0;
     readable = writable = false;
     if (channel.listener >= 0) outbox_drop(); // a port's bytes are kept: the same host may only have been restarted
@@ -171,7 +199,11 @@ static void take_input(void) {
             on_disconnect();
         }
     }
-    while (input_start < input_end && outbox_has_room()) {
+    if (holding && !receipt.owed && outbox_has_room()) {
+        holding = false;
+        on_frame(&held);
+    }
+    while (input_start < input_end && outbox_has_room() && !holding) {
         struct frame frame;
         bool complete;
         input_start += decoder_feed(&decoder, input + input_start, input_end - input_start, &frame, &complete);
@@ -189,7 +221,7 @@ static void give_output(void) {
 }
 
 static bool has_work(void) {
-    bool input_ready = input_start < input_end || readable;
+    bool input_ready = holding ? !receipt.owed : input_start < input_end || readable;
     bool output_ready = !outbox_is_empty() || processes_have_output();
     return channel.fd >= 0 && ((input_ready && outbox_has_room()) || (writable && output_ready));
 }
@@ -208,6 +240,8 @@ static void on_events(const struct epoll_event *events, int n) {
                 watch_channel(fd, EVENT_CHANNEL, EPOLLIN | EPOLLOUT);
                 readable = writable = true;
             }
+        } else if (kind == EVENT_HOOK_EXIT || kind == EVENT_HOOK_OUTPUT) {
+            hooks_event(kind == EVENT_HOOK_OUTPUT);
         } else {
             process_event(kind, (unsigned)(events[i].data.u64 & 0xffffffff), events[i].events);
         }
@@ -229,12 +263,19 @@ static void prepare_process(void) {
     if (setpriority(PRIO_PROCESS, 0, AGENT_NICE)) say("cannot take precedence: %s", strerror(errno));
 }
 
+static int timeout_ms(void) {
+    if (has_work()) return 0;
+    int processes = processes_timeout_ms(), hooks = hooks_timeout_ms();
+    return processes < 0 || (hooks >= 0 && hooks < processes) ? hooks : processes;
+}
+
 _Noreturn void agent_run(const struct agent_options *given) {
     options = given;
     wire_init();
     prepare_process();
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     processes_init(epoll_fd, options->owns_machine);
+    hooks_init(epoll_fd);
     if (options->socket_path) {
         if (!channel_open_socket(&channel, options->socket_path)) exit(1);
     } else {
@@ -244,12 +285,14 @@ _Noreturn void agent_run(const struct agent_options *given) {
     else watch_channel(channel.fd, EVENT_CHANNEL, EPOLLIN | EPOLLOUT);
     for (;;) {
         struct epoll_event events[EVENTS_MAX];
-        int n = epoll_wait(epoll_fd, events, EVENTS_MAX, has_work() ? 0 : processes_timeout_ms());
+        int n = epoll_wait(epoll_fd, events, EVENTS_MAX, timeout_ms());
         if (n < 0 && errno != EINTR) {
             say("epoll_wait: %s", strerror(errno));
             exit(1);
         }
         on_events(events, n);
+        hooks_tick();
+        give_receipt();
         take_input();
         processes_tick();
         give_output();

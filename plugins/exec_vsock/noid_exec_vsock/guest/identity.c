@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "files.h"
+#include "hooks.h"
 #include "network.h"
 #include "protocol.h"
 
@@ -26,7 +27,9 @@ static const char boot_id_path[] = "/proc/sys/kernel/random/boot_id";
 struct wake {
     char hostname[65];
     char machine_id[33];
+    char reason[32];
     uint64_t unix_ns, generation;
+    uint32_t hooks_ms, flags;
     struct text entropy;
     struct network_request network;
 };
@@ -40,7 +43,9 @@ static bool parse(const uint8_t *body, size_t length, struct wake *wake) {
     wake->entropy = read_text(&reader);
     wake->network.wanted = read_u8(&reader) != 0;
     struct text mac = read_text(&reader), address = read_text(&reader), gateway = read_text(&reader);
-    struct text dns = read_text(&reader);
+    struct text dns = read_text(&reader), reason = read_text(&reader);
+    wake->hooks_ms = read_u32(&reader);
+    wake->flags = read_u32(&reader);
     struct network_request *network = &wake->network;
     return read_whole(&reader) && text_copy(hostname, wake->hostname, sizeof wake->hostname) &&
            text_copy(machine_id, wake->machine_id, sizeof wake->machine_id) &&
@@ -48,7 +53,7 @@ static bool parse(const uint8_t *body, size_t length, struct wake *wake) {
            text_copy(mac, network->mac, sizeof network->mac) &&
            text_copy(address, network->address, sizeof network->address) &&
            text_copy(gateway, network->gateway, sizeof network->gateway) &&
-           text_copy(dns, network->dns, sizeof network->dns);
+           text_copy(dns, network->dns, sizeof network->dns) && text_copy(reason, wake->reason, sizeof wake->reason);
 }
 
 // --- items ----------------------------------------------------------------------------------------------------------
@@ -90,9 +95,17 @@ static void set_clock(const struct wake *wake, struct item *item) {
     format_now(item->after, sizeof item->after);
 }
 
+// What the generator gives now: of siblings the same before, and different afterwards.
+static void draw(char *text, size_t capacity) {
+    uint8_t b[8];
+    if (getrandom(b, sizeof b, GRND_NONBLOCK) != (ssize_t)sizeof b) return;
+    snprintf(text, capacity, "%02x%02x%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]);
+}
+
 // Credits the host's entropy and makes the generator use it at once: a clone that only mixed it in would still give the
 // bytes of its siblings until the next scheduled reseed.
 static void seed_randomness(const struct wake *wake, struct item *item) {
+    draw(item->before, sizeof item->before);
     struct {
         int entropy_count;
         int size;
@@ -114,6 +127,7 @@ static void seed_randomness(const struct wake *wake, struct item *item) {
     }
     if (fd >= 0) close(fd);
     explicit_bzero(&pool, sizeof pool);
+    draw(item->after, sizeof item->after);
 }
 
 // Puts `127.0.1.1 name` into /etc/hosts, in place of the line that was there. Debian's way to resolve the own name.
@@ -239,31 +253,75 @@ static void set_network(const struct wake *wake, struct item *item) {
     snprintf(item->detail, sizeof item->detail, "%s", detail);
 }
 
-bool identity_wake(const uint8_t *body, size_t length, bool owns_machine, struct writer *receipt) {
+// The kernel does this one by itself, as soon as it runs again; all there is to see is that it has the driver.
+static void check_generation_device(struct item *item) {
+    static const char *const places[] = {"/sys/bus/acpi/drivers/vmgenid/QEMUVGID:00",
+                                         "/sys/bus/acpi/drivers/vmgenid/VMGENCTR:00",
+                                         "/sys/bus/platform/drivers/vmgenid/QEMUVGID:00",
+                                         "/sys/bus/platform/drivers/vmgenid/VMGENCTR:00"};
+    for (unsigned i = 0; i < sizeof places / sizeof *places; i++) {
+        if (access(places[i], F_OK)) continue;
+        snprintf(item->detail, sizeof item->detail, "the kernel reseeds by itself when it changes");
+        return;
+    }
+    item->error = EOPNOTSUPP;
+    snprintf(item->detail, sizeof item->detail, "the guest's kernel has no driver for it");
+}
+
+enum { ITEMS_MAX = 8 };
+static struct item items[ITEMS_MAX];
+static unsigned item_count;
+
+static struct item *new_item(const char *name) {
+    items[item_count] = (struct item){.name = name};
+    return &items[item_count++];
+}
+
+// In this order: the clock gets worse by waiting, and who sees the generation grow may rely on all that comes before.
+static void become(const struct wake *wake) {
+    struct item *randomness = new_item("randomness");
+    set_clock(wake, new_item("clock"));
+    seed_randomness(wake, randomness);
+    set_hostname(wake, new_item("hostname"));
+    set_machine_id(wake, new_item("machine-id"));
+    set_boot_id(new_item("boot-id"));
+    if (wake->network.wanted) set_network(wake, new_item("network"));
+    if (wake->flags & WAKE_HAS_GENERATION_DEVICE) check_generation_device(new_item("vm-generation-id"));
+    set_generation(wake, new_item("generation"));
+}
+
+static void refuse_all(const struct wake *wake) {
+    static const char *const names[] = {"randomness", "clock", "hostname", "machine-id", "boot-id", "generation"};
+    for (unsigned i = 0; i < sizeof names / sizeof *names; i++) new_item(names[i]);
+    if (wake->network.wanted) new_item("network");
+    for (unsigned i = 0; i < item_count; i++) {
+        items[i].error = EOPNOTSUPP;
+        snprintf(items[i].detail, sizeof items[i].detail, "the agent does not own this machine");
+    }
+}
+
+bool identity_wake(const uint8_t *body, size_t length, bool owns_machine) {
     static struct wake wake;
     if (!parse(body, length, &wake)) return false;
-    struct item items[] = {{.name = "randomness"}, {.name = "clock"},      {.name = "hostname"}, {.name = "machine-id"},
-                           {.name = "boot-id"},    {.name = "generation"}, {.name = "network"}};
-    int count = wake.network.wanted ? 7 : 6;
+    item_count = 0;
     if (owns_machine) {
         mkdir("/run", 0755);
         mkdir("/run/noid", 0755);
-        set_clock(&wake, &items[1]); // the only one that gets worse by waiting
-        seed_randomness(&wake, &items[0]);
-        set_hostname(&wake, &items[2]);
-        set_machine_id(&wake, &items[3]);
-        set_boot_id(&items[4]);
-        set_generation(&wake, &items[5]);
-        if (wake.network.wanted) set_network(&wake, &items[6]);
+        become(&wake);
+    } else {
+        refuse_all(&wake);
     }
-    write_u16(receipt, (uint16_t)count);
-    for (int i = 0; i < count; i++) {
-        if (!owns_machine) {
-            items[i].error = EOPNOTSUPP;
-            snprintf(items[i].detail, sizeof items[i].detail, "the agent does not own this machine");
-        }
-        finish(receipt, &items[i]);
-    }
+    hooks_begin(&(struct hooks_request){.reason = wake.reason,
+                                        .vm = wake.hostname,
+                                        .generation = wake.generation,
+                                        .limit_ms = owns_machine ? wake.hooks_ms : 0});
     explicit_bzero(&wake, sizeof wake);
     return true;
+}
+
+void identity_receipt(struct writer *receipt) {
+    uint8_t *count = receipt->data + receipt->length;
+    write_u16(receipt, 0);
+    for (unsigned i = 0; i < item_count; i++) finish(receipt, &items[i]);
+    count[0] = (uint8_t)(item_count + hooks_report(receipt));
 }

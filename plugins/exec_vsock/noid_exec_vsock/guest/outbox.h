@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { ANSWER_BYTES_MAX = 8 * 1024 };
+enum { ANSWER_BYTES_MAX = 12 * 1024 };
 
 // The conversation frames belong to; 0 before the first SYNC.
 extern uint32_t outbox_epoch;

@@ -8,7 +8,8 @@
 #include "wire.h"
 
 // What an epoll event is about; the slot in the table is the other half of the word.
-enum event_kind { EVENT_CHANNEL, EVENT_LISTENER, EVENT_STATUS, EVENT_EXIT, EVENT_STDIN, EVENT_STDOUT, EVENT_STDERR };
+enum event_kind { EVENT_CHANNEL, EVENT_LISTENER, EVENT_STATUS, EVENT_EXIT, EVENT_STDIN, EVENT_STDOUT, EVENT_STDERR,
+                  EVENT_HOOK_EXIT, EVENT_HOOK_OUTPUT };
 
 static inline uint64_t event_word(enum event_kind kind, unsigned slot) { return (uint64_t)kind << 32 | slot; }
 

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-enum { PROTOCOL_VERSION = 1 };
+enum { PROTOCOL_VERSION = 2 };
 
 // Host to guest.
 enum {
@@ -39,6 +39,7 @@ enum {
 
 enum { STREAM_STDIN = 0, STREAM_STDOUT = 1, STREAM_STDERR = 2 };
 enum { START_WITH_STDIN = 1, START_BUILTIN = 4 };
+enum { WAKE_HAS_GENERATION_DEVICE = 1 };
 enum { POWER_OFF = 0, POWER_REBOOT = 1 };
 enum { ITEM_DONE = 0, ITEM_FAILED = 1, ITEM_NOT_POSSIBLE = 2 };
 enum { STATE_READY = 0, STATE_NO_ROOT = 1 };
@@ -51,6 +52,7 @@ enum {
     // Each write costs a notification and an interrupt, which under emulation is much more than its bytes.
     STREAM_CHUNK_BYTES = 32000,
     GRACE_MS_MAX = 60 * 1000,
+    HOOKS_MS_MAX = 10 * 60 * 1000,
 };
 
 #endif

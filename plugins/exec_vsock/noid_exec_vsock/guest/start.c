@@ -55,10 +55,12 @@ static _Noreturn void fail(int status_fd, int reason, int error) {
 
 // A cgroup of our own, so that systemd neither counts these processes as its own nor waits for them at shutdown.
 // It is looked for at every start because an init may mount /sys/fs/cgroup after the agent has begun.
-static void enter_cgroup(void) {
-    int fd = open("/sys/fs/cgroup/noid/cgroup.procs", O_WRONLY | O_CLOEXEC);
-    if (fd < 0 && access("/sys/fs/cgroup/cgroup.procs", F_OK) == 0 && mkdir("/sys/fs/cgroup/noid", 0755) == 0)
-        fd = open("/sys/fs/cgroup/noid/cgroup.procs", O_WRONLY | O_CLOEXEC);
+static void enter_cgroup(const char *cgroup) {
+    char processes[128];
+    snprintf(processes, sizeof processes, "%s/cgroup.procs", cgroup);
+    int fd = open(processes, O_WRONLY | O_CLOEXEC);
+    if (fd < 0 && access("/sys/fs/cgroup/cgroup.procs", F_OK) == 0 && mkdir(cgroup, 0755) == 0)
+        fd = open(processes, O_WRONLY | O_CLOEXEC);
     if (fd < 0) return; // no cgroup2 here (yet): the process stays beside the agent
     ssize_t written = write(fd, "0", 1);
     (void)written;
@@ -115,8 +117,7 @@ static void close_all_but_standard(void) {
     for (int fd = 3; fd < FILES_MAX; fd++) close(fd); // before Linux 5.9
 }
 
-_Noreturn void start_child(const struct start_request *request, const struct user *user, bool owns_machine,
-                           int status_fd) {
+void start_apart(bool owns_machine, const char *cgroup) {
     setsid();
     sigset_t none;
     sigemptyset(&none);
@@ -125,11 +126,15 @@ _Noreturn void start_child(const struct start_request *request, const struct use
     for (int signo = 1; signo < NSIG; signo++) signal(signo, SIG_DFL);
     umask(022);
     setrlimit(RLIMIT_NOFILE, &start_file_limit); // lowering never fails
-    if (owns_machine) {
-        enter_cgroup();
-        take_part_in_oom();
-        setpriority(PRIO_PROCESS, 0, 0); // the agent's precedence must not be inherited
-    }
+    if (!owns_machine) return;
+    enter_cgroup(cgroup);
+    take_part_in_oom();
+    setpriority(PRIO_PROCESS, 0, 0); // the agent's precedence must not be inherited
+}
+
+_Noreturn void start_child(const struct start_request *request, const struct user *user, bool owns_machine,
+                           int status_fd) {
+    start_apart(owns_machine, "/sys/fs/cgroup/noid");
     become(user, status_fd);
     enter_directory(request, user, status_fd);
     char *pool = malloc(request->text_bytes + 1);

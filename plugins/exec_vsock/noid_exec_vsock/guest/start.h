@@ -37,6 +37,10 @@ enum { FAILED_INVALID = 1, FAILED_RESOURCES = 2, FAILED_NO_ROOT = 3 };
 // The limit of open files children get; the agent's own is higher.
 extern struct rlimit start_file_limit;
 
+// In any child, after fork: leaves the agent's session, signals, limits, precedence and, in a guest, its cgroup for
+// `cgroup`, a directory below /sys/fs/cgroup.
+void start_apart(bool owns_machine, const char *cgroup);
+
 // In the child, after fork: becomes the program. A program that is missing or may not run ends the child as a shell
 // would, with 127 or 126 and a line on standard error. Pipes are already at 0, 1 and 2.
 _Noreturn void start_child(const struct start_request *request, const struct user *user, bool owns_machine,
