@@ -9,7 +9,8 @@
     ├── NotFound                404  not_found        also: not yours
     ├── Conflict                409  conflict
     │   ├── Busy                409  busy             names the operation that holds the VM
-    │   └── Incompatible        409  incompatible     checkpoint and host differ; names the field
+    │   ├── Incompatible        409  incompatible     checkpoint and host differ; names the field
+    │   └── LineageEnded        409  lineage          the VM was put back since; its processes are others
     ├── TooLarge                413  too_large
     ├── TooManyRequests         429  rate_limited
     ├── BackendError            500  backend          a VMM, storage, exec or network backend failed
@@ -81,6 +82,18 @@ class Incompatible(Conflict):
     """A checkpoint was taken by something this host does not have. The message names the field that differs."""
 
     code = "incompatible"
+
+
+class LineageEnded(Conflict):
+    """The VM was put back to a checkpoint: the process that was meant is of what it was before."""
+
+    code = "lineage"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the VM was put back to a checkpoint since, which ended this process. If it existed at the checkpoint, "
+            "that copy of it runs on: see `noid ps`."
+        )
 
 
 class TooLarge(NoidError):

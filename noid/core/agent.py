@@ -37,6 +37,7 @@ from noid.core.layout import Layout
 from noid.core.model import (
     Checkpoint,
     Credentials,
+    ExecRequest,
     User,
     Vm,
     VmSpec,
@@ -48,6 +49,8 @@ from noid.core.plugins import Plugins
 from noid.core.pool import Pool
 from noid.core.saga import Facts, Saga
 from noid.core.services import Services
+from noid.core.session import Session
+from noid.core.sessions import Sessions, VmSessions
 from noid.core.store import Store, Tx, open_store
 from noid.core.supervisor import Supervisor
 from noid.core.templates import Templates
@@ -79,7 +82,13 @@ class Agent:
     """One host's VMs. Every method that takes a user sees that user's things only."""
 
     def __init__(
-        self, services: Services, auth: AuthBackend, operations: Operations, templates: Templates, pool: Pool
+        self,
+        services: Services,
+        auth: AuthBackend,
+        operations: Operations,
+        templates: Templates,
+        pool: Pool,
+        sessions: Sessions,
     ) -> None:
         self.config = services.config
         self.services = services
@@ -89,6 +98,7 @@ class Agent:
         self._operations = operations
         self._templates = templates
         self._pool = pool
+        self._sessions = sessions
 
     # --- VMs -------------------------------------------------------------------------------------------------------
 
@@ -209,13 +219,8 @@ class Agent:
             Conflict: it does not run.
             DependencyDown, DeadlineExceeded: its guest does not answer.
         """
-        vm = self._store.vm(user.id, checked_name(name))
+        vm = await self._settled(user, name)
         states.require("exec", name, vm.state)
-        # A commit is seen an instant before its machine is held; whoever comes in between waits for that.
-        with trio.move_on_after(HANDOVER_SECS):
-            while self._is_handed_over(vm):
-                await self.services.supervisor.next_hold()
-                vm = self._store.vm(user.id, name)
         link = self.services.supervisor.get(vm).link
         connecting = link.guest()
         try:
@@ -229,6 +234,31 @@ class Agent:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_exit(connecting.__aexit__)
             yield guest
+
+    async def sessions(self, user: User, name: str) -> VmSessions:
+        """Return the processes of the VM, also of one that has ended.
+
+        Raises:
+            NotFound: there is no such VM.
+        """
+        return await self._sessions.of(await self._settled(user, name))
+
+    async def start_process(self, user: User, name: str, request: ExecRequest, *, detached: bool) -> Session:
+        """Start a process in the VM, as the image's default user unless the request names one.
+
+        One that is not *detached* is the caller's to finish: see `VmSessions.finish`.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it does not run.
+            InvalidRequest, Unsupported: the guest cannot start that.
+            DependencyDown, DeadlineExceeded: its guest does not answer.
+        """
+        if request.user is None:
+            request = dataclasses.replace(request, user=self.default_user(user, name))
+        async with self.guest(user, name) as guest:
+            sessions = await self.sessions(user, name)
+            return await sessions.start(guest, request, detached=detached)
 
     def default_user(self, user: User, name: str) -> str:
         """Return who commands run as in that VM when nobody is named: the image's user, or root."""
@@ -267,6 +297,15 @@ class Agent:
 
     def _work(self, user: User, *, vm: Vm | None = None, spec: VmSpec | None = None) -> Work:
         return Work(services=self.services, templates=self._templates, user=user, vm=vm, spec=spec)
+
+    async def _settled(self, user: User, name: str) -> Vm:
+        """Return the VM. A commit is seen an instant before its machine is held; this waits for that."""
+        vm = self._store.vm(user.id, checked_name(name))
+        with trio.move_on_after(HANDOVER_SECS):
+            while self._is_handed_over(vm):
+                await self.services.supervisor.next_hold()
+                vm = self._store.vm(user.id, name)
+        return vm
 
     def _is_handed_over(self, vm: Vm) -> bool:
         live = self.services.supervisor.find(vm.id)
@@ -378,7 +417,8 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         async def on_exit(vm_id: str, instance: str, why: MachineExit) -> None:
             await _note_death(store, vm_id, instance, why)
 
-        supervisor = Supervisor(nursery, exec_backend, on_exit)
+        sessions = Sessions(nursery, layout, config.exec_reattach_secs)
+        supervisor = Supervisor(nursery, exec_backend, on_exit, sessions)
         services = Services(
             config=config,
             layout=layout,
@@ -398,10 +438,11 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             await recovery.recover(services, templates)
             await templates.collect()
             nursery.start_soon(pool.keep)
-            yield Agent(services, auth, operations, templates, pool)
+            yield Agent(services, auth, operations, templates, pool, sessions)
         finally:
             with trio.move_on_after(DRAIN_SECS, shield=True):
                 await operations.drain()
+                await sessions.save()
             nursery.cancel_scope.cancel()
 
 

@@ -60,6 +60,7 @@ class Config:
     max_ws_sessions: int = 32
     trust_forwarded_for: bool = False
     exec_timeout_secs: float = 30.0
+    exec_reattach_secs: float = 10.0
     console_timeout_secs: float = 3600.0
     boot_timeout_secs: float = 180.0
     wake_timeout_secs: float = 30.0

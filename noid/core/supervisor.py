@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -103,6 +104,22 @@ class Live:
     watch: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
+class Observer(Protocol):
+    """Who wants to know what becomes of machines. None of this may block or fail."""
+
+    def held(self, live: Live) -> None:
+        """A machine has become a VM's."""
+        ...
+
+    def released(self, vm_id: str, replaced: bool) -> None:
+        """Whatever machine the VM had is about to be ended, perhaps *replaced*."""
+        ...
+
+    def ended(self, live: Live, why: MachineExit) -> None:
+        """A machine has ended by itself."""
+        ...
+
+
 class Supervisor:
     """Holds the live machines by VM id and tells when one ends by itself."""
 
@@ -111,10 +128,12 @@ class Supervisor:
         nursery: trio.Nursery,
         exec_backend: ExecBackend,
         on_exit: Callable[[str, str, MachineExit], Awaitable[None]],
+        observer: Observer | None = None,
     ) -> None:
         self._nursery = nursery
         self._exec = exec_backend
         self._on_exit = on_exit
+        self._observer = observer
         self._live: dict[str, Live] = {}
         self._held = trio.Event()
         self.watches = FileWatches(nursery)
@@ -141,20 +160,24 @@ class Supervisor:
 
     def hold(self, vm_id: str, instance: str, machine: Machine, link: GuestLink) -> Live | None:
         """Take over *machine* as the VM's, and return the one it replaces, which is no longer watched."""
-        old = self.release(vm_id)
+        old = self.release(vm_id, replaced=True)
         live = Live(vm_id=vm_id, instance=instance, machine=machine, link=link)
         self._live[vm_id] = live
         self._nursery.start_soon(self._watch, live, name=f"watch {instance}")
         self._held.set()
         self._held = trio.Event()
+        if self._observer is not None:
+            self._observer.held(live)
         return old
 
     async def next_hold(self) -> None:
         """Return when `hold` has been called again."""
         await self._held.wait()
 
-    def release(self, vm_id: str) -> Live | None:
+    def release(self, vm_id: str, *, replaced: bool = False) -> Live | None:
         """Stop watching the VM's machine and return it, or None."""
+        if self._observer is not None:
+            self._observer.released(vm_id, replaced)
         live = self._live.pop(vm_id, None)
         if live is not None:
             live.watch.cancel()
@@ -167,6 +190,8 @@ class Supervisor:
         try:
             with live.watch:
                 why = await live.machine.wait()
+                if self._observer is not None:
+                    self._observer.ended(live, why)
                 live.link.drop()
                 live.link.console.end()
                 if self._live.get(live.vm_id) is live:

@@ -6,10 +6,12 @@ Shared by server and client. The format is the predecessor's (0.2), extended whe
 
     1  client -> server  text    ExecRequest  {"command": [...], "tty": false, "env": ["K=V"], ...}
     2  both              binary  first byte is the channel: 1 stdout, 2 stderr, 3 stdin, 4 resize; the rest is data
-    3  server -> client  text    ExecResult {"exit_code", "timed_out", "truncated", "signal"?} or {"error", "code"?}
-    4  server -> client  close
+    3  server -> client  text    {"process", "lineage", "pid", "offset"}: which process it is, before anything it wrote
+    4  server -> client  text    {"gap": {"start", "end"}}: bytes of its output that nobody has any more
+    5  server -> client  text    ExecResult {"exit_code", "timed_out", "truncated", "signal"?} or {"error", "code"?}
+    6  server -> client  close
 
-Exactly one message of kind 3 ends every exec; a connection that ends without one has failed. ``stdin`` in the request
+Exactly one message of kind 5 ends every exec; a connection that ends without one has failed. ``stdin`` in the request
 announces frames of channel 3; an empty one is the end of the input. Lone surrogates, which is how Python holds bytes
 of an argument that are not UTF-8, survive as JSON escapes.
 """
@@ -21,7 +23,17 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from noid.core.model import ExecRequest, ProcessExit, checked_argv, checked_env
+from noid.core.model import (
+    LOG_BYTES,
+    LOG_BYTES_MAX,
+    LOG_BYTES_MIN,
+    ExecRequest,
+    Gap,
+    ProcessExit,
+    TerminalSize,
+    checked_argv,
+    checked_env,
+)
 from noid.errors import InvalidRequest
 
 API_VERSION = 1
@@ -54,6 +66,29 @@ class ExecResult:
     def of(cls, exit_: ProcessExit) -> ExecResult:
         """Return the result that reports *exit_*."""
         return cls(exit_code=exit_.status, signal=exit_.signal)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """Which process one is attached to, and the *offset* in its output of the first byte that follows."""
+
+    process: str
+    lineage: str
+    pid: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecCall:
+    """A request and what is to become of the process without its client.
+
+    *resume*: when the connection is lost without a close frame, it shall wait for its client. *detached*: it runs on
+    whatever its client does.
+    """
+
+    request: ExecRequest
+    resume: bool = False
+    detached: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,14 +132,14 @@ def parse_resize(data: bytes) -> tuple[int, int]:
 # --- the request ----------------------------------------------------------------------------------------------------
 
 
-def request_to_json(request: ExecRequest, *, tty: bool = False) -> str:
+def request_to_json(request: ExecRequest, *, resume: bool = False, detached: bool = False) -> str:
     """Return *request* as the first message of an exec, or as the body of ``POST .../exec``. It is pure ASCII.
 
     The predecessor's three fields are always there; extensions only where they say something.
     """
     fields: dict[str, Any] = {
         "command": list(request.argv),
-        "tty": tty,
+        "tty": request.tty is not None,
         "env": [f"{key}={value}" for key, value in request.env.items()],
     }
     if request.cwd is not None:
@@ -115,10 +150,15 @@ def request_to_json(request: ExecRequest, *, tty: bool = False) -> str:
         fields["stdin"] = True
     if request.timeout_secs is not None:
         fields["timeout_secs"] = request.timeout_secs
+    if request.tty is not None:
+        fields |= {"columns": request.tty.columns, "rows": request.tty.rows}
+    if request.log_bytes != LOG_BYTES:
+        fields["log_bytes"] = request.log_bytes
+    fields |= {name: True for name, wanted in (("resume", resume), ("detached", detached)) if wanted}
     return json.dumps(fields, separators=(",", ":"))
 
 
-def request_from_json(text: str | bytes) -> ExecRequest:
+def call_from_json(text: str | bytes) -> ExecCall:
     """Return the request in *text*. Unknown fields are ignored; types are strict.
 
     Raises:
@@ -130,19 +170,40 @@ def request_from_json(text: str | bytes) -> ExecRequest:
         raise InvalidRequest(f"invalid exec request: not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidRequest("invalid exec request: expected a JSON object with the field 'command'.")
-    if not isinstance(fields.get("tty", False), bool):
-        raise InvalidRequest("invalid exec request: 'tty' must be true or false.")
-    stdin = fields.get("stdin", False)
-    if not isinstance(stdin, bool):
-        raise InvalidRequest("invalid exec request: 'stdin' must be true or false.")
-    return ExecRequest(
+    tty = None
+    if _boolean(fields, "tty"):
+        columns, rows = (_within(fields, name, default, 0, 0xFFFF) for name, default in (("columns", 80), ("rows", 24)))
+        tty = TerminalSize(columns=columns, rows=rows)
+    request = ExecRequest(
         argv=checked_argv(_strings(fields.get("command"), "command")),
         env=checked_env(_strings(fields.get("env", []), "env")),
         cwd=_optional_string(fields, "cwd"),
         user=_optional_string(fields, "user"),
-        stdin=stdin,
+        stdin=_boolean(fields, "stdin"),
         timeout_secs=_timeout(fields.get("timeout_secs")),
+        tty=tty,
+        log_bytes=_within(fields, "log_bytes", LOG_BYTES, LOG_BYTES_MIN, LOG_BYTES_MAX),
     )
+    return ExecCall(request=request, resume=_boolean(fields, "resume"), detached=_boolean(fields, "detached"))
+
+
+def request_from_json(text: str | bytes) -> ExecRequest:
+    """Return the request in *text*, whatever else it says. See `call_from_json`."""
+    return call_from_json(text).request
+
+
+def _boolean(fields: dict[str, Any], what: str) -> bool:
+    value = fields.get(what, False)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"invalid exec request: {what!r} must be true or false.")
+    return value
+
+
+def _within(fields: dict[str, Any], what: str, default: int, least: int, most: int) -> int:
+    value = fields.get(what, default)
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidRequest(f"invalid exec request: {what!r} must be an integer between {least} and {most}.")
+    return value
 
 
 def _strings(value: object, what: str) -> list[str]:
@@ -169,10 +230,14 @@ def _timeout(value: object) -> float | None:
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def reply_to_json(reply: ExecResult | ErrorResponse) -> str:
-    """Return *reply* as the text message that ends an exec."""
+def reply_to_json(reply: ExecResult | ErrorResponse | Started | Gap) -> str:
+    """Return *reply* as the text message it is; the first two end an exec."""
     fields: dict[str, Any]
-    if isinstance(reply, ErrorResponse):
+    if isinstance(reply, Started):
+        fields = {"process": reply.process, "lineage": reply.lineage, "pid": reply.pid, "offset": reply.offset}
+    elif isinstance(reply, Gap):
+        fields = {"gap": {"start": reply.start, "end": reply.end}}
+    elif isinstance(reply, ErrorResponse):
         fields = {"error": reply.error}
         if reply.code is not None:
             fields["code"] = reply.code
@@ -183,7 +248,7 @@ def reply_to_json(reply: ExecResult | ErrorResponse) -> str:
     return json.dumps(fields, separators=(",", ":"))
 
 
-def reply_from_json(text: str | bytes) -> ExecResult | ErrorResponse | None:
+def reply_from_json(text: str | bytes) -> ExecResult | ErrorResponse | Started | Gap | None:
     """Return what a text message from the server says, or None for a kind this version does not know."""
     try:
         fields = json.loads(text)
@@ -197,6 +262,10 @@ def reply_from_json(text: str | bytes) -> ExecResult | ErrorResponse | None:
                 truncated=truncated,
                 signal=_integer(rest.get("signal")),
             )
+        case {"process": str(process), "lineage": str(lineage), "pid": int(pid), "offset": int(offset)}:
+            return Started(process=process, lineage=lineage, pid=pid, offset=offset)
+        case {"gap": {"start": int(start), "end": int(end)}}:
+            return Gap(start=start, end=end)
         case {"error": str(error), **rest}:
             code = rest.get("code")
             return ErrorResponse(error=error, code=code if isinstance(code, str) else None)

@@ -117,6 +117,13 @@ def json_reply(body: Any, status: int = 200) -> Response:
     return Response(text.encode("utf-8", "backslashreplace"), status, content_type="application/json")
 
 
+def upgrade_required(text: str) -> Response:
+    """Return the answer to a plain GET where a WebSocket is: 426."""
+    reply = json_reply({"error": text}, 426)
+    reply.headers["Upgrade"] = "websocket"
+    return reply
+
+
 class Guard:
     """Stands before every route of an app: authentication first, then routing; every failure is answered here."""
 

@@ -59,6 +59,9 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEven
 from quart import websocket
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
+from wsproto.connection import ConnectionState
+from wsproto.events import CloseConnection
+from wsproto.events import Event as WsEvent
 
 from noid.core.wire import API_VERSION, API_VERSION_HEADER
 from noid.errors import DependencyDown, NoidError
@@ -106,6 +109,8 @@ class Transport:
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._socket = sock
         self.protocol: Http1Protocol | None = None
+        self.said_goodbye = False
+        """Whether the client of a WebSocket has sent a close frame: it left on purpose, and was not lost."""
         self.peer_uid: int | None = None
         """The uid at the other end of a unix socket when it connected; None for TCP."""
         if sock.family == socket.AF_UNIX:
@@ -181,6 +186,11 @@ class WebsocketStream(WSStream):
         """Send what the application says; without effect, but not without yielding, once the connection is closed."""
         await trio.lowlevel.checkpoint()
         await super().app_send(message)
+
+    async def _send_wsproto_event(self, event: WsEvent) -> None:
+        if isinstance(event, CloseConnection) and self.connection.state is ConnectionState.REMOTE_CLOSING:
+            Transport.of(self.scope).said_goodbye = True
+        await super()._send_wsproto_event(event)
 
     async def _accept(self, message: Any) -> None:
         self.handshake.extensions = None

@@ -20,7 +20,9 @@ from noid.server import rest
 from noid.server.guard import Guard
 from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
 from noid.server.listening import tcp_listeners, unix_listener
+from noid.server.processes import ProcessRoutes
 from noid.server.streams import ExecRoutes
+from noid.server.websockets import WebSockets
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,9 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
     guard = Guard(agent, config)
     guard.protect(app)
     rest.add_routes(app, agent)
-    ExecRoutes(agent, guard, stopping).add_to(app)
+    websockets = WebSockets(config, guard, stopping)
+    ExecRoutes(agent, websockets).add_to(app)
+    ProcessRoutes(agent, websockets).add_to(app)
     return app
 
 

@@ -1,15 +1,14 @@
-"""Exec: live over a WebSocket, or collected into one answer by POST. The guest's process ends with its client.
+"""Exec: live over a WebSocket, or collected into one answer by POST. Unless detached, a process ends with its client.
 
-**Input and clients that leave.** While a process does not read its input, neither is the WebSocket read, so that
-nothing piles up here; and what is not read cannot tell that the client has left. Meanwhile the socket itself is asked.
-A TCP client that leaves with a full window is noticed only when the process reads on or ends.
+**Clients that leave and clients that are lost.** A client that says goodbye (a close frame), or cannot resume, ends its
+process at once: TERM, then KILL. One that asked to *resume* and loses its connection finds its process again for
+``exec_reattach_secs``, also on the next agent: see `noid.server.processes`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -19,31 +18,26 @@ from quart import Response, request, websocket
 
 from noid.core import wire
 from noid.core.agent import Agent
-from noid.core.backends import Guest, Process
 from noid.core.model import ExecRequest, OutputChunk, ProcessExit, User, checked_name
-from noid.core.waiting import plain_nursery
-from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest, NoidError
-from noid.server.guard import Guard, current_user, json_reply
-from noid.server.hardening import App, Transport, hold_websocket
+from noid.core.session import Session, Viewer
+from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest
+from noid.server.guard import current_user, json_reply, upgrade_required
+from noid.server.hardening import App, Transport
 from noid.server.interim import still_working
-
-logger = logging.getLogger(__name__)
+from noid.server.relay import await_goodbye, converse
+from noid.server.websockets import WebSockets
 
 OUTPUT_BYTES_MAX = 1 << 20
 FIRST_MESSAGE_SECS = 10.0
 START_SECS = 30.0
-RELEASE_SECS = 10.0
-GONE_CHECK_SECS = 1.0
 
 
 class ExecRoutes:
-    """``/v1/vms/<name>/exec``. At most ``max_ws_sessions`` WebSockets at a time, each counted from its upgrade on."""
+    """``/v1/vms/<name>/exec``."""
 
-    def __init__(self, agent: Agent, guard: Guard, stopping: trio.Event) -> None:
+    def __init__(self, agent: Agent, websockets: WebSockets) -> None:
         self._agent = agent
-        self._guard = guard
-        self._stopping = stopping
-        self._sessions = 0
+        self._websockets = websockets
 
     def add_to(self, app: App) -> None:
         """Add the routes."""
@@ -55,40 +49,50 @@ class ExecRoutes:
     async def upgrade_required(self, name: str) -> Response:
         """Say that GET is for WebSockets: 426."""
         checked_name(name)
-        reply = json_reply({"error": "this needs a WebSocket upgrade; POST runs a command without one"}, 426)
-        reply.headers["Upgrade"] = "websocket"
-        return reply
+        return upgrade_required("this needs a WebSocket upgrade; POST runs a command without one")
 
     # --- POST --------------------------------------------------------------------------------------------------------
 
     async def collect(self, name: str) -> Response:
-        """Run a command and answer with all its output, stdout and stderr in the order they arrived.
+        """Run a command and answer with all its output, stdout and stderr in the order they were written.
 
         ``exec_timeout_secs`` of the configuration, or less if the request says so, ends the command; the output until
         then is in the answer. There is no input: the command finds it ended.
         """
         checked_name(name)
-        raw = await request.get_data()
-        command = wire.request_from_json(raw)
+        command = wire.request_from_json(await request.get_data())
         limit_secs = min(command.timeout_secs or math.inf, self._agent.config.exec_timeout_secs)
         output = Output()
-        exit_: ProcessExit | None = None
+        timed_out = False
         command = dataclasses.replace(command, stdin=False)
-        async with still_working(), self._process(current_user(), name, command) as process:
-            with trio.move_on_after(limit_secs):
-                while not isinstance(received := await process.receive(), ProcessExit):
-                    if isinstance(received, OutputChunk):
-                        output.add(received.data)
-                exit_ = received
+        async with still_working(), self._process(current_user(), name, command) as session:
+            with session.view(0, holds=True) as viewer:
+                with trio.move_on_after(limit_secs) as limit:
+                    await _collect(viewer, output)
+                if limit.cancelled_caught:
+                    timed_out = True
+                    await session.end()
+                    if session.exit is not None:
+                        await _collect(viewer, output)
+        exit_ = None if timed_out else session.exit
         return json_reply(
             {
                 "stdout": output.text(),
                 "exit_code": None if exit_ is None else exit_.status,
-                "timed_out": exit_ is None,
+                "timed_out": timed_out,
                 "truncated": output.truncated,
                 "signal": None if exit_ is None else exit_.signal,
             }
         )
+
+    @contextlib.asynccontextmanager
+    async def _process(self, user: User, name: str, command: ExecRequest) -> AsyncIterator[Session]:
+        """Run *command* in the guest; end it, if it still runs, when the body is left by whatever way."""
+        session = await start(self._agent, user, name, command, detached=False)
+        try:
+            yield session
+        finally:
+            await session.owner.leave(session, goodbye=True)
 
     # --- WebSocket ---------------------------------------------------------------------------------------------------
 
@@ -100,19 +104,7 @@ class ExecRoutes:
         """
         user = current_user()
         self._agent.vm(user, checked_name(name))
-        if self._stopping.is_set():
-            raise DependencyDown("the server is going down for a restart. Try again.")
-        if self._sessions >= self._agent.config.max_ws_sessions:
-            raise DependencyDown("too many WebSocket sessions. End one, or raise max_ws_sessions in server.toml.")
-        self._sessions += 1
-        try:
-            await websocket.accept()
-            await hold_websocket(self._stopping, lambda: self._session(user, name), self._last_words)
-        finally:
-            self._sessions -= 1
-
-    def _last_words(self, error: NoidError) -> str:
-        return wire.reply_to_json(wire.ErrorResponse(error=self._guard.public_text(error), code=error.code))
+        await self._websockets.hold(lambda: self._session(user, name))
 
     async def _session(self, user: User, name: str) -> None:
         try:
@@ -122,32 +114,29 @@ class ExecRoutes:
             raise DeadlineExceeded(f"no exec request within {FIRST_MESSAGE_SECS:g} s of the upgrade.") from error
         if not isinstance(first, str):
             raise InvalidRequest("invalid exec request: the first message must be text.")
-        command = wire.request_from_json(first)
-        async with self._process(user, name, command) as process:
-            result = await _converse(process, command, Transport.of(websocket.scope))
-        await websocket.send(wire.reply_to_json(result))
-
-    @contextlib.asynccontextmanager
-    async def _process(self, user: User, name: str, command: ExecRequest) -> AsyncIterator[Process]:
-        """Run *command* in the guest; end it, if it still runs, when the body is left by whatever way."""
-        if command.user is None:
-            command = dataclasses.replace(command, user=self._agent.default_user(user, name))
-        async with self._agent.guest(user, name) as guest:
-            process = await _start(guest, name, command)
-            try:
-                yield process
-            finally:
-                with trio.move_on_after(RELEASE_SECS, shield=True):
-                    try:
-                        await guest.release(process)
-                    except NoidError as error:  # the guest is gone, and its processes with it
-                        logger.info("could not release a process of VM %s: %s", name, error)
+        call = wire.call_from_json(first)
+        transport = Transport.of(websocket.scope)
+        session = await start(self._agent, user, name, call.request, detached=call.detached)
+        try:
+            with session.view(0, holds=True) as viewer:
+                limit_secs = call.request.timeout_secs
+                writes = call.request.stdin or session.tty
+                if await converse(viewer, transport, writes=writes, limit_secs=limit_secs) and call.resume:
+                    await await_goodbye()
+        finally:
+            await session.owner.leave(session, goodbye=transport.said_goodbye or not call.resume)
 
 
-async def _start(guest: Guest, name: str, command: ExecRequest) -> Process:
+async def start(agent: Agent, user: User, name: str, command: ExecRequest, *, detached: bool) -> Session:
+    """Start a process in the VM. It is the caller's to leave: see `VmSessions.leave`.
+
+    Raises:
+        DependencyDown: the guest takes too long.
+        NoidError: see `Agent.start_process`.
+    """
     try:
         with trio.fail_after(START_SECS):
-            return await guest.start(command)
+            return await agent.start_process(user, name, command, detached=detached)
     except trio.TooSlowError as error:
         raise DependencyDown(
             f"the guest of VM {name!r} did not start the command within {START_SECS:g} s. The VM still runs; it may be "
@@ -155,44 +144,13 @@ async def _start(guest: Guest, name: str, command: ExecRequest) -> Process:
         ) from error
 
 
-async def _converse(process: Process, command: ExecRequest, transport: Transport) -> wire.ExecResult:
-    """Relay output, and input if the command wants it, until the process has ended or its time is up."""
-    result = wire.ExecResult(exit_code=None, timed_out=True)
-    async with plain_nursery() as nursery:
-        nursery.start_soon(_relay_input, process, command.stdin, transport, nursery.cancel_scope)
-        with trio.move_on_after(command.timeout_secs or math.inf):
-            while not isinstance(received := await process.receive(), ProcessExit):
-                if isinstance(received, OutputChunk):
-                    await websocket.send(wire.frame(received.stream, received.data))
-            result = wire.ExecResult.of(received)
-        nursery.cancel_scope.cancel()
-    return result
-
-
-async def _relay_input(process: Process, wanted: bool, transport: Transport, session: trio.CancelScope) -> None:
-    """Read the WebSocket for as long as the process lives: that is also how a leaving client is noticed.
-
-    A guest that fails here fails `Process.receive` too, which is where that is told.
-    """
-    while True:
-        message = await websocket.receive()
-        if not wanted or not isinstance(message, bytes):
-            continue
-        channel, data = wire.split_frame(message)
-        if channel != wire.STDIN:
-            continue
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_watch_peer, transport, session)
-            with contextlib.suppress(NoidError):
-                await (process.send_stdin(data) if data else process.close_stdin())
-            nursery.cancel_scope.cancel()
-        wanted = bool(data)
-
-
-async def _watch_peer(transport: Transport, session: trio.CancelScope) -> None:
-    while not transport.is_gone():  # noqa: ASYNC110  # nothing to wait for: unread input hides it
-        await trio.sleep(GONE_CHECK_SECS)
-    session.cancel()
+async def _collect(viewer: Viewer, output: Output) -> None:
+    """Add what the process writes to *output* until it has ended."""
+    while not isinstance(events := await viewer.next(), ProcessExit):
+        for event in events:
+            if isinstance(event, OutputChunk):
+                output.add(event.data)
+            viewer.passed(event)
 
 
 @dataclass(slots=True)

@@ -39,6 +39,15 @@ class Exec:
 
     def __init__(self, ws: WebSocketConnection) -> None:
         self.ws = ws
+        self.started: wire.Started | None = None
+
+    async def message(self) -> str | bytes:
+        """Return the next message but the one that says which process it is, which goes to `started`."""
+        message = await self.ws.get_message()
+        if isinstance(message, str) and isinstance(reply := wire.reply_from_json(message), wire.Started):
+            self.started = reply
+            return await self.message()
+        return message
 
     async def ask(self, *argv: str, **fields: Any) -> None:
         """Send the request."""
@@ -50,7 +59,7 @@ class Exec:
 
     async def next(self) -> tuple[int, bytes]:
         """Return channel and data of the next frame."""
-        message = await self.ws.get_message()
+        message = await self.message()
         assert isinstance(message, bytes), message
         return wire.split_frame(message)
 
@@ -65,11 +74,11 @@ class Exec:
     async def result(self) -> tuple[dict[int, bytes], wire.ExecResult | wire.ErrorResponse, int]:
         """Return what came on each channel, how it ended, and the close code. There is exactly one last word."""
         output: dict[int, bytes] = {}
-        while isinstance(message := await self.ws.get_message(), bytes):
+        while isinstance(message := await self.message(), bytes):
             channel, data = wire.split_frame(message)
             output[channel] = output.get(channel, b"") + data
         reply = wire.reply_from_json(message)
-        assert reply is not None, message
+        assert isinstance(reply, wire.ExecResult | wire.ErrorResponse), message
         with pytest.raises(ConnectionClosed) as closed:
             await self.ws.get_message()
         return output, reply, closed.value.reason.code

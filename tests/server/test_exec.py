@@ -11,7 +11,7 @@ import trio
 from trio_websocket import ConnectionRejected
 
 from noid.core.wire import STDERR, STDIN, STDOUT, ErrorResponse, ExecResult
-from noid.server import streams
+from noid.server import streams, websockets
 from noid.testing.faults import fail, hang
 from noid.testing.processes import kill_marked
 from noid.testing.raw_http import open_ws
@@ -277,7 +277,7 @@ async def test_a_client_that_leaves_ends_its_process(web: Server, how: str) -> N
 async def test_a_client_that_leaves_its_input_unread_ends_its_process(
     web: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "GONE_CHECK_SECS", 0.05)
+    monkeypatch.setattr(websockets, "GONE_CHECK_SECS", 0.05)
     async with web.exec() as run:
         await run.ask("sh", "-c", f"echo begun; count {COUNTER}", stdin=True)
         await run.until(b"begun\n")

@@ -1,0 +1,108 @@
+"""Between one process and one WebSocket: output as it comes, input as it is read, one result at the end.
+
+**Input and clients that leave.** While a process does not read its input, neither is the WebSocket read, so that
+nothing piles up here; and what is not read cannot tell that the client has left. Meanwhile the socket itself is asked.
+A TCP client that leaves with a full window is noticed only when the process reads on or ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import trio
+from quart import websocket
+
+from noid.core import wire
+from noid.core.model import Gap, ProcessExit, TerminalSize
+from noid.core.session import Session, Viewer
+from noid.core.waiting import plain_nursery
+from noid.errors import InvalidRequest, NoidError
+from noid.server.hardening import Transport
+from noid.server.websockets import watch_peer
+
+GOODBYE_SECS = 1.0
+
+
+async def converse(viewer: Viewer, transport: Transport, *, writes: bool, limit_secs: float | None = None) -> bool:
+    """Relay output, and input if the client *writes*, until the process has ended, and say how; return whether it was.
+
+    After *limit_secs* the process is ended, and what it still wrote is relayed before the result says so. Nothing is
+    said to a client that turned out to be gone.
+
+    Raises:
+        Conflict, DependencyDown: see `Viewer.next`.
+    """
+    session = viewer.session
+    started = wire.Started(process=session.name, lineage=session.lineage, pid=session.pid, offset=viewer.offset)
+    await websocket.send(wire.reply_to_json(started))
+    ended: ProcessExit | None = None
+    timed_out = False
+    async with plain_nursery() as nursery:
+        nursery.start_soon(_relay_input, session, writes, transport, nursery.cancel_scope)
+        with trio.CancelScope() as relaying:
+
+            async def watch_time() -> None:
+                nonlocal timed_out
+                await trio.sleep(math.inf if limit_secs is None else limit_secs)
+                timed_out = True
+                with contextlib.suppress(NoidError):  # the relay below hears it too
+                    await session.end()
+                if session.exit is None:
+                    relaying.cancel()  # it does not end, so nothing more is waited for
+
+            nursery.start_soon(watch_time)
+            ended = await _relay_output(viewer)
+        nursery.cancel_scope.cancel()
+    if ended is None and not timed_out:
+        return False  # saying anything would wait for a reader of the input that nobody reads
+    result = (
+        wire.ExecResult(exit_code=None, timed_out=True) if timed_out or ended is None else wire.ExecResult.of(ended)
+    )
+    await websocket.send(wire.reply_to_json(result))
+    return True
+
+
+async def _relay_output(viewer: Viewer) -> ProcessExit:
+    while not isinstance(events := await viewer.next(), ProcessExit):
+        for event in events:
+            if isinstance(event, Gap):
+                await websocket.send(wire.reply_to_json(event))
+            else:
+                await websocket.send(wire.frame(event.stream, event.data))
+            viewer.passed(event)
+    return events
+
+
+async def _relay_input(session: Session, writes: bool, transport: Transport, conversation: trio.CancelScope) -> None:
+    """Read the WebSocket for as long as the process lives: that is also how a leaving client is noticed.
+
+    A guest that fails here fails `Viewer.next` too, which is where that is told.
+    """
+    while True:
+        message = await websocket.receive()
+        if not writes or not isinstance(message, bytes):
+            continue
+        channel, data = wire.split_frame(message)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_peer, transport, conversation)
+            with contextlib.suppress(NoidError):
+                await _apply(session, channel, data)
+            nursery.cancel_scope.cancel()
+
+
+async def _apply(session: Session, channel: int, data: bytes) -> None:
+    """Do what a frame of the client asks for. Channels nobody knows, and input nobody reads, are skipped."""
+    if channel == wire.STDIN and session.stdin:
+        await (session.send_stdin(data) if data else session.close_stdin())
+    elif channel == wire.RESIZE and session.tty:
+        with contextlib.suppress(InvalidRequest):
+            columns, rows = wire.parse_resize(data)
+            await session.resize(TerminalSize(columns=columns, rows=rows))
+
+
+async def await_goodbye() -> None:
+    """Give a client that has its result the moment it needs to say so: the handler is cancelled when it has."""
+    with trio.move_on_after(GOODBYE_SECS):
+        while True:
+            await websocket.receive()

@@ -1,0 +1,74 @@
+"""The WebSockets of one server: how many there are at most, and how every one of them begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+from quart import websocket
+
+from noid.core import wire
+from noid.core.config import Config
+from noid.errors import DependencyDown, InvalidRequest, NoidError
+from noid.server.guard import Guard
+from noid.server.hardening import Transport, hold_websocket
+
+GONE_CHECK_SECS = 1.0
+
+
+class WebSockets:
+    """At most ``max_ws_sessions`` at a time, each counted from its upgrade on. Setting *stopping* ends all of them."""
+
+    def __init__(self, config: Config, guard: Guard, stopping: trio.Event) -> None:
+        self._config = config
+        self._guard = guard
+        self._stopping = stopping
+        self._sessions = 0
+
+    async def hold(self, session: Callable[[], Awaitable[None]]) -> None:
+        """Upgrade the current request, run *session* on it and close it; see `hold_websocket`.
+
+        Raises:
+            DependencyDown: before the upgrade: there are too many, or the server is going down.
+        """
+        if self._stopping.is_set():
+            raise DependencyDown("the server is going down for a restart. Try again.")
+        if self._sessions >= self._config.max_ws_sessions:
+            raise DependencyDown("too many WebSocket sessions. End one, or raise max_ws_sessions in server.toml.")
+        self._sessions += 1
+        try:
+            await websocket.accept()
+            await hold_websocket(self._stopping, session, self._last_words)
+        finally:
+            self._sessions -= 1
+
+    def _last_words(self, error: NoidError) -> str:
+        return wire.reply_to_json(wire.ErrorResponse(error=self._guard.public_text(error), code=error.code))
+
+
+async def watch_peer(transport: Transport, session: trio.CancelScope) -> None:
+    """Cancel *session* when the client has gone, for as long as nobody reads from it: unread input hides that."""
+    while not transport.is_gone():  # noqa: ASYNC110  # nothing to wait for
+        await trio.sleep(GONE_CHECK_SECS)
+    session.cancel()
+
+
+def whole_number(name: str, text: str | None, default: int, *, least: int = 0) -> int:
+    """Return the number a query parameter *name* says, *default* if it is not there.
+
+    Raises:
+        InvalidRequest: it is no number, or below *least*.
+    """
+    if text is None:
+        return default
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 18) or int(text) < least:
+        raise InvalidRequest(
+            f"{name} is {text[:40]!r}; it must be a whole number{f' from {least} on' if least >= 0 else ''}."
+        )
+    return int(text)
+
+
+def flag(text: str | None) -> bool:
+    """Return whether a query parameter is switched on: there, and not 0, no or false."""
+    return text is not None and text.lower() not in ("0", "no", "false")
