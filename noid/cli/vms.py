@@ -40,7 +40,7 @@ def list_() -> None:
     """Show your VMs."""
     vms = api.vms(call().endpoint)
     header = ("name", "state", "cpus", "mem (MiB)", "created")
-    rows = [[vm["name"], vm["state"], str(vm["cpus"]), str(vm["mem_mib"]), vm["created_at"]] for vm in vms]
+    rows = [[vm["name"], _shown_state(vm), str(vm["cpus"]), str(vm["mem_mib"]), vm["created_at"]] for vm in vms]
     show(vms, table(header, rows) if rows else "No VMs found.")
 
 
@@ -59,8 +59,16 @@ def info(name: str | None, name_option: str | None) -> None:
         ("Created:", vm["created_at"]),
         ("Receipt:", summary(vm)),
     ]
+    if since := vm.get("unresponsive_since"):
+        fields.append(("Silent:", f"its guest has not answered since {since} UTC"))
+    if ended := vm.get("ended"):
+        fields.append(("Ended:", ended))
     lines = [f"{label:<9}{printable(str(value))}" for label, value in fields]
     show(vm, "\n".join([*lines, *lacking_lines(vm)]))
+
+
+def _shown_state(vm: api.VmInfo) -> str:
+    return f"{vm['state']} (silent)" if vm.get("responding") is False else vm["state"]
 
 
 @click.command(cls=Command, epilog="noid destroy web")

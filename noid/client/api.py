@@ -28,7 +28,11 @@ class ReceiptItem(TypedDict):
 
 
 class VmInfo(TypedDict):
-    """A VM. *created_at* is UTC, ``YYYY-MM-DD HH:MM:SS``. *timings* are seconds by phase, in answers to changes."""
+    """A VM. Times are UTC, ``YYYY-MM-DD HH:MM:SS``. *timings* are seconds by phase, in answers to changes.
+
+    *ended* says how its last machine ended, *how* in the answer to a stop what that took; *responding* is None while it
+    is not known whether the guest answers.
+    """
 
     name: str
     state: str
@@ -39,6 +43,10 @@ class VmInfo(TypedDict):
     busy: NotRequired[str | None]
     receipt: NotRequired[list[ReceiptItem] | None]
     timings: NotRequired[dict[str, float]]
+    ended: NotRequired[str | None]
+    responding: NotRequired[bool | None]
+    unresponsive_since: NotRequired[str | None]
+    how: NotRequired[str]
 
 
 class CheckpointInfo(TypedDict):
@@ -87,6 +95,23 @@ def vm(endpoint: Endpoint, name: str) -> VmInfo:
         ServerError: 404 there is none.
     """
     return _one(endpoint, _ask(endpoint, "GET", f"/v1/vms/{name}"), VmInfo)
+
+
+def stop_vm(endpoint: Endpoint, name: str, *, grace_secs: float, force: bool = False) -> VmInfo:
+    """Shut the VM *name* down; returns when its machine has ended. With *force* the guest is not asked."""
+    body = {"timeout_secs": grace_secs, "force": force}
+    return _one(endpoint, _ask(endpoint, "POST", f"/v1/vms/{name}/stop", body, quick=False), VmInfo)
+
+
+def start_vm(endpoint: Endpoint, name: str) -> VmInfo:
+    """Boot the VM *name* on its disk; returns when its guest has booted."""
+    return _one(endpoint, _ask(endpoint, "POST", f"/v1/vms/{name}/start", {}, quick=False), VmInfo)
+
+
+def reboot_vm(endpoint: Endpoint, name: str, *, grace_secs: float, force: bool = False) -> VmInfo:
+    """Shut the VM *name* down as `stop_vm` does, then boot it as `start_vm` does."""
+    body = {"timeout_secs": grace_secs, "force": force}
+    return _one(endpoint, _ask(endpoint, "POST", f"/v1/vms/{name}/reboot", body, quick=False), VmInfo)
 
 
 def destroy_vm(endpoint: Endpoint, name: str) -> None:

@@ -20,17 +20,17 @@ from typing import IO
 import trio
 
 from noid import hostfs
-from noid.core import checkpointing, configured_image, deeds, lifecycle, paths, recovery, saga, states
+from noid.core import checkpointing, configured_image, deeds, lifecycle, paths, power, recovery, saga, states
 from noid.core.backends import (
     AgentContext,
     AuthBackend,
     Event,
     Guest,
-    MachineExit,
     StorageBackend,
     VmmBackend,
 )
 from noid.core.config import Config
+from noid.core.endings import Endings
 from noid.core.ids import new_id
 from noid.core.images import Images
 from noid.core.layout import Layout
@@ -43,6 +43,7 @@ from noid.core.model import (
     VmSpec,
     VmState,
     checked_name,
+    wire_time,
 )
 from noid.core.operations import Operations
 from noid.core.plugins import Plugins
@@ -51,8 +52,8 @@ from noid.core.saga import Facts, Saga
 from noid.core.services import Services
 from noid.core.session import Session
 from noid.core.sessions import Sessions, VmSessions
-from noid.core.store import Store, Tx, open_store
-from noid.core.supervisor import Supervisor
+from noid.core.store import Store, open_store
+from noid.core.supervisor import GuestLink, Supervisor
 from noid.core.templates import Templates
 from noid.core.users import Users
 from noid.core.waiting import plain_nursery
@@ -65,17 +66,22 @@ DRAIN_SECS = 20.0
 AFTER_SECS = 30.0
 HANDOVER_SECS = 2.0
 CONNECT_SECS = 10.0
+RECOVERED_SECS = 2.0
 LOCK_SECS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What an operation came to. *timings* are its phases in seconds; *changed_bytes* a checkpoint's memory delta."""
+    """What an operation came to. *timings* are its phases in seconds; *changed_bytes* a checkpoint's memory delta.
+
+    *how* says how a machine that was to end has ended (`noid.core.power`).
+    """
 
     vm: Vm | None = None
     checkpoint: Checkpoint | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     changed_bytes: int | None = None
+    how: str | None = None
 
 
 class Agent:
@@ -210,6 +216,74 @@ class Agent:
 
         return await self._run(lifecycle.RESTORE_VM, "restore", user, (name,), facts, work, after=end_old)
 
+    # --- power -----------------------------------------------------------------------------------------------------
+
+    async def stop_vm(self, user: User, name: str, grace_secs: float) -> Outcome:
+        """Let the guest shut down, and end its machine if that takes longer than *grace_secs*; 0 ends it at once.
+
+        A VM that does not run is fine.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it is being made or destroyed.
+        """
+        vm = self._store.vm(user.id, checked_name(name))
+        states.require("stop", name, vm.state)
+        facts = power.facts_of_power(vm, grace_secs=grace_secs)
+        outcome = await self._run(power.STOP_VM, "stop", user, (name,), facts, self._work(user, vm=vm))
+        return dataclasses.replace(outcome, how=facts["how"])
+
+    async def start_vm(self, user: User, name: str) -> Outcome:
+        """Boot a stopped or dead VM on its disk. Returns when its guest has booted; a VM that runs is fine.
+
+        Raises:
+            NotFound: there is no such VM, or its image is gone.
+            Conflict: it is being made or destroyed.
+            DependencyDown, DeadlineExceeded: it does not boot; it is stopped, its disk as the boot has left it.
+        """
+        vm = self.vm(user, name)
+        states.require("start", name, vm.state)
+        if vm.state is VmState.RUNNING and vm.busy is None:
+            return Outcome(vm=vm)
+        return await self._run(
+            power.START_VM, "start", user, (name,), power.facts_of_power(vm), self._work(user, vm=vm)
+        )
+
+    async def reboot_vm(self, user: User, name: str, grace_secs: float) -> Outcome:
+        """Let the guest shut down as in `stop_vm`, then boot it as in `start_vm`.
+
+        Raises:
+            NotFound: there is no such VM, or its image is gone; then it was not stopped.
+            Conflict: it does not run.
+            DependencyDown, DeadlineExceeded: it does not boot; it is stopped.
+        """
+        vm = self._store.vm(user.id, checked_name(name))
+        states.require("reboot", name, vm.state)
+        return await self._reboot(user, vm, grace_secs)
+
+    async def boot_again(self, vm: Vm) -> None:
+        """Start a VM again whose guest has reset its machine."""
+        await self._reboot(self._store.user(vm.owner), vm, 0.0)
+
+    async def finish_reboot(self, vm: Vm) -> None:
+        """Start a VM again that was being rebooted when the last agent ended. What fails is logged."""
+        try:
+            await self.start_vm(self._store.user(vm.owner), vm.name)
+        except NoidError as error:
+            logger.warning("VM %s was being rebooted and does not come back: %s", vm.name, error)
+        except Exception:  # a bug here must not end the agent
+            logger.exception("VM %s was being rebooted and does not come back", vm.name)
+
+    async def _reboot(self, user: User, vm: Vm, grace_secs: float) -> Outcome:
+        await trio.to_thread.run_sync(self.services.images.get, vm.image)  # before anything is stopped for nothing
+        fresh = self._store.vm(user.id, vm.name)
+        if fresh.instance != vm.instance:
+            raise Conflict(f"VM {vm.name!r} was restored or made anew at the same time. Look at it again and repeat.")
+        states.require("reboot", vm.name, fresh.state)
+        facts = power.facts_of_power(vm, grace_secs=grace_secs, again=True)
+        outcome = await self._run(power.REBOOT_VM, "reboot", user, (vm.name,), facts, self._work(user, vm=vm))
+        return dataclasses.replace(outcome, how=facts["how"])
+
     @contextlib.asynccontextmanager
     async def guest(self, user: User, name: str) -> AsyncIterator[Guest]:
         """Yield the VM's guest agent, over the one connection everybody shares.
@@ -221,7 +295,11 @@ class Agent:
         """
         vm = await self._settled(user, name)
         states.require("exec", name, vm.state)
+        holder = self._operations.holder(user.id, name)
+        if holder is not None and self.services.supervisor.find(vm.id) is None:
+            raise Busy(name, holder)
         link = self.services.supervisor.get(vm).link
+        await self._refuse_if_hung(name, link)
         connecting = link.guest()
         try:
             with trio.fail_after(CONNECT_SECS):
@@ -229,7 +307,7 @@ class Agent:
         except trio.TooSlowError as error:
             raise DeadlineExceeded(
                 f"the guest of VM {name!r} does not answer (waited {CONNECT_SECS:g} s). It may be busy or hung: try "
-                "again, look at its serial.log, or restore it from a checkpoint."
+                f"again, look at its serial.log, reboot it with `noid reboot {name}`, or restore it from a checkpoint."
             ) from error
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_exit(connecting.__aexit__)
@@ -259,6 +337,20 @@ class Agent:
         async with self.guest(user, name) as guest:
             sessions = await self.sessions(user, name)
             return await sessions.start(guest, request, detached=detached)
+
+    async def _refuse_if_hung(self, name: str, link: GuestLink) -> None:
+        """Let pass unless the guest is known not to answer and has not come back since.
+
+        Raises:
+            DeadlineExceeded: says since when it does not answer.
+        """
+        since = link.health.unresponsive_since
+        if since is None or await link.health.ask(link, RECOVERED_SECS):
+            return
+        raise DeadlineExceeded(
+            f"the guest of VM {name!r} has not answered since {wire_time(since)} UTC. It may be hung or starved: look "
+            f"at its serial.log, reboot it with `noid reboot {name}`, or restore it from a checkpoint."
+        )
 
     def default_user(self, user: User, name: str) -> str:
         """Return who commands run as in that VM when nobody is named: the image's user, or root."""
@@ -314,7 +406,14 @@ class Agent:
 
     def _with_busy(self, vm: Vm) -> Vm:
         holder = self._operations.holder(vm.owner, vm.name)
-        return dataclasses.replace(vm, busy=holder) if holder else vm
+        live = self.services.supervisor.find(vm.id)
+        health = None if live is None or live.instance != vm.instance else live.link.health
+        return dataclasses.replace(
+            vm,
+            busy=holder,
+            responding=None if health is None else health.responding,
+            unresponsive_since=None if health is None else health.unresponsive_since,
+        )
 
     async def _run(
         self,
@@ -414,11 +513,10 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         await _ensure_local_user(store)
         nursery = await stack.enter_async_context(plain_nursery())
 
-        async def on_exit(vm_id: str, instance: str, why: MachineExit) -> None:
-            await _note_death(store, vm_id, instance, why)
-
+        operations = Operations(nursery)
+        endings = Endings(store, operations, nursery)
         sessions = Sessions(nursery, layout, config.exec_reattach_secs)
-        supervisor = Supervisor(nursery, exec_backend, on_exit, sessions)
+        supervisor = Supervisor(nursery, exec_backend, endings.note, sessions)
         services = Services(
             config=config,
             layout=layout,
@@ -432,13 +530,16 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             supervisor=supervisor,
         )
         templates = Templates(services)
-        operations = Operations(nursery)
         pool = Pool(services, templates, operations)
         try:
-            await recovery.recover(services, templates)
+            interrupted = await recovery.recover(services, templates)
             await templates.collect()
             nursery.start_soon(pool.keep)
-            yield Agent(services, auth, operations, templates, pool, sessions)
+            agent = Agent(services, auth, operations, templates, pool, sessions)
+            endings.serve(agent.boot_again)
+            for vm in interrupted:
+                nursery.start_soon(agent.finish_reboot, vm)
+            yield agent
         finally:
             with trio.move_on_after(DRAIN_SECS, shield=True):
                 await operations.drain()
@@ -504,20 +605,3 @@ def _own_name() -> str:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         return str(os.geteuid())
-
-
-async def _note_death(store: Store, vm_id: str, instance: str, why: MachineExit) -> None:
-    """Write down that a machine ended by itself, unless its VM has another by now."""
-    state = VmState.STOPPED if why.reason == "shutdown" else VmState.DEAD
-
-    def change(tx: Tx) -> Vm | None:
-        vm = tx.current(vm_id)
-        if vm.instance != instance or vm.state not in (VmState.RUNNING, VmState.PAUSED):
-            return None
-        tx.update_vm(vm, state=state, process=None)
-        return vm
-
-    with contextlib.suppress(Conflict):  # destroyed at the same time
-        vm = await store.write(change)
-        if vm is not None:
-            logger.warning("VM %s ended: %s %s", vm.name, why.reason, why.detail, extra={"vm": vm.name})

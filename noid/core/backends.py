@@ -215,6 +215,15 @@ class Machine(Protocol):
         """
         ...
 
+    async def press_power_button(self) -> None:
+        """Do what pressing a power button does: a guest that listens shuts down, any other does nothing.
+
+        Raises:
+            DependencyDown: the machine is gone.
+            Unsupported: it has no such button.
+        """
+        ...
+
     async def wait(self) -> MachineExit:
         """Return when the process has ended and its end is known. Any number of waiters."""
         ...
@@ -397,6 +406,11 @@ class Guest(Protocol):
 
     features: frozenset[str]
 
+    @property
+    def heard_at(self) -> float:
+        """When it said something last, on trio's clock."""
+        ...
+
     async def start(self, request: ExecRequest) -> Process:
         """Start a process and attach to it. Cancelled before it is known to run, it is ended.
 
@@ -451,6 +465,13 @@ class Guest(Protocol):
 
     async def power_off(self) -> None:
         """Ask the guest to sync its file systems and power off. Returns when it has acknowledged."""
+        ...
+
+    async def reboot(self) -> None:
+        """Ask the guest to sync its file systems and reboot: its machine ends, with ``reset``, and is made anew.
+
+        Returns when it has acknowledged.
+        """
         ...
 
 

@@ -120,6 +120,8 @@ def _read_vm(directory: Path) -> tuple[Vm, User] | None:
                 "receipt": Receipt(items=tuple(ReceiptItem(**i) for i in receipt["items"])) if receipt else None,
                 "created_at": datetime.fromisoformat(fields["created_at"]),
                 "busy": None,
+                "responding": None,
+                "unresponsive_since": None,
             }
         )  # fmt: skip
         owner = _user(deed["owner"])

@@ -93,10 +93,21 @@ def with_files(manifest: Manifest, disk: FrozenDisk, files: Mapping[str, FileFac
 
 def write(directory: Path, manifest: Manifest) -> None:
     """Write manifest and seal into *directory*, everything else being there. The caller fsyncs and renames it."""
-    body = asdict(manifest) | {"format": FORMAT, "created_at": manifest.created_at.isoformat()}
-    text = json.dumps({"manifest": body, "digest": _json_digest(body)}, indent=1, sort_keys=True)
     (directory / _SEAL).write_text(json.dumps({name: _seal(directory / name) for name in manifest.files}))
-    (directory / _NAME).write_text(text + "\n")
+    (directory / _NAME).write_text(_text(manifest))
+
+
+def amend(directory: Path, **changes: Any) -> None:
+    """Replace fields of the manifest that lies with a VM's machine, at one instant. Not for checkpoints: no seal.
+
+    Raises:
+        NotFound, Damaged: see `read`.
+        OSError: the manifest is as it was.
+    """
+    manifest = replace(read(directory), **changes)
+    partial = directory / f"{_NAME}.partial"
+    partial.write_text(_text(manifest))
+    partial.rename(directory / _NAME)
 
 
 def read(directory: Path) -> Manifest:
@@ -217,6 +228,11 @@ def _complete(manifest: Manifest) -> Manifest:
 
 def _changed(checkpoint: str, name: str, how: str) -> str:
     return f"checkpoint {checkpoint} is damaged: {name}: {how}. {_LOST}"
+
+
+def _text(manifest: Manifest) -> str:
+    body = asdict(manifest) | {"format": FORMAT, "created_at": manifest.created_at.isoformat()}
+    return json.dumps({"manifest": body, "digest": _json_digest(body)}, indent=1, sort_keys=True) + "\n"
 
 
 def _facts(path: Path) -> FileFacts:

@@ -245,7 +245,10 @@ class Vm:
     """A VM as the store knows it.
 
     *instance* names the VM's directory and run directory; an in-place restore gives the VM a new one. *origin* is the
-    checkpoint or template it was restored from. *generation* grows with every change of the row.
+    checkpoint or template it was restored from. *generation* grows with every change of the row. *ended* says how its
+    last machine ended. What follows is of the moment and not stored: *busy* names the operation that holds the VM,
+    *responding* says whether its guest answers (None: not known), and *unresponsive_since* when it was first asked in
+    vain.
     """
 
     id: str
@@ -263,7 +266,10 @@ class Vm:
     origin: str | None = None
     receipt: Receipt | None = None
     created_at: datetime
+    ended: str | None = None
     busy: str | None = None
+    responding: bool | None = None
+    unresponsive_since: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ class Operations:
         self._idle = trio.Event()
         self._idle.set()
         self._started = trio.Event()
+        self._freed = trio.lowlevel.ParkingLot()
         self._closing = False
 
     def holder(self, owner: str, vm_name: str) -> str | None:
@@ -78,6 +79,11 @@ class Operations:
             raise result.error
         return result.value  # type: ignore[return-value]  # set whenever there is no error
 
+    async def free(self, owner: str, vm_name: str) -> None:
+        """Return when no operation holds the VM. The next may be faster than whoever waited."""
+        while (owner, vm_name) in self._holders:
+            await self._freed.park()
+
     async def quiet(self, secs: float) -> None:
         """Return when no operation has run for *secs*."""
         while True:
@@ -109,6 +115,7 @@ class Operations:
         finally:
             for key in keys:
                 del self._holders[key]
+            self._freed.unpark_all()
             self._running -= 1
             if self._running == 0:
                 self._idle.set()

@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from noid import hostfs
-from noid.core import checkpointing, deeds, lifecycle, processes, saga
+from noid.core import checkpointing, deeds, lifecycle, power, processes, saga
 from noid.core import manifest as manifests
 from noid.core.backends import Machine, MachinePlan
 from noid.core.model import Checkpoint, User, Vm, VmState, now
@@ -44,12 +44,18 @@ SAGAS: dict[str, Saga[Work]] = {
         lifecycle.RESTORE_VM,
         lifecycle.DESTROY_VM,
         checkpointing.CHECKPOINT_VM,
+        power.STOP_VM,
+        power.START_VM,
+        power.REBOOT_VM,
     )
 }
 
 
-async def recover(services: Services, templates: Templates) -> None:
-    """Bring rows, processes and files into agreement. One VM that cannot be mended is logged and stops nothing."""
+async def recover(services: Services, templates: Templates) -> list[Vm]:
+    """Bring rows, processes and files into agreement. One VM that cannot be mended is logged and stops nothing.
+
+    Returns the VMs that a reboot has stopped and not yet started: they are to be started.
+    """
     with hostfs.os_errors("looking at the VMs' directories"):
         spared = deeds.take_up_vms(services.store, services.layout)  # blocks, and nothing else runs yet
     at_once = trio.CapacityLimiter(ADOPTED_AT_ONCE)
@@ -57,7 +63,11 @@ async def recover(services: Services, templates: Templates) -> None:
         for vm in services.store.all_vms():
             if vm.state in (VmState.RUNNING, VmState.PAUSED):
                 nursery.start_soon(_adopt, services, vm, at_once)
+    rebooting = []
     for operation in services.store.open_operations():
+        undoing = any(event != "doing" for _, event in operation["events"])
+        if operation["kind"] == power.REBOOT_VM.kind and not undoing:
+            rebooting.append((operation["owner"], operation["vm_name"]))
         try:
             await _unwind(services, templates, operation)
         except Exception:  # whatever it is, an agent that does not start helps nobody
@@ -76,6 +86,8 @@ async def recover(services: Services, templates: Templates) -> None:
     for user in services.store.users():
         await trio.to_thread.run_sync(deeds.write_user, services.layout, user)
     await services.store.write(partial(Tx.forget_operations, ended_before=now() - REMEMBERED))
+    stopped = (vm for vm in services.store.all_vms() if vm.state is VmState.STOPPED)
+    return [vm for vm in stopped if (vm.owner, vm.name) in rebooting]
 
 
 async def _adopt(services: Services, vm: Vm, at_once: trio.CapacityLimiter) -> None:
@@ -131,7 +143,7 @@ async def _take_hold(services: Services, vm: Vm) -> None:
             await machine.aclose()
         with hostfs.os_errors(f"ending the machine of VM {vm.name!r}"):
             await trio.to_thread.run_sync(processes.end_instance, services.config.data_dir, vm.instance)
-        await services.store.write(lambda tx: tx.update_vm(vm, state=VmState.DEAD, process=None))
+        await services.store.write(lambda tx: tx.update_vm(vm, state=VmState.DEAD, process=None, ended=why))
         return
     services.supervisor.hold(vm.id, vm.instance, machine, services.supervisor.link(machine, directory))
     logger.info("adopted VM %s (%s)", vm.name, vm.instance, extra={"vm": vm.name, "owner": vm.owner})

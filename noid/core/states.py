@@ -23,7 +23,7 @@ TRANSITIONS: dict[VmState, frozenset[VmState]] = {
     _S.RUNNING: frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DEAD, _S.DESTROYING}),
     _S.PAUSED: frozenset({_S.RUNNING, _S.STOPPED, _S.DEAD, _S.DESTROYING}),
     _S.STOPPED: frozenset({_S.RUNNING, _S.DEAD, _S.DESTROYING}),
-    _S.DEAD: frozenset({_S.RUNNING, _S.DESTROYING}),
+    _S.DEAD: frozenset({_S.RUNNING, _S.STOPPED, _S.DESTROYING}),
     _S.RESTORING: frozenset({_S.RUNNING, _S.DEAD, _S.DESTROYING}),
     _S.DESTROYING: frozenset({_S.DESTROYING}),
 }
@@ -34,11 +34,15 @@ ALLOWED: dict[str, frozenset[VmState]] = {
     "exec": frozenset({_S.RUNNING}),
     "restore": frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DEAD}),
     "destroy": frozenset(_S),
+    "stop": frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DEAD}),
+    "start": frozenset({_S.RUNNING, _S.STOPPED, _S.DEAD}),
+    "reboot": frozenset({_S.RUNNING, _S.PAUSED}),
 }
 
 _HINTS = {
-    _S.DEAD: "Its machine has ended; restore it from a checkpoint or destroy it.",
-    _S.STOPPED: "Its guest has powered off; restore it from a checkpoint or destroy it.",
+    _S.DEAD: "Its machine has ended: boot its disk with `noid start {name}`, restore it from a checkpoint, or destroy "
+    "it.",
+    _S.STOPPED: "Start it with `noid start {name}`, restore it from a checkpoint, or destroy it.",
     _S.PAUSED: "Resume it first.",
     _S.CREATING: "Wait until it is there.",
     _S.DESTROYING: "It is being destroyed; `noid destroy` again finishes that.",
@@ -59,4 +63,4 @@ def require(action: str, name: str, state: VmState) -> None:
         Conflict: says what the VM is and what to do about it.
     """
     if state not in ALLOWED[action]:
-        raise Conflict(f"cannot {action} VM {name!r}: it is {state}. {_HINTS[state]}".rstrip())
+        raise Conflict(f"cannot {action} VM {name!r}: it is {state}. {_HINTS[state].format(name=name)}".rstrip())

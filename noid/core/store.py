@@ -72,6 +72,12 @@ def first_schema(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def how_machines_ended(db: Database) -> None:
+    """Why a VM is stopped or dead."""
+    db.execute("ALTER TABLE vms ADD COLUMN ended TEXT")
+
+
 class Tx:
     """What a write may do. Lives only inside the function given to `Store.write`."""
 
@@ -383,7 +389,7 @@ def _encode(value: Any) -> Any:
 
 
 def _vm_row(vm: Vm) -> dict[str, Any]:
-    names = (name for name in Vm.__dataclass_fields__ if name != "busy")
+    names = (name for name in Vm.__dataclass_fields__ if name not in _OF_THE_MOMENT)
     return {name: _encode(getattr(vm, name)) for name in names}
 
 
@@ -400,6 +406,8 @@ def _vm(row: sqlite3.Row) -> Vm:
     )
 
 
+#: What a VM has that its row has not.
+_OF_THE_MOMENT = frozenset({"busy", "responding", "unresponsive_since"})
 _DECODED = frozenset({"state", "lease", "process", "receipt", "created_at"})
 
 

@@ -1,4 +1,4 @@
-"""The machines that run now: one watcher and one shared guest connection for each."""
+"""The machines that run now: for each a watcher, one shared guest connection, and what is known of its health."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import trio
 from noid.core.backends import ExecBackend, Guest, Machine, MachineExit
 from noid.core.console import CONSOLE_LOG, Console
 from noid.core.filewatch import FileWatches
+from noid.core.health import Health
 from noid.core.model import Vm
+from noid.core.waiting import plain_nursery
 from noid.errors import BackendError, DependencyDown
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class GuestLink:
         self._machine = machine
         self._backend = backend
         self._nursery = nursery
+        self.health = Health(f"of process {machine.ref.pid}")
         self._opening = trio.Lock()
         self._guest: Guest | None = None
         self._scope: trio.CancelScope | None = None
@@ -48,6 +51,11 @@ class GuestLink:
             if self._guest is guest and not await self._answers(guest):
                 self.drop()
             raise
+
+    @property
+    def heard_at(self) -> float | None:
+        """When the guest said something last on the connection that is open, on trio's clock. None: none is open."""
+        return None if self._guest is None else self._guest.heard_at
 
     def drop(self) -> None:
         """Close the connection, also one that is being opened. The next `guest` opens a new one."""
@@ -70,6 +78,7 @@ class GuestLink:
             with scope:
                 async with self._backend.connect(self._machine, self.console) as guest:
                     opened, self._guest = True, guest
+                    self.health.heard()
                     task_status.started(guest)
                     await trio.sleep_forever()
         except Exception as error:
@@ -95,13 +104,15 @@ class GuestLink:
 
 @dataclass(slots=True, kw_only=True)
 class Live:
-    """A VM's machine while this agent holds it."""
+    """A VM's machine while this agent holds it. *gone* is set when it has ended by itself, and *why* says how."""
 
     vm_id: str
     instance: str
     machine: Machine
     link: GuestLink
     watch: trio.CancelScope = field(default_factory=trio.CancelScope)
+    gone: trio.Event = field(default_factory=trio.Event)
+    why: MachineExit | None = None
 
 
 class Observer(Protocol):
@@ -151,7 +162,10 @@ class Supervisor:
         """
         live = self._live.get(vm.id)
         if live is None or live.instance != vm.instance:
-            raise DependencyDown(f"VM {vm.name!r} has no running machine. Restore it from a checkpoint or destroy it.")
+            raise DependencyDown(
+                f"VM {vm.name!r} has no running machine. Boot its disk with `noid start`, restore it from a "
+                "checkpoint, or destroy it."
+            )
         return live
 
     def find(self, vm_id: str) -> Live | None:
@@ -189,7 +203,7 @@ class Supervisor:
         """Wait for the machine's end. Whoever releases it closes it; otherwise it is closed here."""
         try:
             with live.watch:
-                why = await live.machine.wait()
+                why = live.why = await self._end_of(live)
                 if self._observer is not None:
                     self._observer.ended(live, why)
                 live.link.drop()
@@ -203,3 +217,14 @@ class Supervisor:
             if not live.watch.cancel_called:
                 with trio.move_on_after(CLOSE_SECS, shield=True):
                     await live.machine.aclose()
+            if live.why is not None:
+                live.gone.set()
+
+    async def _end_of(self, live: Live) -> MachineExit:
+        """Return how the machine ended; until then its guest's health is looked after."""
+        ended: list[MachineExit] = []
+        async with plain_nursery() as nursery:
+            nursery.start_soon(live.link.health.watch, live.link)
+            ended.append(await live.machine.wait())
+            nursery.cancel_scope.cancel()
+        return ended[0]

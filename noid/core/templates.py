@@ -93,7 +93,7 @@ class Templates:
             "vmm": dict(services.vmm.fingerprint()),
             "disk": services.storage.features.format,
             "network": services.config.backends.network,
-            "boot_args": self._boot_args(spec),
+            "boot_args": self.boot_args(spec),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -131,7 +131,8 @@ class Templates:
                 found.append(directory)
         return found
 
-    def _boot_args(self, spec: VmSpec) -> list[str]:
+    def boot_args(self, spec: VmSpec) -> list[str]:
+        """Return what plugins add to the kernel command line of a VM of that shape."""
         offered = self._services.plugins.hook.boot_args(spec=spec, lease=None)
         return [argument for arguments in offered for argument in arguments]
 
@@ -165,7 +166,7 @@ class Templates:
                 lease=lease,
                 kernel=image.kernel,
                 initrd=image.initrd,
-                cmdline=" ".join([image.cmdline, *self._boot_args(spec)]).strip(),
+                cmdline=" ".join([image.cmdline, *self.boot_args(spec)]).strip(),
             )
             machine = await services.vmm.launch(plan)
             await self._boot(machine, image, scratch, lease)

@@ -31,6 +31,7 @@ class Work:
     machine: Machine | None = None
     link: GuestLink | None = None
     receipt: Receipt | None = None
+    ready: tuple[str, ...] | None = None
     freeze_plan: FreezePlan | None = None
     frozen: Frozen | None = None
     checkpoint: Checkpoint | None = None

@@ -97,7 +97,7 @@ class Routes:
         )
         async with still_working():
             outcome = await self._agent.create_vm(current_user(), spec)
-        return _vm_reply(outcome, 201)
+        return vm_reply(outcome, 201)
 
     async def vms(self) -> Response:
         """List the caller's VMs, oldest first."""
@@ -142,7 +142,7 @@ class Routes:
             checked_name(new_name, "new VM name")
         async with still_working():
             outcome = await self._agent.restore_vm(current_user(), name, checkpoint_id, new_name)
-        return _vm_reply(outcome, 200)
+        return vm_reply(outcome, 200)
 
 
 def vm_fields(vm: Vm) -> dict[str, Any]:
@@ -160,6 +160,9 @@ def vm_fields(vm: Vm) -> dict[str, Any]:
         "network": vm.network,
         "origin": vm.origin,
         "receipt": None if vm.receipt is None else [dataclasses.asdict(item) for item in vm.receipt.items],
+        "ended": vm.ended,
+        "responding": vm.responding,
+        "unresponsive_since": None if vm.unresponsive_since is None else wire_time(vm.unresponsive_since),
     }
 
 
@@ -177,9 +180,11 @@ def checkpoint_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _vm_reply(outcome: Outcome, status: int) -> Response:
-    assert outcome.vm is not None  # noqa: S101  # what the outcome of a create or restore has
-    return json_reply(vm_fields(outcome.vm) | {"timings": dict(outcome.timings)}, status)
+def vm_reply(outcome: Outcome, status: int) -> Response:
+    """Return the VM an operation is about as it is now, with how long the phases took."""
+    assert outcome.vm is not None  # noqa: S101  # what the outcome of everything but a destroy has
+    how = {} if outcome.how is None else {"how": outcome.how}
+    return json_reply(vm_fields(outcome.vm) | {"timings": dict(outcome.timings)} | how, status)
 
 
 async def _refuse_no_name() -> None:
@@ -224,6 +229,28 @@ class Body:
         if type(value) is not int:
             shown = json.dumps(value)[:40]
             raise InvalidRequest(f"invalid request body: {name!r} is {shown}; it must be an integer.")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """Return a finite number. Booleans and strings are none.
+
+        Raises:
+            InvalidRequest: it is something else.
+        """
+        value = self.fields.get(name, default)
+        if type(value) not in (int, float) or not -1e18 < value < 1e18:  # NaN fails here too
+            raise InvalidRequest(f"invalid request body: {name!r} is {json.dumps(value)[:40]}; it must be a number.")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """Return a boolean; one that is missing is false.
+
+        Raises:
+            InvalidRequest: it is something else.
+        """
+        value = self.fields.get(name, False)
+        if not isinstance(value, bool):
+            raise InvalidRequest(f"invalid request body: {name!r} must be true or false.")
         return value
 
 

@@ -16,7 +16,7 @@ from hypercorn.utils import wrap_app
 
 from noid.core.agent import Agent
 from noid.core.config import Config
-from noid.server import rest
+from noid.server import power, rest
 from noid.server.guard import Guard
 from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
 from noid.server.listening import tcp_listeners, unix_listener
@@ -84,6 +84,7 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
     guard = Guard(agent, config)
     guard.protect(app)
     rest.add_routes(app, agent)
+    power.add_routes(app, agent)
     websockets = WebSockets(config, guard, stopping)
     ExecRoutes(agent, websockets).add_to(app)
     ProcessRoutes(agent, websockets).add_to(app)

@@ -17,7 +17,7 @@ from unittest import mock
 
 import trio
 
-from noid.core import checkpointing, lifecycle
+from noid.core import checkpointing, lifecycle, power
 from noid.core import saga as engine
 from noid.core.saga import Facts, Saga, Step
 from noid.core.work import Work
@@ -31,6 +31,9 @@ SAGAS: Mapping[str, tuple[ModuleType, str]] = {
     "restore": (lifecycle, "RESTORE_VM"),
     "checkpoint": (checkpointing, "CHECKPOINT_VM"),
     "destroy": (lifecycle, "DESTROY_VM"),
+    "stop": (power, "STOP_VM"),
+    "start": (power, "START_VM"),
+    "reboot": (power, "REBOOT_VM"),
 }
 
 #: How a step is broken. ``killed in undo``: the last step fails, and the agent is killed right after this one's undo.
@@ -65,6 +68,9 @@ CALLS: Mapping[str, tuple[str, ...]] = {
     "restore": ("restore", "connect", "wake"),
     "checkpoint": ("prepare_pause", "pause", "capture", "capture.finish", "resume"),
     "destroy": ("kill",),
+    "stop": ("power_off",),
+    "start": ("launch", "connect", "start", "wake"),
+    "reboot": ("reboot", "launch", "connect", "start", "wake"),
 }
 
 _SENSELESS = {
@@ -74,6 +80,9 @@ _SENSELESS = {
     ("checkpoint", "capture"): ("VMM dies",),
     ("checkpoint", "capture.finish"): ("VMM dies",),
     ("checkpoint", "resume"): ("VMM dies", "refuses before"),
+    # The machine may end before the agent knows that it was heard.
+    ("stop", "power_off"): ("VMM dies", "refuses after", "killed after"),
+    ("reboot", "reboot"): ("VMM dies", "refuses after", "killed after"),
 }
 
 

@@ -39,6 +39,10 @@ from noid.testing.simulated_agent import give_default_image, simulated_config, s
 
 MEM_MIB = 64
 CELL_SECS = 30.0
+GRACE_SECS = 5.0
+POWER = ("stop", "start", "reboot")
+#: What is done to another VM than ``web``, which is made for it.
+VICTIMS = ("destroy", *POWER)
 
 
 @dataclass(slots=True)
@@ -85,6 +89,12 @@ class World:
                 await agent.checkpoint_vm(user, "web", "another")
             case "destroy":
                 await agent.destroy_vm(user, "victim")
+            case "stop":
+                await agent.stop_vm(user, "victim", GRACE_SECS)
+            case "start":
+                await agent.start_vm(user, "victim")
+            case "reboot":
+                await agent.reboot_vm(user, "victim", GRACE_SECS)
 
     def run_broken(self, cell: Cell) -> str:
         """Run the operation, broken, in a process of its own; return how it ended: an error, ``done``, ``killed``."""
@@ -111,8 +121,8 @@ class World:
         outcome, faults = "cancelled", Faults()
         async with self.agent(faults) as agent:
             user = agent.local_user()
-            if cell.saga == "destroy":
-                await agent.restore_vm(user, "web", self.checkpoint, "victim")
+            if cell.saga in VICTIMS:
+                await self._make_victim(agent, cell.saga)
             with broken(cell, faults):
                 try:
                     await self.operate(agent, cell.saga)
@@ -145,6 +155,9 @@ class World:
                 expected |= {"new"}
             if cell.saga == "destroy" and "victim" in names:  # only forward: unless it was destroyed it can be, again
                 expected |= {"victim"}
+            if cell.saga in POWER:
+                expected |= {"victim"}
+                await self._look_at_victim(agent, cell, happened=happened)
             assert names == expected, f"VMs are {names}, not {expected}, after {outcome}"
             web = agent.vm(user, "web")
             assert (web.state, web.busy) == (VmState.RUNNING, None), f"web is {web.state}, busy with {web.busy}"
@@ -160,6 +173,43 @@ class World:
             self._agrees(agent)
             self.process = agent.vm(user, "web").process
 
+    async def _make_victim(self, agent: Agent, saga: str) -> None:
+        """Make another VM for the operation, with something on its disk."""
+        user = agent.local_user()
+        await agent.restore_vm(user, "web", self.checkpoint, "victim")
+        async with agent.guest(user, "victim") as guest:
+            await _said(guest, "echo kept > /root/word; sync")
+        if saga == "start":
+            await agent.stop_vm(user, "victim", GRACE_SECS)
+
+    async def _look_at_victim(self, agent: Agent, cell: Cell, *, happened: bool) -> None:
+        """See to it that the victim runs or is stopped, whichever it may; a reboot cut off by a crash is finished."""
+        user = agent.local_user()
+        with trio.fail_after(CELL_SECS):
+            while True:
+                victim = agent.vm(user, "victim")
+                cut_off = cell.saga == "reboot" and cell.kills_agent and cell.mode != "killed in undo"
+                finishing = cut_off and victim.state is not VmState.RUNNING
+                if victim.busy is None and not finishing:
+                    break
+                await trio.sleep(0.01)  # the agent finishes it by itself and tells nobody
+        allowed = {VmState.RUNNING, VmState.STOPPED}
+        if happened:
+            allowed = {VmState.STOPPED} if cell.saga == "stop" else {VmState.RUNNING}
+        assert victim.state in allowed, f"the victim is {victim.state}"
+        assert (victim.process is None) == (victim.state is VmState.STOPPED), f"{victim.state} with {victim.process}"
+
+    async def _finish_victim(self, agent: Agent, saga: str) -> None:
+        """The operation has been tried again: the victim is what it should be, and has its disk."""
+        user = agent.local_user()
+        if saga == "stop":
+            assert agent.vm(user, "victim").state is VmState.STOPPED
+            await agent.start_vm(user, "victim")
+        async with agent.guest(user, "victim") as guest:
+            assert await _said(guest, "cat /root/word") == b"kept\n", "the victim's disk"
+            assert await _said(guest, "hostname") == b"victim\n", "the victim's name"
+        await agent.destroy_vm(user, "victim")
+
     async def _again(self, agent: Agent, cell: Cell, *, happened: bool) -> None:
         """Do it again, now that nothing is broken, and tidy up."""
         user = agent.local_user()
@@ -167,7 +217,11 @@ class World:
             await agent.destroy_vm(user, "new")
         if cell.saga == "destroy" and all(vm.name != "victim" for vm in agent.vms(user)):
             await agent.restore_vm(user, "web", self.checkpoint, "victim")
+        if cell.saga == "reboot" and agent.vm(user, "victim").state is VmState.STOPPED:
+            await agent.start_vm(user, "victim")
         await self.operate(agent, cell.saga)
+        if cell.saga in POWER:
+            await self._finish_victim(agent, cell.saga)
         if cell.saga in ("create", "fork"):
             async with agent.guest(user, "new") as guest:
                 await guest.ping()
@@ -206,15 +260,21 @@ def _names(directory: Path) -> set[str]:
     return {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
 
 
+async def _said(guest: Guest, script: str) -> bytes:
+    """Run a script in the guest and return what it wrote."""
+    process = await guest.start(ExecRequest(argv=("sh", "-c", script)))
+    text = b""
+    while isinstance(said := await process.receive(), OutputChunk):
+        text += said.data
+    await guest.release(process)
+    return text
+
+
 async def _counted(guest: Guest, beyond: int) -> int:
     """Wait until the counter in the guest is beyond a number and return it."""
     with trio.fail_after(CELL_SECS):
         while True:
-            process = await guest.start(ExecRequest(argv=("cat", "/run/n")))
-            text = b""
-            while isinstance(said := await process.receive(), OutputChunk):
-                text += said.data
-            await guest.release(process)
+            text = await _said(guest, "cat /run/n")
             if int(text or b"0") > beyond:
                 return int(text)
             await guest.ping()

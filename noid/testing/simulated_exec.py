@@ -83,6 +83,7 @@ class SimulatedGuestLink:
         self._answered = trio.lowlevel.ParkingLot()
         self._processes: dict[int, SimulatedProcess] = {}
         self.gone = False
+        self.heard_at = trio.current_time()
 
     # --- the wire --------------------------------------------------------------------------------------------------
 
@@ -107,6 +108,7 @@ class SimulatedGuestLink:
         try:
             while data := await self._stream.receive_some(65536):
                 received += data
+                self.heard_at = trio.current_time()
                 *lines, rest = received.split(b"\n")
                 received = bytearray(rest)
                 for line in lines:
@@ -249,6 +251,11 @@ class SimulatedGuestLink:
         """Ask the guest to power off."""
         await self._faults.before("power_off", self._pid)
         await self.call("power_off")
+
+    async def reboot(self) -> None:
+        """Ask the guest to reboot."""
+        await self._faults.before("reboot", self._pid)
+        await self.call("reboot")
 
 
 class SimulatedProcess:

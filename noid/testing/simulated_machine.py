@@ -11,7 +11,7 @@ orphans are tested on what they are for; only the guest is made up.
 - ``<run_dir>/end.json``: why it ended, if it ended by itself.
 
 Kernel arguments: ``simulated.mute`` makes a guest whose agent never answers, ``simulated.boot_secs=N`` one that takes
-its time. Standard library only.
+its time. A guest whose disk has a file ``/etc/stubborn`` acknowledges a shutdown and goes on. Standard library only.
 """
 
 from __future__ import annotations
@@ -279,10 +279,11 @@ class SimulatedMachine:
                 names = (request["hostname"], request["machine_id"], request["unix_ns"])
                 items = guest.wake(*names, entropy, request["generation"])
                 host.send({"event": "woken", "number": request["number"], "items": items})
-            case "power_off":
+            case "power_off" | "reboot":
                 self.disk.flush()
                 host.send({"event": "powering_off", "number": request["number"]})
-                guest.events.append((0, "end", "shutdown"))
+                if not self._is_stubborn():
+                    guest.events.append((0, "end", "shutdown" if request["op"] == "power_off" else "reset"))
             case "release" if pid is None:
                 host.send({"event": "released", "id": request["id"]})
             case _ if pid is None:
@@ -330,6 +331,9 @@ class SimulatedMachine:
             {"event": "attached", "number": request["number"], "pid": pid, "start": start, "stdin_window": window}
         )
 
+    def _is_stubborn(self) -> bool:
+        return self.disk.read("/etc/stubborn") is not None
+
     # --- control ---------------------------------------------------------------------------------------------------
 
     def _accept_control(self, listener: socket.socket) -> None:
@@ -364,6 +368,11 @@ class SimulatedMachine:
                     self.disk.flush()
             case "flush":
                 self.disk.flush()
+            case "power_button":
+                self.disk.flush()
+                if not self.paused and not self._is_stubborn():
+                    self.guest.events.append((0, "end", "shutdown"))
+                    self._deliver()
             case "resume":
                 self.paused, self.since = False, time.monotonic() if self.paused else self.since
             case "capture" | "pivot" if not self.paused:

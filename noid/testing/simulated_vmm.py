@@ -245,6 +245,11 @@ class SimulatedMachine:
                 raise self._gone("the serial console") from error
             return self._line
 
+    async def press_power_button(self) -> None:
+        """Let the guest shut down as if somebody had pressed its power button."""
+        async with self._faulty("press_power_button"):
+            await self.ask("power_button")
+
     async def wait(self) -> MachineExit:
         """Return when the process has ended and its end is known."""
         await self._ended()

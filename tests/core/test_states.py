@@ -15,12 +15,20 @@ FOLLOWS = {
     VmState.PAUSED: "rsdD",
     VmState.RESTORING: "rdD",
     VmState.STOPPED: "rdD",
-    VmState.DEAD: "rD",
+    VmState.DEAD: "rsD",
     VmState.DESTROYING: "D",
 }
 LETTERS = dict(zip(VmState, "crpRsdD", strict=True))
 
-MAY = {"checkpoint": "rp", "exec": "r", "restore": "rpsd", "destroy": "crpRsdD"}
+MAY = {
+    "checkpoint": "rp",
+    "exec": "r",
+    "restore": "rpsd",
+    "destroy": "crpRsdD",
+    "stop": "rpsd",
+    "start": "rsd",
+    "reboot": "rp",
+}
 
 
 @pytest.mark.parametrize("new", VmState, ids=str)

@@ -14,6 +14,7 @@ import trio.testing
 from noid.core.backends import ExecBackend, Machine, MachineExit
 from noid.core.console import Console
 from noid.core.filewatch import FileWatches
+from noid.core.model import ProcessRef
 from noid.core.supervisor import GuestLink, Supervisor
 from noid.errors import BackendError, DependencyDown
 
@@ -52,6 +53,8 @@ class Conversation:
 
 class Ending:
     """A machine that ends when told."""
+
+    ref = ProcessRef(pid=1, start_ticks=1, boot_id="")
 
     def __init__(self) -> None:
         self.ended = trio.Event()

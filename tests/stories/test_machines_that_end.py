@@ -20,7 +20,7 @@ def test_a_vm_that_powers_itself_off_is_stopped_and_can_be_restored(noid: House)
     done = noid("exec", "web", "--", "poweroff", "-f")
     assert done.code in (0, 125)
     noid.eventually(lambda: noid.states()["web"] == "stopped")
-    told = "Its guest has powered off; restore it from a checkpoint or destroy it."
+    told = "Start it with `noid start web`, restore it from a checkpoint, or destroy it."
     assert noid("exec", "web", "--", "true").complaint == f"cannot exec VM 'web': it is stopped. {told}"
     said = noid("checkpoint", "web").complaint
     assert said == f"server error (409): cannot checkpoint VM 'web': it is stopped. {told}"
@@ -35,7 +35,7 @@ def test_a_vm_whose_qemu_was_killed_is_dead_and_a_restore_revives_it(noid: House
     checkpoint = noid.checkpoint("web")
     noid.kill_machine("web")
     noid.eventually(lambda: noid.states()["web"] == "dead")
-    told = "Its machine has ended; restore it from a checkpoint or destroy it."
+    told = "Its machine has ended: boot its disk with `noid start web`, restore it from a checkpoint, or destroy it."
     assert noid("exec", "web", "--", "true").complaint == f"cannot exec VM 'web': it is dead. {told}"
     noid.ok("restore", "web", checkpoint)
     assert noid.states() == {"web": "running"}

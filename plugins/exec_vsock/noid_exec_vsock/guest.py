@@ -90,6 +90,7 @@ class _Connection:
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.epoch = secrets.randbelow((1 << 32) - 1) + 1
         self.failure: NoidError | None = None
+        self.heard_at = trio.current_time()
         self.processes: dict[int, GuestProcess] = {}
         self._stream = stream
         self._decoder = FrameDecoder(self.epoch)
@@ -241,6 +242,7 @@ class _Connection:
             if not data:
                 self._fail(_gone())
                 return
+            self.heard_at = trio.current_time()
             try:
                 for frame in self._decoder.feed(data):
                     self._hear(frame)
@@ -429,6 +431,11 @@ class AgentGuest:
         answer = await self._connection.ask(Message.WAKE, Message.RECEIPT, frames.wake_body(identity))
         return _parsed(frames.read_receipt, answer)
 
+    @property
+    def heard_at(self) -> float:
+        """When the guest said something last, on trio's clock."""
+        return self._connection.heard_at
+
     async def ping(self) -> float:
         """Return the round trip in seconds."""
         began = trio.current_time()
@@ -441,6 +448,10 @@ class AgentGuest:
         The image's init shuts down in order, which may take long or for ever: bound the wait for the machine's end.
         """
         await self._connection.ask(Message.POWER, Message.POWERING, b"\x00")
+
+    async def reboot(self) -> None:
+        """Ask the guest to sync its file systems and reboot, as `power_off` does to power off."""
+        await self._connection.ask(Message.POWER, Message.POWERING, b"\x01")
 
 
 def _check_length(what: str, value: str, limit: int) -> None:

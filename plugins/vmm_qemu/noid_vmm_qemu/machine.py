@@ -280,6 +280,10 @@ class QemuMachine:
         killed = self._killed or self._process.exit_signal in (signal.SIGKILL, signal.SIGTERM)
         return MachineExit(reason="killed" if killed else "unknown", detail=f"the process ended without a word: {how}")
 
+    async def press_power_button(self) -> None:
+        """See `Machine.press_power_button`. ACPI's, which the guest's init or a daemon has to listen to."""
+        await self._qmp.execute("system_powerdown")
+
     async def kill(self) -> None:
         """See `Machine.kill`. After `aclose` it does nothing: the process belongs to somebody else."""
         if self._process.is_let_go:

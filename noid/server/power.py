@@ -1,0 +1,64 @@
+"""The routes that stop, start and reboot a VM. Each returns when that has happened, with how long its steps took."""
+
+from __future__ import annotations
+
+from quart import Response
+
+from noid.core import power
+from noid.core.agent import Agent
+from noid.core.model import checked_name
+from noid.errors import InvalidRequest
+from noid.server.guard import current_user
+from noid.server.hardening import App
+from noid.server.interim import still_working
+from noid.server.rest import Body, read_body, vm_reply
+
+
+def add_routes(app: App, agent: Agent) -> None:
+    """Add the routes."""
+    routes = PowerRoutes(agent)
+    for verb, handler in (("stop", routes.stop), ("start", routes.start), ("reboot", routes.reboot)):
+        rule = f"/v1/vms/<name>/{verb}"
+        app.add_url_rule(rule, f"POST {rule}", handler, methods=["POST"])
+
+
+class PowerRoutes:
+    """``/v1/vms/<name>/stop``, ``/start`` and ``/reboot``: 200 with the VM as it is then. Bodies may be missing."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def stop(self, name: str) -> Response:
+        """Let the guest shut down; ``how`` in the answer says whether it did, or had to be killed."""
+        checked_name(name)
+        grace_secs = _grace_secs(await read_body(may_be_empty=True))
+        async with still_working():
+            outcome = await self._agent.stop_vm(current_user(), name, grace_secs)
+        return vm_reply(outcome, 200)
+
+    async def start(self, name: str) -> Response:
+        """Boot a stopped or dead VM on its disk."""
+        checked_name(name)
+        async with still_working():
+            outcome = await self._agent.start_vm(current_user(), name)
+        return vm_reply(outcome, 200)
+
+    async def reboot(self, name: str) -> Response:
+        """Let the guest shut down and boot it again."""
+        checked_name(name)
+        grace_secs = _grace_secs(await read_body(may_be_empty=True))
+        async with still_working():
+            outcome = await self._agent.reboot_vm(current_user(), name, grace_secs)
+        return vm_reply(outcome, 200)
+
+
+def _grace_secs(body: Body) -> float:
+    """Return how long the guest has to shut down; 0: it is not asked.
+
+    Raises:
+        InvalidRequest: out of range, or no number.
+    """
+    grace_secs = body.number("timeout_secs", power.GRACE_SECS)
+    if not 0 <= grace_secs <= power.GRACE_SECS_MAX:
+        raise InvalidRequest(f"timeout_secs is {grace_secs:g}; it must be between 0 and {power.GRACE_SECS_MAX:g}.")
+    return 0.0 if body.flag("force") else grace_secs
