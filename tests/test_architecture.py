@@ -13,7 +13,6 @@ LINES_MAX = 450
 
 #: Files that are longer than `LINES_MAX`, each with its reason.
 LONG_FILES: dict[str, str] = {
-    "plugins/exec_vsock/noid_exec_vsock/guest.py": "the two halves of one conversation, and what callers see of it",
     "noid/core/model.py": "the records everything talks about; whoever reads one reads those it is made of",
     "noid/core/backends.py": "every contract a backend fulfils, on one page",
     "noid/core/agent.py": "the one list of what an agent can be asked, and how it is put together",

@@ -104,8 +104,8 @@ static void put_text(struct writer *writer, size_t length) {
 static void fuzz_start(void) {
     uint8_t body[4096];
     struct writer writer = {.data = body, .capacity = sizeof body};
-    for (int i = 0; i < 3; i++) write_u32(&writer, random_below(1000));
-    put_text(&writer, random_below(80));
+    for (int i = 0; i < 4; i++) write_u32(&writer, random_below(1000));
+    for (int i = 0; i < 2; i++) put_text(&writer, random_below(80));
     put_text(&writer, random_below(80));
     for (int list = 0; list < 2; list++) {
         uint32_t count = random_below(5);

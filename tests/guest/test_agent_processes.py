@@ -83,7 +83,7 @@ async def test_stdin_flows_until_it_is_closed(guest: AgentGuest) -> None:
     await process.send_stdin(b"second")
     await process.close_stdin()
     await process.close_stdin()
-    assert await process.receive() == OutputChunk(stream=1, data=b"second")
+    assert await process.receive() == OutputChunk(stream=1, data=b"second", offset=5)
     assert await process.receive() == ProcessExit(code=0)
     assert await process.receive() == ProcessExit(code=0)
 
@@ -182,8 +182,7 @@ async def test_a_reader_that_stalls_stops_its_process_and_delays_nobody(guest: A
             with trio.fail_after(5):
                 assert (await run(guest, "echo", "prompt")).stdout == b"prompt\n"
         nursery.cancel_scope.cancel()
-    held = sum(len(data) for _, data in stalled._chunks)
-    assert held <= 2 * OUTPUT_WINDOW_BYTES
+    assert stalled._backlog.size <= OUTPUT_WINDOW_BYTES
     await guest.release(stalled)
     await guest.release(flowing)
 
@@ -271,7 +270,7 @@ async def test_arguments_and_environment_up_to_a_mebibyte_fit(guest: AgentGuest)
 async def test_an_idle_agent_uses_no_processor_and_little_memory(guest: AgentGuest, agent: NativeAgent) -> None:
     sleeper = await guest.start(ExecRequest(argv=("sleep", "1000"), stdin=True))
     stalled = await guest.start(ExecRequest(argv=("yes",)))
-    await until(lambda: sum(len(data) for _, data in stalled._chunks) == OUTPUT_WINDOW_BYTES)
+    await until(lambda: stalled._backlog.size == OUTPUT_WINDOW_BYTES)
     await guest.ping()
     ticks = agent.cpu_ticks()
     await trio.sleep(1)

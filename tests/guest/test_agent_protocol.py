@@ -17,9 +17,9 @@ from noid.core.model import ExecRequest
 from .conftest import NativeAgent, Wire
 
 
-def start(wire: Wire, number: int, *argv: str, stdout: int = 1 << 20, stdin: bool = False) -> None:
+def start(wire: Wire, number: int, *argv: str, credit: int = 1 << 20, stdin: bool = False) -> None:
     request = ExecRequest(argv=argv, stdin=stdin)
-    body = frames.start_body(request, stdout_credit=stdout, stderr_credit=1 << 20)
+    body = frames.start_body(request, credit=credit)
     for frame in frames.start_frames(wire.epoch, number, body):
         wire.send(frame.type, number, frame.body)
 
@@ -74,17 +74,17 @@ def test_half_a_frame_of_the_host_before_cannot_join_with_one_of_the_next(anothe
 
 def test_output_stops_where_credit_ends_and_goes_on_with_more(wire: Wire) -> None:
     wire.sync()
-    start(wire, 7, "sh", "-c", "seq 100000", stdout=1000)
+    start(wire, 7, "sh", "-c", "seq 100000", credit=1000)
     wire.expect(Message.STARTED, 7)
     heard = 0
     while heard < 1000:
         heard += len(frames.read_output(wire.expect(Message.STDOUT, 7).body)[1])
     assert heard == 1000
     wire.ping()  # and nothing came before its answer: the stream has stopped
-    wire.send(Message.CREDIT, 7, frames.credit_body(1, 500))
+    wire.send(Message.CREDIT, 7, frames.credit_body(500))
     offset, data = frames.read_output(wire.expect(Message.STDOUT, 7).body)
     assert (offset, len(data)) == (1000, 500)
-    wire.send(Message.CREDIT, 7, frames.credit_body(1, 1 << 30))
+    wire.send(Message.CREDIT, 7, frames.credit_body(1 << 30))
     assert heard + 500 + len(rest(wire)) == len("".join(f"{number}\n" for number in range(1, 100001)))
 
 
@@ -98,7 +98,7 @@ def rest(wire: Wire) -> bytes:
 
 def test_answers_overtake_output(wire: Wire) -> None:
     wire.sync()
-    start(wire, 7, "yes", stdout=1 << 31)
+    start(wire, 7, "yes", credit=1 << 31)
     wire.expect(Message.STARTED, 7)
     wire.send(Message.PING, 8)
     overtaken = 0
@@ -114,13 +114,13 @@ def test_answers_overtake_output(wire: Wire) -> None:
 def test_processes_of_an_earlier_host_run_on_unheard(another_wire: Callable[[], Wire], tmp_path: Path) -> None:
     first = another_wire()
     first.sync()
-    start(first, 7, "sh", "-c", f"seq 200000; touch {tmp_path}/done; exec sleep 1000", stdout=10)
+    start(first, 7, "sh", "-c", f"seq 200000; touch {tmp_path}/done; exec sleep 1000", credit=10)
     first.expect(Message.STARTED, 7)
     second = another_wire()
     assert frames.read_hello(second.sync().body).processes_alive == 1
-    start(second, 7, "sh", "-c", f"while [ ! -e {tmp_path}/done ]; do sleep 0.01; done; echo mine")
-    second.expect(Message.STARTED, 7)
-    assert output(second, 7) == b"mine\n"
+    start(second, 8, "sh", "-c", f"while [ ! -e {tmp_path}/done ]; do sleep 0.01; done; echo mine")
+    second.expect(Message.STARTED, 8)
+    assert output(second, 8) == b"mine\n"
 
 
 def test_what_makes_no_sense_is_answered_and_harms_nothing(wire: Wire) -> None:
@@ -130,7 +130,7 @@ def test_what_makes_no_sense_is_answered_and_harms_nothing(wire: Wire) -> None:
     for kind, body in ((Message.CREDIT, b""), (Message.RELEASE, b"1"), (Message.SIGNAL, b""), (Message.WAKE, bytes(9))):
         wire.send(kind, 2, body)
         assert "malformed" in frames.read_error(wire.expect(Message.ERROR, 2).body)
-    wire.send(Message.START, 3, bytes(12))
+    wire.send(Message.START, 3, bytes(16))
     assert frames.read_failed(wire.expect(Message.FAILED, 3).body)[0] == frames.FailedReason.INVALID
     wire.send(Message.START_PART, 4, b"x" * 65536)
     start(wire, 5, "echo", "fine")  # takes the place of the unfinished one

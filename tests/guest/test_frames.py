@@ -83,14 +83,14 @@ def test_a_body_of_the_largest_size_passes_and_one_byte_more_does_not() -> None:
     )
 )
 def test_arguments_are_told_apart_whatever_is_in_them(argv: list[str]) -> None:
-    request = ExecRequest(argv=tuple(argv), env={"A": "1=2"}, cwd="/x", user="me")
-    assert [*read_texts(frames.start_body(request, stdout_credit=1, stderr_credit=2))] == [
-        "me", "/x", len(argv), *argv, 1, "A=1=2",
+    request = ExecRequest(argv=tuple(argv), env={"A": "1=2"}, cwd="/x", user="me", label="mine")
+    assert [*read_texts(frames.start_body(request, credit=1))] == [
+        "mine", "me", "/x", len(argv), *argv, 1, "A=1=2",
     ]  # fmt: skip
 
 
 def read_texts(body: bytes) -> list[str | int]:
-    at, found = 12, []
+    at, found = 16, []
 
     def number() -> int:
         nonlocal at
@@ -103,7 +103,7 @@ def read_texts(body: bytes) -> list[str | int]:
         at += length
         return body[at - length : at].decode("utf-8", "surrogateescape")
 
-    found = [text(), text(), argc := number(), *(text() for _ in range(argc))]
+    found = [text(), text(), text(), argc := number(), *(text() for _ in range(argc))]
     found += [envc := number(), *(text() for _ in range(envc))]
     assert at == len(body)
     return found
@@ -118,10 +118,11 @@ def test_a_start_of_many_frames_is_split_without_loss() -> None:
 
 def test_exit_says_code_or_signal() -> None:
     usage = struct.pack("<QQQ", 1_500_000, 0, 4)
-    assert frames.read_exit(b"\x00\x03" + usage)[0] == ProcessExit(code=3)
-    killed, used = frames.read_exit(b"\x01\x09" + usage)
+    assert frames.read_exit(b"\x00\x03" + usage) == ProcessExit(code=3)
+    killed = frames.read_exit(b"\x01\x09" + usage)
     assert killed == ProcessExit(code=None, signal=9)
-    assert used.user_secs == 1.5
+    assert killed.usage is not None
+    assert killed.usage.user_secs == 1.5
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES, GuestProcess
 from noid.core.model import ExecRequest, Identity, OutputChunk
 from noid.errors import BackendError, DependencyDown
 
-HELLO = struct.pack("<HBBIQII", PROTOCOL_VERSION, 0, 1, 77, 10**9, 512, 0) + bytes(12)
+HELLO = struct.pack("<HBBIQIII", PROTOCOL_VERSION, 0, 1, 77, 10**9, 512, 0, 1) + bytes(12)
 
 
 class Liar:
@@ -124,7 +124,7 @@ async def test_a_lie_ends_the_connection_and_says_so(lie: Lie) -> None:
             nursery.start_soon(lie, liar, process.id)
             with pytest.raises(BackendError, match="broke the protocol"):
                 await guest.ping()  # whoever waits hears of it, whatever for
-        while process._chunks:
+        while process._backlog:
             await process.receive()
         with pytest.raises(BackendError, match="broke the protocol"):
             await process.receive()
@@ -169,16 +169,16 @@ async def test_output_in_tiny_alternating_pieces_costs_no_more_than_its_bytes() 
     async with conversation() as (guest, liar):
         process = await started(guest, liar)
         for offset in range(2000):
-            await liar.say(Message.STDOUT, process.id, said(offset, b"o"))
-            await liar.say(Message.STDERR, process.id, said(offset, b"e"))
+            await liar.say(Message.STDOUT, process.id, said(2 * offset, b"o"))
+            await liar.say(Message.STDERR, process.id, said(2 * offset + 1, b"e"))
         await liar.say(Message.PONG, (await _asked_ping(guest, liar)))
-        assert len(process._chunks) <= 256
-        heard = {1: b"", 2: b""}
-        while process._chunks:
+        assert len(process._backlog._runs) * process._backlog._runs.itemsize <= 8 * 4000
+        heard = []
+        while process._backlog:
             chunk = await process.receive()
             assert isinstance(chunk, OutputChunk)
-            heard[chunk.stream] += chunk.data
-        assert heard == {1: b"o" * 2000, 2: b"e" * 2000}
+            heard.append((chunk.offset, chunk.stream, chunk.data))
+        assert heard == [(offset, offset % 2 + 1, b"oe"[offset % 2 : offset % 2 + 1]) for offset in range(4000)]
 
 
 async def _asked_ping(guest: AgentGuest, liar: Liar) -> int:

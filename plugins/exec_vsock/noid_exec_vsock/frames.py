@@ -13,7 +13,17 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from noid.core.model import ExecRequest, Identity, ProcessExit, Receipt, ReceiptItem, Usage
+from noid.core.model import (
+    LABEL_BYTES_MAX,
+    ExecRequest,
+    GuestProcessInfo,
+    Identity,
+    ProcessExit,
+    Receipt,
+    ReceiptItem,
+    TerminalSize,
+    Usage,
+)
 
 PROTOCOL_VERSION = 2
 BODY_BYTES_MAX = 65536
@@ -25,8 +35,15 @@ _HEADER = struct.Struct("<BII")
 _RAW_BYTES_MAX = _HEADER.size + BODY_BYTES_MAX + 4
 _STUFFED_BYTES_MAX = 2 * _RAW_BYTES_MAX
 _CREDIT = struct.Struct("<BI")
+_GRACE_MS_MAX = 60_000
 _WITH_STDIN = 1
+_WITH_TTY = 2
 _BUILTIN = 4
+_IS_RUNNING = 1
+_HAS_TTY = 2
+_HAS_STDIN = 4
+_OUTPUT = 1
+_SIZE_MAX = 0xFFFF
 _RECEIPT_ITEMS_MAX = 32
 _RECEIPT_STATUS = ("done", "failed", "not_possible")
 
@@ -45,6 +62,11 @@ class Message(enum.IntEnum):
     RELEASE = 0x09
     WAKE = 0x0A
     POWER = 0x0B
+    END = 0x0C
+    LIST = 0x0D
+    ATTACH = 0x0E
+    RESIZE = 0x0F
+    DETACH = 0x10
     HELLO = 0x81
     PONG = 0x82
     STARTED = 0x83
@@ -56,15 +78,20 @@ class Message(enum.IntEnum):
     RELEASED = 0x89
     RECEIPT = 0x8A
     POWERING = 0x8B
+    PROCESS = 0x8C
+    LISTED = 0x8D
+    ATTACHED = 0x8E
     ERROR = 0x8F
+    DETACHED = 0x90
 
 
 class FailedReason(enum.IntEnum):
-    """Why a process was not started."""
+    """Why a process was not started or attached to."""
 
     INVALID = 1
     RESOURCES = 2
     NO_ROOT = 3
+    NO_PROCESS = 4
 
 
 class ProtocolError(Exception):
@@ -181,10 +208,17 @@ def _text(value: str | bytes) -> bytes:
     return struct.pack("<I", len(raw)) + raw
 
 
-def start_body(request: ExecRequest, *, stdout_credit: int, stderr_credit: int, builtin: bool = False) -> bytes:
-    """Return the body of START. It may be longer than a frame; see `start_frames`."""
-    flags = _WITH_STDIN * request.stdin | _BUILTIN * builtin
-    parts = [struct.pack("<III", flags, stdout_credit, stderr_credit)]
+def start_body(request: ExecRequest, *, credit: int, builtin: bool = False) -> bytes:
+    """Return the body of START. It may be longer than a frame; see `start_frames`.
+
+    *builtin*: the first argument names a function of the agent, not a program.
+    """
+    flags = _WITH_STDIN * request.stdin | _WITH_TTY * (request.tty is not None) | _BUILTIN * builtin
+    parts = [
+        struct.pack("<III", flags, credit, request.log_bytes),
+        size_body(request.tty or TerminalSize(columns=0, rows=0)),
+    ]
+    parts += [_text(request.label)]
     parts += [_text(request.user or ""), _text(request.cwd or "")]
     parts += [struct.pack("<I", len(request.argv)), *map(_text, request.argv)]
     parts += [struct.pack("<I", len(request.env))]
@@ -199,9 +233,24 @@ def start_frames(epoch: int, number: int, body: bytes) -> list[Frame]:
     return [*frames, Frame(type=Message.START, epoch=epoch, id=number, body=pieces[-1])]
 
 
-def credit_body(stream: int, credit_bytes: int) -> bytes:
-    """Return the body of CREDIT: *stream* may be sent *credit_bytes* more."""
-    return _CREDIT.pack(stream, credit_bytes)
+def size_body(size: TerminalSize) -> bytes:
+    """Return the body of RESIZE. What no terminal can be is brought into what can."""
+    return struct.pack("<HH", *(min(max(side, 0), _SIZE_MAX) for side in (size.columns, size.rows)))
+
+
+def grace_body(grace_secs: float) -> bytes:
+    """Return the body of END and RELEASE; a grace is at most a minute."""
+    return struct.pack("<I", min(max(round(grace_secs * 1000), 0), _GRACE_MS_MAX))
+
+
+def attach_body(offset: int, credit: int) -> bytes:
+    """Return the body of ATTACH."""
+    return struct.pack("<QI", offset, credit)
+
+
+def credit_body(credit_bytes: int) -> bytes:
+    """Return the body of CREDIT: so many bytes of output more may be sent."""
+    return _CREDIT.pack(_OUTPUT, credit_bytes)
 
 
 def read_credit(body: bytes) -> tuple[int, int]:
@@ -220,7 +269,11 @@ def read_output(body: bytes) -> tuple[int, bytes]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """Who answered. *problem* is why there is no root file system, or empty."""
+    """Who answered. *problem* is why there is no root file system, or empty.
+
+    *agent_starts* is how often the agent was started since the guest booted: when it grows, the processes of before are
+    out of reach.
+    """
 
     version: int
     problem: str
@@ -229,6 +282,7 @@ class Hello:
     uptime_secs: float
     processes_max: int
     processes_alive: int
+    agent_starts: int
     boot_id: str
     kernel_release: str
 
@@ -241,6 +295,7 @@ def read_hello(body: bytes) -> Hello:
         raise ProtocolError(f"the guest agent speaks version {version} of the protocol, this host {PROTOCOL_VERSION}")
     pid, uptime_ns = reader.number(4, "pid"), reader.number(8, "uptime")
     processes_max, processes_alive = reader.number(4, "processes_max"), reader.number(4, "processes_alive")
+    agent_starts = reader.number(4, "agent_starts")
     boot_id, release, problem = reader.text("boot_id"), reader.text("kernel_release"), reader.text("problem")
     reader.end()
     return Hello(
@@ -251,6 +306,7 @@ def read_hello(body: bytes) -> Hello:
         uptime_secs=uptime_ns / 1e9,
         processes_max=processes_max,
         processes_alive=processes_alive,
+        agent_starts=agent_starts,
         boot_id=boot_id,
         kernel_release=release,
     )
@@ -274,19 +330,84 @@ def read_error(body: bytes) -> str:
     return words
 
 
-def read_exit(body: bytes) -> tuple[ProcessExit, Usage]:
-    """Return how a process ended and what it used."""
-    reader = _Reader("EXIT", body)
+def _read_end(reader: _Reader) -> ProcessExit:
     by_signal, value = reader.number(1, "how"), reader.number(1, "value")
     if by_signal not in (0, 1):
-        raise ProtocolError(f"EXIT says {by_signal} in its field 'how'")
+        raise ProtocolError(f"the guest says {by_signal} of how a process ended")
     usage = Usage(
         user_secs=reader.number(8, "user") / 1e6,
         system_secs=reader.number(8, "system") / 1e6,
         rss_max_kib=reader.number(8, "rss"),
     )
+    return ProcessExit(code=None if by_signal else value, signal=value if by_signal else None, usage=usage)
+
+
+def read_exit(body: bytes) -> ProcessExit:
+    """Return how a process ended."""
+    reader = _Reader("EXIT", body)
+    ended = _read_end(reader)
     reader.end()
-    return ProcessExit(code=None if by_signal else value, signal=value if by_signal else None), usage
+    return ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attached:
+    """The answer to ATTACH: output follows from *start* on, *end* of it is there already.
+
+    *stdin_taken* is how many bytes of input the process' stdin has had in its life, *stdin* whether it takes more.
+    """
+
+    start: int
+    end: int
+    stdin_taken: int
+    pid: int
+    tty: bool
+    stdin: bool
+
+
+def read_attached(body: bytes) -> Attached:
+    """Return what ATTACHED says."""
+    reader = _Reader("ATTACHED", body)
+    start, end, stdin_taken = (reader.number(8, name) for name in ("start", "end", "stdin_taken"))
+    pid, flags = reader.number(4, "pid"), reader.number(1, "flags")
+    reader.end()
+    if start > end:
+        raise ProtocolError(f"ATTACHED says that a log begins at {start} and ends at {end}")
+    tty, stdin = bool(flags & _HAS_TTY), bool(flags & _HAS_STDIN)
+    return Attached(start=start, end=end, stdin_taken=stdin_taken, pid=pid, tty=tty, stdin=stdin)
+
+
+def read_process(body: bytes) -> GuestProcessInfo:
+    """Return what PROCESS says."""
+    reader = _Reader("PROCESS", body)
+    number, pid, flags = reader.number(4, "id"), reader.number(4, "pid"), reader.number(1, "flags")
+    log_start, log_end = reader.number(8, "log_start"), reader.number(8, "log_end")
+    ended, started_at = _read_end(reader), reader.number(8, "started_at")
+    label = reader.take(reader.number(4, "label"), "label")
+    reader.end()
+    if log_start > log_end or len(label) > LABEL_BYTES_MAX:
+        raise ProtocolError(f"PROCESS tells of a log from {log_start} to {log_end}, a label of {len(label)} bytes")
+    running = bool(flags & _IS_RUNNING)
+    return GuestProcessInfo(
+        id=number,
+        pid=pid,
+        running=running,
+        tty=bool(flags & _HAS_TTY),
+        stdin=bool(flags & _HAS_STDIN),
+        log_start=log_start,
+        log_end=log_end,
+        exit=None if running else ended,
+        started_at_unix_ns=started_at,
+        label=label.decode("utf-8", "replace"),  # ours, if it is true: whoever reads it parses it
+    )
+
+
+def read_listed(body: bytes) -> int:
+    """Return how many PROCESS messages LISTED says came before it."""
+    reader = _Reader("LISTED", body)
+    count = reader.number(4, "count")
+    reader.end()
+    return count
 
 
 def wake_body(identity: Identity) -> bytes:

@@ -1,25 +1,31 @@
 """One process in a guest, as its reader sees it: bounded queues in front of the channel's one reader task.
 
-The host grants credit per stream and gives it back as output is received, so a reader that stalls holds at most
-`OUTPUT_WINDOW_BYTES` of each stream here, stops its own process, and nobody else.
+The host grants credit and gives it back as output is received, so a reader that stalls holds at most
+`OUTPUT_WINDOW_BYTES` here, stops its own process, and nobody else.
 """
 
 from __future__ import annotations
 
-import signal
-from collections import deque
 from typing import Protocol
 
 import trio
 
-from noid.core.model import OutputChunk, ProcessExit, TerminalSize, Usage
+from noid.core.model import Gap, OutputChunk, ProcessExit, TerminalSize, Usage
 from noid.errors import Conflict, InvalidRequest, NoidError
-from noid_exec_vsock.frames import CHUNK_BYTES_MAX, Message, ProtocolError, credit_body
+from noid_exec_vsock.backlog import Backlog
+from noid_exec_vsock.frames import (
+    CHUNK_BYTES_MAX,
+    Attached,
+    Message,
+    ProtocolError,
+    credit_body,
+    grace_body,
+    size_body,
+)
 
 OUTPUT_WINDOW_BYTES = 256 * 1024
 _RETURN_CREDIT_AT = OUTPUT_WINDOW_BYTES // 4
 _STDIN_CREDIT_MAX = 1 << 20
-_QUEUED_CHUNKS_MAX = 256
 _SIGNAL_MAX = 64
 
 
@@ -40,34 +46,35 @@ class Sender(Protocol):
 
 
 class GuestProcess:
-    """Fulfils `noid.core.backends.Process`. Made by `Guest.start`.
+    """Fulfils `noid.core.backends.Process`. Made by `Guest.start` and `Guest.attach`.
 
     Attributes:
-        id: Names the process on this connection.
+        id: Names the process for the life of its guest, in checkpoints and clones too.
         pid: Its process id in the guest, once started.
-        usage: What it used, once ended.
+        stdin_taken: How many bytes its stdin had had when it was attached to.
+        released: The guest was asked to forget it.
     """
 
-    def __init__(self, number: int, sender: Sender, *, stdin: bool) -> None:
+    def __init__(self, number: int, sender: Sender, *, stdin: bool, offset: int = 0) -> None:
         self.id = number
         self.pid = 0
-        self.usage: Usage | None = None
+        self.stdin_taken = 0
+        self.released = False
         self._sender = sender
         self._has_stdin = stdin
         self._stdin_open = stdin
         self._stdin_credit = 0
-        self._chunks: deque[tuple[int, bytearray]] = deque()
-        self._offset = {1: 0, 2: 0}
-        self._granted = {1: OUTPUT_WINDOW_BYTES, 2: OUTPUT_WINDOW_BYTES}
-        self._owed = {1: 0, 2: 0}
+        self._backlog = Backlog(offset)
+        self._granted = OUTPUT_WINDOW_BYTES
+        self._owed = 0
         self._exit: ProcessExit | None = None
         self._failure: NoidError | None = None
-        self._released = False
+        self._forgotten = False
         self._changed = trio.lowlevel.ParkingLot()
 
     # --- what callers do ------------------------------------------------------------------------------------------
 
-    async def receive(self) -> OutputChunk | ProcessExit:
+    async def receive(self) -> OutputChunk | Gap | ProcessExit:
         """Return the next output, or how the process ended; after the end, `ProcessExit` again and again.
 
         Cancelled, it has taken nothing.
@@ -75,17 +82,18 @@ class GuestProcess:
         Raises:
             DependencyDown: the guest or its VM went away; the process' fate is unknown.
             BackendError: the guest broke the protocol.
-            Conflict: the process was released.
+            Conflict: the process was released, or somebody else has attached to it.
         """
         await trio.lowlevel.checkpoint()
-        while not self._chunks:
+        while not self._backlog:
             if self._exit is not None:
                 return self._exit
             self._check()
             await self._changed.park()
-        stream, data = self._chunks.popleft()
-        self._return_credit(stream, len(data))
-        return OutputChunk(stream=stream, data=bytes(data))
+        taken = self._backlog.take()
+        if isinstance(taken, OutputChunk):
+            self._return_credit(len(taken.data))
+        return taken
 
     async def send_stdin(self, data: bytes) -> None:
         """Write to the process' stdin; waits while the process does not read. Ignored once it has closed stdin.
@@ -129,32 +137,39 @@ class GuestProcess:
         """
         if not 1 <= signo <= _SIGNAL_MAX:
             raise InvalidRequest(f"There is no signal {signo}. Use 1 to {_SIGNAL_MAX}.")
+        await self._post_while_it_runs(Message.SIGNAL, bytes([signo]))
+
+    async def resize(self, size: TerminalSize) -> None:
+        """Change the size of the process' terminal. Does nothing to a process without one, or an ended one."""
+        await self._post_while_it_runs(Message.RESIZE, size_body(size))
+
+    async def end(self, grace_secs: float) -> None:
+        """Ask the process' group to end: TERM now, KILL after the grace (a minute at most). Returns at once.
+
+        Output goes on, and `receive` tells the end as ever.
+        """
+        await self._post_while_it_runs(Message.END, grace_body(grace_secs))
+
+    async def _post_while_it_runs(self, kind: Message, body: bytes) -> None:
         await trio.lowlevel.checkpoint()
         if self._exit is None:
             self._check()
-            self._sender.post(Message.SIGNAL, self.id, bytes([signo]))
-
-    async def resize(self, size: TerminalSize) -> None:
-        """Do nothing: no process of this agent has a terminal."""
-        del size
-        await trio.lowlevel.checkpoint()
-
-    async def end(self, grace_secs: float) -> None:
-        """Send TERM, or KILL where there is no grace. What ignores TERM goes with `Guest.release`."""
-        await self.signal(signal.SIGTERM if grace_secs > 0 else signal.SIGKILL)
+            self._sender.post(kind, self.id, body)
 
     def _check(self) -> None:
         if self._failure is not None:
             raise type(self._failure)(*self._failure.args) from self._failure  # its own traceback for each
-        if self._released:
-            raise Conflict(f"Process {self.id} was released; nothing more will be heard of it.")
+        if self._forgotten:
+            raise Conflict(
+                f"Process {self.id:08x} was released or attached to by somebody else; no more is heard of it."
+            )
 
-    def _return_credit(self, stream: int, size: int) -> None:
-        self._owed[stream] += size
-        if self._owed[stream] >= _RETURN_CREDIT_AT and self._exit is None and not self._released:
-            self._granted[stream] += self._owed[stream]
-            self._sender.post(Message.CREDIT, self.id, credit_body(stream, self._owed[stream]))
-            self._owed[stream] = 0
+    def _return_credit(self, size: int) -> None:
+        self._owed += size
+        if self._owed >= _RETURN_CREDIT_AT and self._exit is None and not self._forgotten:
+            self._granted += self._owed
+            self._sender.post(Message.CREDIT, self.id, credit_body(self._owed))
+            self._owed = 0
 
     # --- what the connection's reader does: never waits -----------------------------------------------------------
 
@@ -163,24 +178,30 @@ class GuestProcess:
         """Whether its end is known."""
         return self._exit is not None
 
+    @property
+    def usage(self) -> Usage | None:
+        """What it used, once it has ended."""
+        return self._exit.usage if self._exit is not None else None
+
+    def on_attached(self, attached: Attached) -> None:
+        """Note where output begins, which is at or after the offset that was asked for."""
+        if attached.start < self._backlog.end:
+            raise ProtocolError(f"ATTACHED at {attached.start} where {self._backlog.end} was asked for")
+        self._backlog.skip_to(attached.start)
+        self.pid = attached.pid
+        self.stdin_taken = attached.stdin_taken
+        self._has_stdin = self._stdin_open = attached.stdin
+
     def on_output(self, stream: int, offset: int, data: bytes) -> None:
         """Queue *data*, which the guest must have had credit for and nothing missing before."""
-        if offset != self._offset[stream]:
-            raise ProtocolError(f"output at offset {offset} where {self._offset[stream]} was due")
-        if len(data) > self._granted[stream]:
-            raise ProtocolError(f"{len(data)} bytes of output where {self._granted[stream]} were allowed")
-        self._offset[stream] += len(data)
-        self._granted[stream] -= len(data)
-        if self._released or not data:
-            return
-        if self._chunks and self._chunks[-1][0] == stream:
-            self._chunks[-1][1].extend(data)
-        elif len(self._chunks) < _QUEUED_CHUNKS_MAX:
-            self._chunks.append((stream, bytearray(data)))
-        else:
-            # The streams take turns in tiny pieces. What a piece costs beyond its bytes must stay bounded, so from
-            # here on they are joined: each stream keeps its order, their mutual order gets coarser.
-            next(queued for name, queued in reversed(self._chunks) if name == stream).extend(data)
+        if offset != self._backlog.end:
+            raise ProtocolError(f"output at offset {offset} where {self._backlog.end} was due")
+        if len(data) > self._granted:
+            raise ProtocolError(f"{len(data)} bytes of output where {self._granted} were allowed")
+        self._granted -= len(data)
+        self._backlog.put(stream, data)
+        if self._forgotten:
+            self._backlog.clear()
         self._changed.unpark_all()
 
     def on_credit(self, stream: int, credit_bytes: int) -> None:
@@ -195,10 +216,9 @@ class GuestProcess:
         self._stdin_open = False
         self._changed.unpark_all()
 
-    def on_exit(self, ended: ProcessExit, usage: Usage) -> None:
+    def on_exit(self, ended: ProcessExit) -> None:
         """Note the end. Nothing comes after it."""
         self._exit = ended
-        self.usage = usage
         self._changed.unpark_all()
 
     def fail(self, failure: NoidError) -> None:
@@ -208,6 +228,6 @@ class GuestProcess:
 
     def forget(self) -> None:
         """Drop the output; nobody wants it."""
-        self._released = True
-        self._chunks.clear()
+        self._forgotten = True
+        self._backlog.clear()
         self._changed.unpark_all()

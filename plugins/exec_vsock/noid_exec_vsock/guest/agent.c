@@ -62,7 +62,7 @@ static void answer_text(uint8_t type, uint32_t id, const char *text) {
 }
 
 static void on_sync(uint32_t epoch, uint32_t id) {
-    if (epoch != outbox_epoch) processes_orphan();
+    if (epoch != outbox_epoch) processes_unhear();
     outbox_drop();
     outbox_epoch = epoch;
     uint8_t body[2048];
@@ -80,6 +80,7 @@ static void on_sync(uint32_t epoch, uint32_t id) {
     write_u64(&writer, (uint64_t)up.tv_sec * 1000000000u + (uint64_t)up.tv_nsec);
     write_u32(&writer, PROCESSES_MAX);
     write_u32(&writer, processes_alive());
+    write_u32(&writer, options->starts);
     write_text(&writer, boot_id);
     write_text(&writer, system.release);
     write_text(&writer, options->no_root ? options->no_root : "");
@@ -94,11 +95,27 @@ static void on_credit(const struct frame *frame) {
     else answer_text(MSG_ERROR, frame->id, "malformed CREDIT");
 }
 
-static void on_release(const struct frame *frame) {
+// Grace of END and RELEASE, in milliseconds.
+static bool read_grace(const struct frame *frame, uint32_t *grace_ms) {
     struct reader reader = read_body(frame->body, frame->length);
-    uint32_t grace_ms = read_u32(&reader);
-    if (read_whole(&reader)) process_release(frame->id, grace_ms);
-    else answer_text(MSG_ERROR, frame->id, "malformed RELEASE");
+    *grace_ms = read_u32(&reader);
+    if (!read_whole(&reader)) answer_text(MSG_ERROR, frame->id, "malformed END or RELEASE");
+    return read_whole(&reader);
+}
+
+static void on_resize(const struct frame *frame) {
+    struct reader reader = read_body(frame->body, frame->length);
+    uint16_t columns = read_u16(&reader), rows = read_u16(&reader);
+    if (read_whole(&reader)) process_resize(frame->id, columns, rows);
+    else answer_text(MSG_ERROR, frame->id, "malformed RESIZE");
+}
+
+static void on_attach(const struct frame *frame) {
+    struct reader reader = read_body(frame->body, frame->length);
+    uint64_t from = read_u64(&reader);
+    uint32_t credit = read_u32(&reader);
+    if (read_whole(&reader)) process_attach(frame->id, from, credit);
+    else answer_text(MSG_ERROR, frame->id, "malformed ATTACH");
 }
 
 static void give_receipt(void) {
@@ -153,6 +170,7 @@ static void on_frame(const struct frame *frame) {
         held = *frame;
         return;
     }
+    uint32_t grace_ms;
     switch (frame->type) {
     case MSG_PING: outbox_answer(MSG_PONG, frame->id, frame->body, frame->length > 64 ? 64 : frame->length); break;
     case MSG_START_PART:
@@ -169,15 +187,25 @@ static void on_frame(const struct frame *frame) {
         if (frame->length == 1) process_signal(frame->id, frame->body[0]);
         else answer_text(MSG_ERROR, frame->id, "malformed SIGNAL");
         break;
-    case MSG_RELEASE: on_release(frame); break;
+    case MSG_END:
+        if (read_grace(frame, &grace_ms)) process_end(frame->id, grace_ms);
+        break;
+    case MSG_RELEASE:
+        if (read_grace(frame, &grace_ms)) process_release(frame->id, grace_ms);
+        break;
+    case MSG_LIST: process_list(frame->id); break;
+    case MSG_ATTACH: on_attach(frame); break;
+    case MSG_DETACH: process_detach(frame->id); break;
+    case MSG_RESIZE: on_resize(frame); break;
     case MSG_WAKE: on_wake(frame); break;
     case MSG_POWER: on_power(frame); break;
     default: answer_text(MSG_ERROR, frame->id, "unknown message type");
     }
 }
 
-// The host is gone for now. What was half said is forgotten; processes go on until they block on a full pipe.
+// The host is gone for now. What was half said is forgotten; processes go on, and their logs keep what they say.
 static void on_disconnect(void) {
+    processes_unhear();
     decoder_reset(&decoder);
     holding = false;
     input_start = input_end = 0;
@@ -223,6 +251,7 @@ static void give_output(void) {
 static bool has_work(void) {
     bool input_ready = holding ? !receipt.owed : input_start < input_end || readable;
     bool output_ready = !outbox_is_empty() || processes_have_output();
+    if (processes_unheard()) return true;
     return channel.fd >= 0 && ((input_ready && outbox_has_room()) || (writable && output_ready));
 }
 
@@ -296,5 +325,6 @@ _Noreturn void agent_run(const struct agent_options *given) {
         take_input();
         processes_tick();
         give_output();
+        processes_serve_unheard();
     }
 }

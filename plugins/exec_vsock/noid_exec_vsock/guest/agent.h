@@ -7,6 +7,7 @@
 struct agent_options {
     bool owns_machine;       // we run in a guest, as root: identity, cgroup and power are ours to change
     bool minimal_init;       // pid 1 is our own: it powers off on SIGTERM
+    unsigned starts;         // how often an agent was started since the machine booted, this one included
     const char *no_root;     // why there is no root file system; NULL when there is one
     const char *socket_path; // listen here instead of on the guest's devices
 };

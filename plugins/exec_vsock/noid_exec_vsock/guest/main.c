@@ -13,7 +13,7 @@ int main(int argc, char **argv) {
         say_to_kernel = true;
         boot();
     }
-    struct agent_options options = {.owns_machine = false};
+    struct agent_options options = {.starts = 1};
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(argv[i], "--agent")) options.owns_machine = say_to_kernel = true;

@@ -6,11 +6,10 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "protocol.h"
 #include "say.h"
 #include "wire.h"
 
-enum { CAPACITY = 96 * 1024 };
+enum { CAPACITY = ENCODED_BYTES_MAX(BODY_BYTES_MAX) + 2 * ENCODED_BYTES_MAX(ANSWER_BYTES_MAX) };
 
 uint32_t outbox_epoch = 0;
 

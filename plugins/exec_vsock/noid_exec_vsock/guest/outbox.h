@@ -21,7 +21,7 @@ bool outbox_is_empty(void);
 // Queues an answer. The caller has seen `outbox_has_room`; an answer that does not fit is a bug and ends the agent.
 void outbox_answer(uint8_t type, uint32_t id, const uint8_t *body, size_t length);
 
-// Queues a chunk of output, at most STREAM_CHUNK_BYTES. Only while the outbox is empty.
+// Queues a chunk of output, as much as fits a frame. Only while the outbox is empty.
 void outbox_chunk(uint8_t type, uint32_t id, uint64_t offset, const uint8_t *data, size_t length);
 
 // Forgets everything, also the rest of a frame half sent: the receiver resynchronises.

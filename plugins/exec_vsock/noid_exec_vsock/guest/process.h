@@ -1,11 +1,10 @@
-// The processes the host asked for: a fixed table, their pipes, and whose output goes next.
+// The processes the host asked for: what the agent's loop tells those who look after them.
 #ifndef NOID_PROCESS_H
 #define NOID_PROCESS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
-
-#include "wire.h"
 
 // What an epoll event is about; the slot in the table is the other half of the word.
 enum event_kind { EVENT_CHANNEL, EVENT_LISTENER, EVENT_STATUS, EVENT_EXIT, EVENT_STDIN, EVENT_STDOUT, EVENT_STDERR,
@@ -16,8 +15,8 @@ static inline uint64_t event_word(enum event_kind kind, unsigned slot) { return 
 // `owns_machine`: we are the agent of a guest, not a guest of some host; processes get a cgroup of their own.
 void processes_init(int epoll_fd, bool owns_machine);
 
-// A new conversation began: what runs goes on running, its output is thrown away from now on.
-void processes_orphan(void);
+// The host has gone, or begins anew: nobody is attached to anything, and nothing half said counts any more.
+void processes_unhear(void);
 
 void process_event(enum event_kind kind, unsigned slot, uint32_t epoll_events);
 
@@ -29,10 +28,19 @@ void process_stdin(uint32_t id, const uint8_t *data, size_t length);
 void process_stdin_eof(uint32_t id);
 void process_credit(uint32_t id, uint8_t stream, uint32_t bytes);
 void process_signal(uint32_t id, uint8_t signo);
+void process_end(uint32_t id, uint32_t grace_ms);
 void process_release(uint32_t id, uint32_t grace_ms);
+void process_resize(uint32_t id, uint16_t columns, uint16_t rows); // 0: the serial console
+void process_list(uint32_t id);
+void process_attach(uint32_t id, uint64_t from, uint32_t credit);
+void process_detach(uint32_t id);
 
 // Moves one chunk towards the outbox, which must be empty. False when nothing is ready.
 bool processes_serve(void);
+
+// Reads what processes write that nobody is attached to; a little at a time, while `processes_unheard`.
+void processes_serve_unheard(void);
+bool processes_unheard(void);
 
 // Queues answers that found no room before, kills what outlived its grace.
 void processes_tick(void);

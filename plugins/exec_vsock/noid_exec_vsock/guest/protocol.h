@@ -19,6 +19,11 @@ enum {
     MSG_RELEASE = 0x09,
     MSG_WAKE = 0x0a,
     MSG_POWER = 0x0b,
+    MSG_END = 0x0c,
+    MSG_LIST = 0x0d,
+    MSG_ATTACH = 0x0e,
+    MSG_RESIZE = 0x0f,
+    MSG_DETACH = 0x10,
 };
 
 // Guest to host.
@@ -34,11 +39,16 @@ enum {
     MSG_RELEASED = 0x89,
     MSG_RECEIPT = 0x8a,
     MSG_POWERING = 0x8b,
+    MSG_PROCESS = 0x8c,
+    MSG_LISTED = 0x8d,
+    MSG_ATTACHED = 0x8e,
     MSG_ERROR = 0x8f,
+    MSG_DETACHED = 0x90,
 };
 
-enum { STREAM_STDIN = 0, STREAM_STDOUT = 1, STREAM_STDERR = 2 };
-enum { START_WITH_STDIN = 1, START_BUILTIN = 4 };
+enum { STREAM_STDIN = 0, STREAM_OUTPUT = 1 };
+enum { START_WITH_STDIN = 1, START_TTY = 2, START_BUILTIN = 4 };
+enum { PROCESS_IS_RUNNING = 1, PROCESS_HAS_TTY = 2, PROCESS_HAS_STDIN = 4, PROCESS_IS_ATTACHED = 8 };
 enum { WAKE_HAS_GENERATION_DEVICE = 1 };
 enum { POWER_OFF = 0, POWER_REBOOT = 1 };
 enum { ITEM_DONE = 0, ITEM_FAILED = 1, ITEM_NOT_POSSIBLE = 2 };
@@ -51,6 +61,10 @@ enum {
     // What the virtio-console driver takes in one write is 32 KiB: a frame with this much, a few bytes stuffed, fits.
     // Each write costs a notification and an interrupt, which under emulation is much more than its bytes.
     STREAM_CHUNK_BYTES = 32000,
+    LOG_BYTES_DEFAULT = 1 << 20,
+    LOG_BYTES_MIN = 4 * 1024,
+    LOG_BYTES_MAX = 16 << 20,
+    LABEL_BYTES_MAX = 8 * 1024,
     GRACE_MS_MAX = 60 * 1000,
     HOOKS_MS_MAX = 10 * 60 * 1000,
 };

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -31,10 +32,13 @@ bool start_parse(const uint8_t *body, size_t length, struct start_request *reque
     struct reader reader = read_body(body, length);
     memset(request, 0, sizeof *request);
     request->flags = read_u32(&reader);
-    request->stdout_credit = read_u32(&reader);
-    request->stderr_credit = read_u32(&reader);
+    request->credit = read_u32(&reader);
+    request->log_bytes = read_u32(&reader);
+    request->columns = read_u16(&reader);
+    request->rows = read_u16(&reader);
+    request->label = read_text(&reader);
     struct text user = read_text(&reader), cwd = read_text(&reader);
-    if (reader.bad || !text_copy(user, request->user, sizeof request->user) ||
+    if (reader.bad || request->label.length > LABEL_BYTES_MAX || !text_copy(user, request->user, sizeof request->user) ||
         !text_copy(cwd, request->cwd, sizeof request->cwd))
         return false;
     request->argument_count = read_u32(&reader);
@@ -135,21 +139,23 @@ void start_apart(bool owns_machine, const char *cgroup) {
 _Noreturn void start_child(const struct start_request *request, const struct user *user, bool owns_machine,
                            int status_fd) {
     start_apart(owns_machine, "/sys/fs/cgroup/noid");
+    if (request->flags & START_TTY) ioctl(STDIN_FILENO, TIOCSCTTY, 0);
     become(user, status_fd);
     enter_directory(request, user, status_fd);
     char *pool = malloc(request->text_bytes + 1);
     if (!pool) fail(status_fd, FAILED_RESOURCES, ENOMEM);
-    char defaults[6][288];
+    char defaults[7][288];
     snprintf(defaults[0], sizeof *defaults, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     snprintf(defaults[1], sizeof *defaults, "HOME=%s", user->home);
     snprintf(defaults[2], sizeof *defaults, "USER=%s", user->name);
     snprintf(defaults[3], sizeof *defaults, "LOGNAME=%s", user->name);
     snprintf(defaults[4], sizeof *defaults, "SHELL=%s", user->shell);
     snprintf(defaults[5], sizeof *defaults, "LANG=C.UTF-8");
+    snprintf(defaults[6], sizeof *defaults, "TERM=xterm"); // last: only for who has a terminal
     char **arguments = copy_texts(request->arguments, request->argument_count, 0, &pool, status_fd);
-    char **environment = copy_texts(request->environment, request->environment_count, 6, &pool, status_fd);
+    char **environment = copy_texts(request->environment, request->environment_count, 7, &pool, status_fd);
     uint32_t n = request->environment_count;
-    for (int i = 0; i < 6; i++)
+    for (int i = 0; i < (request->flags & START_TTY ? 7 : 6); i++)
         if (!overridden(environment, defaults[i])) environment[n++] = defaults[i];
     extern char **environ;
     environ = environment; // execvp searches the PATH the program will see

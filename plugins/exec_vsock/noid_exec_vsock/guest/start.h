@@ -12,8 +12,10 @@
 
 struct start_request {
     uint32_t flags;
-    uint32_t stdout_credit;
-    uint32_t stderr_credit;
+    uint32_t credit;
+    uint32_t log_bytes;
+    uint16_t columns, rows;
+    struct text label; // inside the message
     char user[64];
     char cwd[4096];
     uint32_t argument_count;
@@ -32,7 +34,7 @@ struct start_failure {
     int32_t error;
 };
 
-enum { FAILED_INVALID = 1, FAILED_RESOURCES = 2, FAILED_NO_ROOT = 3 };
+enum { FAILED_INVALID = 1, FAILED_RESOURCES = 2, FAILED_NO_ROOT = 3, FAILED_NO_PROCESS = 4 };
 
 // The limit of open files children get; the agent's own is higher.
 extern struct rlimit start_file_limit;
