@@ -117,7 +117,7 @@ def encode(frame: Frame) -> bytes:
     if len(frame.body) > BODY_BYTES_MAX:
         raise ValueError(f"a body of {len(frame.body)} bytes; at most {BODY_BYTES_MAX} fit")
     raw = _HEADER.pack(frame.type, frame.epoch, frame.id) + frame.body
-    raw += struct.pack("<I", zlib.crc32(raw))
+    raw += struct.pack("<I", zlib.adler32(raw))
     return _FLAG + raw.replace(b"\x7d", b"\x7d\x5d").replace(b"\x7e", b"\x7d\x5e") + _FLAG
 
 
@@ -164,7 +164,7 @@ def _unpack(stuffed: bytes) -> Frame | None:
     raw = stuffed.replace(b"\x7d\x5e", b"\x7e").replace(b"\x7d\x5d", b"\x7d")
     if not _HEADER.size + 4 <= len(raw) <= _RAW_BYTES_MAX:
         return None
-    if zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+    if zlib.adler32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
         return None
     kind, epoch, number = _HEADER.unpack_from(raw)
     return Frame(type=kind, epoch=epoch, id=number, body=raw[_HEADER.size : -4])

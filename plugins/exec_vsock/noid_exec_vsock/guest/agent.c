@@ -300,7 +300,6 @@ static int timeout_ms(void) {
 
 _Noreturn void agent_run(const struct agent_options *given) {
     options = given;
-    wire_init();
     prepare_process();
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     processes_init(epoll_fd, options->owns_machine);

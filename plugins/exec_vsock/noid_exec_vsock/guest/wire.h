@@ -1,4 +1,4 @@
-// Frames on a byte stream that has no beginning: `0x7e | stuff(type, epoch, id, body, crc32) | 0x7e`. Pure, no I/O.
+// Frames on a byte stream that has no beginning: `0x7e | stuff(type, epoch, id, body, adler32) | 0x7e`. Pure, no I/O.
 #ifndef NOID_WIRE_H
 #define NOID_WIRE_H
 
@@ -26,8 +26,6 @@ struct decoder {
     bool spoilt; // what is being collected cannot become a frame; skip to the next flag
     uint8_t raw[RAW_BYTES_MAX];
 };
-
-void wire_init(void);
 
 // Forgets a half-read frame.
 void decoder_reset(struct decoder *decoder);
