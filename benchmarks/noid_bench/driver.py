@@ -35,11 +35,12 @@ def main() -> None:
 
         request = ExecRequest(argv=tuple(task["argv"]), stdin=input_fd is not None)
         started = time.perf_counter()
-        result = exec_stream.run(endpoint, task["vm"], request, on_output=count, stdin_fd=input_fd)
+        conversation = exec_stream.Conversation(on_output=count, stdin_fd=input_fd)
+        result = exec_stream.run(endpoint, task["vm"], request, conversation)
         secs = time.perf_counter() - started
         if input_fd is not None:
             os.close(input_fd)
-        print(json.dumps({"secs": secs, "bytes": received, "exit_code": result.exit_code}), flush=True)
+        print(json.dumps({"secs": secs, "bytes": received, "exit_code": result and result.exit_code}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,22 @@ import select
 
 import click
 
+from noid.cli import terminal
 from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_vm
 from noid.cli.output import show
-from noid.client import exec_stream
+from noid.client import api, exec_stream
 from noid.client.errors import ConnectionFailed
 from noid.core import wire
-from noid.core.model import ExecRequest, checked_argv, checked_env
+from noid.core.model import ExecRequest, TerminalSize, checked_argv, checked_env
 
 STDIN_FD, STDOUT_FD, STDERR_FD = 0, 1, 2
 TIMED_OUT = 124
 INTERRUPTED = 130
 
 
-class _Failed(click.ClickException):
+class Failed(click.ClickException):
+    """Nobody knows how the command fares."""
+
     exit_code = 125
 
 
@@ -42,6 +45,8 @@ class _AfterDashes(Command):
 noid exec web -- uname -a
 noid exec web -- sh -c 'echo $HOSTNAME'
 tar c . | noid exec web -i -w /srv -- tar x
+noid exec web -t -- bash       leave it running with ctrl-p ctrl-q
+noid exec web -d -- make all   then: noid ps web, noid attach web PROCESS
 """,
 )
 @with_vm
@@ -49,6 +54,8 @@ tar c . | noid exec web -i -w /srv -- tar x
 @click.option("-u", "--user", metavar="USER", help="Run as this user; the image's default if not given.")
 @click.option("-w", "--workdir", metavar="DIR", help="Run in this directory; the user's home if not given.")
 @click.option("-i", "--interactive", is_flag=True, help="Forward standard input, from a pipe or as it is typed.")
+@click.option("-t", "--tty", is_flag=True, help="Give it this terminal; implies -i.")
+@click.option("-d", "--detach", is_flag=True, help="Start it, print its id and let it run on.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECS", help="End it after that long.")
 @with_json
 @with_endpoint
@@ -61,6 +68,8 @@ def exec_(
     user: str | None,
     workdir: str | None,
     interactive: bool,
+    tty: bool,
+    detach: bool,
     timeout: float | None,
 ) -> int:
     """Run a command in a VM. Its output streams, its exit code is ours.
@@ -70,43 +79,81 @@ def exec_(
     argv: list[str] = ctx.meta["noid.argv"]
     if not argv:
         raise click.UsageError(f"no command. Write it after two dashes: noid exec {name or 'NAME'} -- uname -a")
+    as_json = call().json
+    vm = resolved_vm(name, name_option)
+    if detach:
+        _require(
+            not (interactive or tty or timeout), "-d starts a command nobody waits for: not with -i, -t, --timeout."
+        )
+    if tty:
+        _require(os.isatty(terminal.STDIN_FD), "-t needs a terminal, and standard input is none. Use -i for a pipe.")
+        _require(not as_json, "-t shows a terminal, which --json cannot.")
     request = ExecRequest(
         argv=checked_argv(argv),
         env=checked_env(env),
         cwd=workdir,
         user=user,
-        stdin=interactive,
+        stdin=interactive or tty,
         timeout_secs=timeout,
+        tty=TerminalSize(**dict(zip(("columns", "rows"), terminal.size(), strict=True))) if tty else None,
     )
-    vm = resolved_vm(name, name_option)
+    if detach:
+        process = api.start_process(call().endpoint, vm, request)
+        show(process, process["id"])
+        return 0
     collected = {wire.STDOUT: bytearray(), wire.STDERR: bytearray()}
 
     def collect(channel: int, data: bytes) -> None:
         collected[channel] += data
 
-    as_json = call().json
     try:
-        result = exec_stream.run(
-            call().endpoint,
-            vm,
-            request,
-            on_output=collect if as_json else _write,
-            stdin_fd=STDIN_FD if interactive else None,
-        )
+        with terminal.raw(tty) as wakeup_fd:
+            conversation = exec_stream.Conversation(
+                on_output=collect if as_json else write,
+                on_gap=tell_gap,
+                stdin_fd=STDIN_FD if interactive or tty else None,
+                terminal=exec_stream.Terminal(size=terminal.size, wakeup_fd=wakeup_fd) if tty else None,
+            )
+            result = exec_stream.run(call().endpoint, vm, request, conversation)
     except ConnectionFailed as error:
-        raise _Failed(str(error)) from error
+        raise Failed(str(error)) from error
     except KeyboardInterrupt:
         return INTERRUPTED  # in silence, as the command itself would have ended here
+    if result is None:
+        left = conversation.process
+        click.echo(
+            f"Detached; it runs on. Go back with: noid attach {vm} {left.process if left else 'PROCESS'}", err=True
+        )
+        return 0
     if as_json:
         show(_as_fields(result, collected), "")
+    return exit_code(result, vm)
+
+
+def exit_code(result: wire.ExecResult, vm: str) -> int:
+    """Return what a command that ended like this ends ours with, having said what a code cannot.
+
+    Raises:
+        click.ClickException: with 125: the server does not know.
+    """
     if result.truncated:
         click.echo("warning: output was truncated (exceeded 1MB limit)", err=True)
     if result.timed_out:
         click.echo("exec timed out", err=True)
         return TIMED_OUT
     if result.exit_code is None:
-        raise _Failed(f"the server does not know how the command on {vm!r} ended. It may still run.")
+        raise Failed(f"the server does not know how the command on {vm!r} ended. It may still run.")
     return result.exit_code & 0xFF
+
+
+def tell_gap(size: int) -> None:
+    """Say on stderr that output is missing."""
+    click.echo(f"[{size} bytes of output are no longer kept]", err=True)
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise click.UsageError(otherwise)
 
 
 def _as_fields(result: wire.ExecResult, collected: dict[int, bytearray]) -> dict[str, object]:
@@ -120,7 +167,7 @@ def _as_fields(result: wire.ExecResult, collected: dict[int, bytearray]) -> dict
     }
 
 
-def _write(channel: int, data: bytes) -> None:
+def write(channel: int, data: bytes) -> None:
     """Write *data* at once and completely. Waiting for a slow reader is what slows the guest's process down, too."""
     descriptor = STDOUT_FD if channel == wire.STDOUT else STDERR_FD
     view = memoryview(data)

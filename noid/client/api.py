@@ -5,11 +5,14 @@ older ones only these, and ``--json`` prints what came.
 """
 
 # Without `from __future__ import annotations`: as strings, TypedDict could not tell which keys are required.
+import json
 from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
 from noid.client.errors import ConnectionFailed, ServerError
 from noid.client.settings import Endpoint
 from noid.client.transport import Reply, request
+from noid.core.model import ExecRequest
+from noid.core.wire import request_to_json
 
 RAW_TEXT_MAX = 200
 
@@ -57,6 +60,18 @@ class CheckpointInfo(TypedDict):
     label: str | None
     created_at: str
     timings: NotRequired[dict[str, float]]
+
+
+class ProcessInfo(TypedDict):
+    """A process of a VM. *id* is 8 hex digits, *state* running, exited or lost."""
+
+    id: str
+    pid: int
+    command: list[str]
+    state: str
+    exit_code: int | None
+    origin: str
+    started_at: str | None
 
 
 class Identity(TypedDict):
@@ -139,6 +154,38 @@ def restore_vm(endpoint: Endpoint, name: str, checkpoint_id: str, new_name: str 
     """
     body = {"checkpoint_id": checkpoint_id} | ({} if new_name is None else {"new_name": new_name})
     return _one(endpoint, _ask(endpoint, "POST", f"/v1/vms/{name}/restore", body, quick=False), VmInfo)
+
+
+def processes(endpoint: Endpoint, name: str) -> list[ProcessInfo]:
+    """Return the processes of the VM *name*, oldest first."""
+    return _many(endpoint, _ask(endpoint, "GET", f"/v1/vms/{name}/processes"), ProcessInfo)
+
+
+def start_process(endpoint: Endpoint, name: str, request: ExecRequest) -> ProcessInfo:
+    """Start a process that runs on without a client."""
+    body = json.loads(request_to_json(request))
+    reply = _ask(endpoint, "POST", f"/v1/vms/{name}/processes", body, quick=False)
+    return _one(endpoint, reply, ProcessInfo)
+
+
+def wait_process(endpoint: Endpoint, name: str, process: str, *, at_most_secs: float) -> ProcessInfo:
+    """Return the process when it has ended, or after *at_most_secs* as it is then.
+
+    Raises:
+        ServerError: 404 there is none.
+    """
+    path = f"/v1/vms/{name}/processes/{process}/wait?timeout_secs={at_most_secs:g}"
+    return _one(endpoint, _ask(endpoint, "GET", path, quick=False), ProcessInfo)
+
+
+def signal_process(endpoint: Endpoint, name: str, process: str, signal: str | int) -> None:
+    """Send *signal* to the process' group; an ended one does not mind."""
+    _ask(endpoint, "POST", f"/v1/vms/{name}/processes/{process}/signal", {"signal": signal})
+
+
+def end_process(endpoint: Endpoint, name: str, process: str) -> None:
+    """End the process if it runs, and forget it and its output."""
+    _ask(endpoint, "DELETE", f"/v1/vms/{name}/processes/{process}", quick=False)
 
 
 def refusal(endpoint: Endpoint, reply: Reply) -> ServerError:

@@ -12,6 +12,8 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlencode
 
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, Event, Ping, TextMessage
@@ -22,42 +24,136 @@ from noid.client.api import refusal
 from noid.client.errors import ConnectionFailed, ConnectionLost, ServerError
 from noid.client.settings import Endpoint
 from noid.core import wire
-from noid.core.model import ExecRequest
-from noid.errors import DependencyDown
+from noid.core.model import ExecRequest, Gap
+from noid.errors import DependencyDown, LineageEnded
 
 RESULT_GRACE_SECS = 10.0
 """How much later than the request's own limit the result may come, before we stop believing in a server-side limit."""
+REATTACH_SECS = 10.0
+RETRY_SECS = 0.2
+DETACH_KEYS = b"\x10\x11"
+"""Ctrl+P, Ctrl+Q."""
 UNSENT_BYTES_MAX = 4 * wire.CHUNK_BYTES
 TEXT_CHARACTERS_MAX = 1 << 20
 
 
-def run(
-    endpoint: Endpoint,
-    name: str,
-    request: ExecRequest,
-    *,
-    on_output: Callable[[int, bytes], None],
-    stdin_fd: int | None = None,
-) -> wire.ExecResult:
-    """Run *request* on the VM *name*, calling *on_output* with channel (1 stdout, 2 stderr) and bytes as they arrive.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terminal:
+    """A terminal in front of the guest's: *wakeup_fd* becomes readable when *size* (columns, rows) may have changed.
 
-    *stdin_fd* is forwarded until its end if the request says ``stdin``. Whatever ends this early, an exception from
-    *on_output* or KeyboardInterrupt included, closes the connection, and the agent then ends the process.
+    *keys*, typed one after the other, detach.
+    """
+
+    size: Callable[[], tuple[int, int]]
+    wakeup_fd: int | None
+    keys: bytes = DETACH_KEYS
+
+
+@dataclass(slots=True, kw_only=True)
+class Conversation:
+    """What is known of one process across connections to it.
+
+    Attributes:
+        on_output: Called with channel (1 stdout, 2 stderr) and bytes as they arrive.
+        on_gap: Called with how many bytes of output are missing where it is called.
+        process: Which one it is, once the agent has said so.
+        offset: That of the next byte of output.
+        detached: Whether the user has left it on purpose.
+    """
+
+    on_output: Callable[[int, bytes], None]
+    on_gap: Callable[[int], None] = lambda _: None
+    stdin_fd: int | None = None
+    terminal: Terminal | None = None
+    process: wire.Started | None = None
+    offset: int = 0
+    typed: bool = False
+    detached: bool = False
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether another connection can go on where one was lost: not if input may have been lost with it."""
+        return self.process is not None and (not self.typed or self.terminal is not None)
+
+
+def run(endpoint: Endpoint, name: str, request: ExecRequest, conversation: Conversation) -> wire.ExecResult | None:
+    """Run *request* on the VM *name*. None when the user has detached from it.
+
+    ``conversation.stdin_fd`` is forwarded until its end if the request says ``stdin``. A connection that is lost is
+    made again for `REATTACH_SECS`, and nothing of the output is lost or shown twice. Whatever else ends this early, an
+    exception from *on_output* or KeyboardInterrupt included, closes the connection, and the agent then ends the
+    process.
 
     Raises:
         ConnectionFailed: nothing was run.
         ServerError: the agent refused, or could not run it.
         ConnectionLost: the connection to the agent, or the agent's to the guest, ended before the result.
     """
-    sock, leftover = _open(endpoint, name)
+    first = wire.request_to_json(request, resume=True)
+    if not request.stdin and request.tty is None:
+        conversation.stdin_fd = None
+    limit = request.timeout_secs
+    deadline = None if limit is None else time.monotonic() + limit + RESULT_GRACE_SECS
     try:
-        return _Exchange(sock, leftover, endpoint, request, on_output, stdin_fd).run()
+        return _converse(endpoint, f"/v1/vms/{name}/exec", conversation, first, deadline)
+    except ConnectionLost as lost:
+        return _resume(endpoint, name, conversation, deadline, lost)
+
+
+def attach(
+    endpoint: Endpoint, name: str, process: str, conversation: Conversation, *, from_start: bool
+) -> wire.ExecResult | None:
+    """Attach to a process of the VM *name*, as one of its readers. None when the user has detached from it.
+
+    Raises:
+        ConnectionFailed, ServerError, ConnectionLost: as `run`; the process is not affected.
+    """
+    wanted = {} if conversation.stdin_fd is not None else {"readonly": "1"}
+    if from_start:
+        wanted["offset"] = "0"
+    query = f"?{urlencode(wanted)}" if wanted else ""
+    return _converse(endpoint, f"/v1/vms/{name}/processes/{process}/attach{query}", conversation, None, None)
+
+
+def _resume(
+    endpoint: Endpoint, name: str, conversation: Conversation, deadline: float | None, lost: ConnectionLost
+) -> wire.ExecResult | None:
+    """Go on after a connection was lost, or raise that it was."""
+    until = time.monotonic() + REATTACH_SECS
+    while conversation.can_resume and time.monotonic() < until:
+        assert conversation.process is not None  # noqa: S101  # what can_resume says
+        query = urlencode({"offset": conversation.offset, "lineage": conversation.process.lineage, "resume": "1"})
+        path = f"/v1/vms/{name}/processes/{conversation.process.process}/attach?{query}"
+        before = conversation.process
+        try:
+            return _converse(endpoint, path, conversation, None, deadline)
+        except ConnectionLost as again:
+            lost = again
+            if conversation.process is not before:  # it was attached: only what comes after that counts
+                until = time.monotonic() + REATTACH_SECS
+                if isinstance(again.__cause__, ServerError):
+                    break  # the agent itself said that nobody knows
+        except ConnectionFailed:
+            pass  # the agent is not up yet
+        except ServerError as error:
+            if error.status not in (503, 504):
+                raise ConnectionLost(f"{lost} Attaching to it again failed: {error}.") from error
+        time.sleep(RETRY_SECS)
+    raise lost
+
+
+def _converse(
+    endpoint: Endpoint, path: str, conversation: Conversation, first: str | None, deadline: float | None
+) -> wire.ExecResult | None:
+    sock, leftover = _open(endpoint, path)
+    try:
+        return _Exchange(sock, leftover, endpoint, conversation, first, deadline).run()
     finally:
         sock.close()
 
 
-def _open(endpoint: Endpoint, name: str) -> tuple[socket.socket, bytes]:
-    upgraded = transport.upgrade(endpoint, f"/v1/vms/{name}/exec")
+def _open(endpoint: Endpoint, path: str) -> tuple[socket.socket, bytes]:
+    upgraded = transport.upgrade(endpoint, path)
     if isinstance(upgraded, transport.Reply):
         if 200 <= upgraded.status < 300:
             raise ConnectionFailed(f"{endpoint.address} ignored the wish for a WebSocket. Is there a proxy in between?")
@@ -65,36 +161,60 @@ def _open(endpoint: Endpoint, name: str) -> tuple[socket.socket, bytes]:
     return upgraded
 
 
+class DetachKeys:
+    """Finds the keys that detach in what is typed; what could be their beginning is held back until it is not."""
+
+    def __init__(self, keys: bytes) -> None:
+        self._keys = keys
+        self._held = b""
+
+    def feed(self, data: bytes) -> tuple[bytes, bool]:
+        """Return what is to be typed of *data*, and whether the keys were pressed, after which nothing is."""
+        data = self._held + data
+        self._held = b""
+        if not self._keys:
+            return data, False
+        before, found, _ = data.partition(self._keys)
+        if found:
+            return before, True
+        for length in range(min(len(self._keys) - 1, len(data)), 0, -1):
+            if self._keys.startswith(data[-length:]):
+                self._held = data[-length:]
+                return data[:-length], False
+        return data, False
+
+
 class _Exchange:
-    """The state of one exec: what is still to be sent, what has been understood."""
+    """The state of one connection: what is still to be sent, what has been understood."""
 
     def __init__(
         self,
         sock: socket.socket,
         leftover: bytes,
         endpoint: Endpoint,
-        request: ExecRequest,
-        on_output: Callable[[int, bytes], None],
-        stdin_fd: int | None,
+        conversation: Conversation,
+        first: str | None,
+        deadline: float | None,
     ) -> None:
         self._sock = sock
         self._endpoint = endpoint
-        self._on_output = on_output
-        self._stdin_fd = stdin_fd if request.stdin else None
+        self._conversation = conversation
+        self._stdin_fd = conversation.stdin_fd
+        self._keys = DetachKeys(conversation.terminal.keys if conversation.terminal else b"")
         self._ws = Connection(ConnectionType.CLIENT, trailing_data=leftover)
-        self._unsent = bytearray(self._ws.send(TextMessage(data=wire.request_to_json(request))))
+        self._unsent = bytearray(self._ws.send(TextMessage(data=first)) if first is not None else b"")
         self._channel = 0  # of the binary message that is being received
         self._inside_message = False
         self._text: list[str] = []
         self._result: wire.ExecResult | None = None
-        limit = request.timeout_secs
-        self._deadline = None if limit is None else time.monotonic() + limit + RESULT_GRACE_SECS
+        self._deadline = deadline
+        self._tell_size()
 
-    def run(self) -> wire.ExecResult:
+    def run(self) -> wire.ExecResult | None:
         self._sock.setblocking(False)
         try:
             self._understand()  # what came with the handshake's answer
-            while self._result is None:
+            while self._result is None and not (self._conversation.detached and not self._unsent):
                 self._step()
         finally:
             self._say_goodbye()
@@ -104,6 +224,10 @@ class _Exchange:
         reading: list[socket.socket | int] = [self._sock]
         if self._stdin_fd is not None and len(self._unsent) < UNSENT_BYTES_MAX:
             reading.append(self._stdin_fd)
+        terminal = self._conversation.terminal
+        wakeup_fd = None if terminal is None else terminal.wakeup_fd
+        if wakeup_fd is not None:
+            reading.append(wakeup_fd)
         writing = [self._sock] if self._unsent else []
         left = None if self._deadline is None else self._deadline - time.monotonic()
         if left is not None and left <= 0:
@@ -115,6 +239,9 @@ class _Exchange:
             self._send()
         if self._sock in readable:
             self._receive()
+        if wakeup_fd is not None and wakeup_fd in readable:
+            os.read(wakeup_fd, 4096)
+            self._tell_size()
         if self._stdin_fd in readable and self._result is None:
             self._forward_input()
 
@@ -159,7 +286,8 @@ class _Exchange:
                     self._channel, chunk = wire.split_frame(chunk)
                     self._inside_message = True
                 if chunk and self._channel in (wire.STDOUT, wire.STDERR):
-                    self._on_output(self._channel, chunk)
+                    self._conversation.offset += len(chunk)
+                    self._conversation.on_output(self._channel, chunk)
                 if finished:
                     self._inside_message = False
             case TextMessage(data=text, message_finished=finished):
@@ -181,8 +309,14 @@ class _Exchange:
         match wire.reply_from_json(text):
             case wire.ExecResult() as result:
                 self._result = result
-            case wire.ErrorResponse(error=error, code=DependencyDown.code):
-                raise ConnectionLost(error)  # the agent stops, or it lost the guest: nobody knows how the command fares
+            case wire.Started() as started:
+                self._conversation.process, self._conversation.offset = started, started.offset
+            case Gap(start=start, end=end):
+                self._conversation.offset = end
+                self._conversation.on_gap(end - start)
+            case wire.ErrorResponse(error=error, code=DependencyDown.code | LineageEnded.code as code):
+                # The agent stops, or it lost the guest, or the VM was put back: nobody knows how the command fares.
+                raise ConnectionLost(error) from ServerError(error, status=0, code=code)
             case wire.ErrorResponse(error=error, code=code):
                 raise ServerError(error, status=0, code=code)
 
@@ -194,9 +328,21 @@ class _Exchange:
             return
         except OSError:
             data = b""  # a terminal that went away: the same to the guest as the end of the input
+        if data:
+            data, detached = self._keys.feed(data)
+            if detached:
+                self._stdin_fd, self._conversation.detached = None, True
+                self._unsent += self._ws.send(TextMessage(data=wire.DETACH))
+            if not data:
+                return
+        self._conversation.typed = True
         self._unsent += self._ws.send(BytesMessage(data=wire.frame(wire.STDIN, data)))
         if not data:
-            self._stdin_fd = None
+            self._stdin_fd = self._conversation.stdin_fd = None
+
+    def _tell_size(self) -> None:
+        if self._conversation.terminal is not None:
+            self._unsent += self._ws.send(BytesMessage(data=wire.resize_frame(*self._conversation.terminal.size())))
 
     def _say_goodbye(self) -> None:
         """Close politely if that costs nothing. Closing the socket, which follows, says the same."""

@@ -93,6 +93,10 @@ class Owner(Protocol):
         """The client that started *session* leaves it, on purpose or not."""
         ...
 
+    async def detach(self, session: Session) -> None:
+        """Let *session* run on without its client."""
+        ...
+
     async def finish(self, session: Session) -> None:
         """End and forget *session*."""
         ...
@@ -104,7 +108,7 @@ class Viewer:
     def __init__(self, session: Session, offset: int, *, holds: bool) -> None:
         self.session = session
         self.offset = offset
-        self._holds = holds
+        self.holds = holds
 
     async def next(self) -> list[OutputChunk | Gap] | ProcessExit:
         """Return what follows, waiting for it, or how the process ended. Cancelled, it has taken nothing.
@@ -128,7 +132,7 @@ class Viewer:
     def passed(self, event: OutputChunk | Gap) -> None:
         """Note that *event* has reached the client, so that the process may go on."""
         self.offset = event.end
-        if self._holds:
+        if self.holds:
             self.session.changed.unpark_all()
 
 
@@ -301,7 +305,11 @@ class Session:
         """Return what a later agent shall know of it if the guest is gone."""
         exit_ = None if self.exit is None else {"code": self.exit.code, "signal": self.exit.signal}
         fields: dict[str, Any] = {"pid": self.pid, "tty": self.tty, "exit": exit_}
-        return fields | {"started_at_unix_ns": self.started_at_unix_ns, "label": self.label.to_text()}
+        return fields | {
+            "started_at_unix_ns": self.started_at_unix_ns,
+            "label": self.label.to_text(),
+            "detached": self.detached,
+        }
 
     @classmethod
     def described(cls, name: str, fields: Mapping[str, Any], log: ProcessLog, *, owner: Owner) -> Session:

@@ -182,6 +182,18 @@ class VmSessions:
         else:
             await self.finish(session)
 
+    async def detach(self, session: Session) -> None:
+        """Let *session* run on without its client, also after this agent: its label, in the guest, cannot say so.
+
+        Raises:
+            Unsupported: processes of this guest do not outlive their connection.
+        """
+        if not self._lasting:
+            raise Unsupported("exec", "run a process that outlives its client")
+        if not session.detached:
+            session.detached = True
+            await session.log.describe(session.description())
+
     async def finish(self, session: Session) -> None:
         """End *session* if it runs, and forget it, here and in the guest. Twice does nothing."""
         if self._sessions.get(session.id) is not session:
@@ -241,8 +253,7 @@ class VmSessions:
             with self._scope:
                 described = await self._described()
                 for info in await self._listed():
-                    described.pop(process_name(info.id), None)
-                    await self._adopt(info)
+                    await self._adopt(info, described.pop(process_name(info.id), {}))
                 for name, fields in described.items():
                     await self._remember(name, fields)
                 self._known.set()
@@ -277,7 +288,7 @@ class VmSessions:
             return [info for info in listed[:PROCESSES_MAX] if info.label]
         return []
 
-    async def _adopt(self, info: GuestProcessInfo) -> None:
+    async def _adopt(self, info: GuestProcessInfo, described: dict[str, Any]) -> None:
         name = process_name(info.id)
         open_log = partial(ProcessLog.open, self._processes, name, unsaved_bytes=MEMORY_BYTES // 4)
         try:
@@ -286,6 +297,7 @@ class VmSessions:
             logger.warning("the log of process %s cannot be read: %s", name, error, extra={"vm": self.vm_id})
             log = ProcessLog(self._processes, name)
         session = Session(info, Label.from_text(info.label), log, owner=self)
+        session.detached = session.detached or described.get("detached") is True
         self._sessions[info.id] = session
         self._nursery.start_soon(self._pump, session, None)
         if session.origin == NATIVE and not session.detached:

@@ -6,6 +6,7 @@ Shared by server and client. The format is the predecessor's (0.2), extended whe
 
     1  client -> server  text    ExecRequest  {"command": [...], "tty": false, "env": ["K=V"], ...}
     2  both              binary  first byte is the channel: 1 stdout, 2 stderr, 3 stdin, 4 resize; the rest is data
+    2  client -> server  text    {"detach": true}: when this client leaves, the process shall run on
     3  server -> client  text    {"process", "lineage", "pid", "offset"}: which process it is, before anything it wrote
     4  server -> client  text    {"gap": {"start", "end"}}: bytes of its output that nobody has any more
     5  server -> client  text    ExecResult {"exit_code", "timed_out", "truncated", "signal"?} or {"error", "code"?}
@@ -43,6 +44,9 @@ STDOUT = 1
 STDERR = 2
 STDIN = 3
 RESIZE = 4
+
+DETACH = '{"detach":true}'
+"""The message of a client that is about to leave its process running."""
 
 CHUNK_BYTES = 65536
 """How much data a frame carries at most, by convention; receivers take any size up to their message limit."""

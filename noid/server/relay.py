@@ -39,7 +39,7 @@ async def converse(viewer: Viewer, transport: Transport, *, writes: bool, limit_
     ended: ProcessExit | None = None
     timed_out = False
     async with plain_nursery() as nursery:
-        nursery.start_soon(_relay_input, session, writes, transport, nursery.cancel_scope)
+        nursery.start_soon(_relay_input, viewer, writes, transport, nursery.cancel_scope)
         with trio.CancelScope() as relaying:
 
             async def watch_time() -> None:
@@ -74,13 +74,16 @@ async def _relay_output(viewer: Viewer) -> ProcessExit:
     return events
 
 
-async def _relay_input(session: Session, writes: bool, transport: Transport, conversation: trio.CancelScope) -> None:
+async def _relay_input(viewer: Viewer, writes: bool, transport: Transport, conversation: trio.CancelScope) -> None:
     """Read the WebSocket for as long as the process lives: that is also how a leaving client is noticed.
 
     A guest that fails here fails `Viewer.next` too, which is where that is told.
     """
+    session = viewer.session
     while True:
         message = await websocket.receive()
+        if message == wire.DETACH and viewer.holds:
+            await session.owner.detach(session)
         if not writes or not isinstance(message, bytes):
             continue
         channel, data = wire.split_frame(message)

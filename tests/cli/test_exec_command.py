@@ -59,6 +59,7 @@ def test_the_request_carries_the_command_untouched(noid: Any, agent: Any) -> Non
             "cwd": "/srv",
             "user": "root",
             "timeout_secs": 2.5,
+            "resume": True,
         }
     ]
     assert agent.requests[0].path == "/v1/vms/web/exec"
