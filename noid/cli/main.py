@@ -38,6 +38,8 @@ COMMANDS = {
     "attach": "noid.cli.processes:attach",
     "wait": "noid.cli.processes:wait",
     "kill": "noid.cli.processes:kill",
+    "console": "noid.cli.console:console",
+    "logs": "noid.cli.logs:logs",
     "checkpoint": "noid.cli.checkpoints:checkpoint",
     "checkpoints": "noid.cli.checkpoints:checkpoints",
     "restore": "noid.cli.checkpoints:restore",

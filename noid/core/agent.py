@@ -30,6 +30,7 @@ from noid.core.backends import (
     VmmBackend,
 )
 from noid.core.config import Config
+from noid.core.console import Console
 from noid.core.endings import Endings
 from noid.core.ids import new_id
 from noid.core.images import Images
@@ -56,6 +57,7 @@ from noid.core.store import Store, open_store
 from noid.core.supervisor import GuestLink, Supervisor
 from noid.core.templates import Templates
 from noid.core.users import Users
+from noid.core.vmlogs import ConsoleLogs, VmLogs
 from noid.core.waiting import plain_nursery
 from noid.core.work import Work
 from noid.errors import Busy, ConfigError, Conflict, DeadlineExceeded, NoidError, NotFound, Unauthenticated
@@ -105,6 +107,7 @@ class Agent:
         self._templates = templates
         self._pool = pool
         self._sessions = sessions
+        self.logs = VmLogs([ConsoleLogs(services.supervisor, services.layout)])
 
     # --- VMs -------------------------------------------------------------------------------------------------------
 
@@ -351,6 +354,17 @@ class Agent:
             f"the guest of VM {name!r} has not answered since {wire_time(since)} UTC. It may be hung or starved: look "
             f"at its serial.log, reboot it with `noid reboot {name}`, or restore it from a checkpoint."
         )
+
+    def console(self, user: User, name: str) -> Console:
+        """Return the serial console of the VM's machine, for as long as that runs.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it does not run.
+        """
+        vm = self._store.vm(user.id, checked_name(name))
+        states.require("console", name, vm.state)
+        return self.services.supervisor.get(vm).link.console
 
     def default_user(self, user: User, name: str) -> str:
         """Return who commands run as in that VM when nobody is named: the image's user, or root."""

@@ -459,6 +459,10 @@ class Guest(Protocol):
         """
         ...
 
+    async def resize_console(self, size: TerminalSize) -> None:
+        """Tell the guest how large the terminal at its serial console is. Only where *features* has ``tty``."""
+        ...
+
     async def ping(self) -> float:
         """Return the round trip in seconds."""
         ...

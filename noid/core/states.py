@@ -32,6 +32,7 @@ TRANSITIONS: dict[VmState, frozenset[VmState]] = {
 ALLOWED: dict[str, frozenset[VmState]] = {
     "checkpoint": frozenset({_S.RUNNING, _S.PAUSED}),
     "exec": frozenset({_S.RUNNING}),
+    "console": frozenset({_S.RUNNING, _S.PAUSED}),
     "restore": frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DEAD}),
     "destroy": frozenset(_S),
     "stop": frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DEAD}),
@@ -63,4 +64,5 @@ def require(action: str, name: str, state: VmState) -> None:
         Conflict: says what the VM is and what to do about it.
     """
     if state not in ALLOWED[action]:
-        raise Conflict(f"cannot {action} VM {name!r}: it is {state}. {_HINTS[state].format(name=name)}".rstrip())
+        verb = "open the console of" if action == "console" else action
+        raise Conflict(f"cannot {verb} VM {name!r}: it is {state}. {_HINTS[state].format(name=name)}".rstrip())

@@ -133,6 +133,24 @@ def parse_resize(data: bytes) -> tuple[int, int]:
     return columns, rows
 
 
+# --- text messages of consoles and logs, which clients that do not know them skip ------------------------------------
+
+
+def dropped_to_json(count: int, why: str) -> str:
+    """Return the message that says that the last *count* bytes of input were not delivered, and *why*."""
+    return json.dumps({"dropped": {"bytes": count, "why": why}}, separators=(",", ":"))
+
+
+def log_start_to_json(offset: int) -> str:
+    """Return the message a log begins with: the offset of its first byte or gap."""
+    return json.dumps({"log": {"offset": offset}}, separators=(",", ":"))
+
+
+def log_end_to_json(offset: int) -> str:
+    """Return the message a log ends with: where to go on when there is more of it."""
+    return json.dumps({"end": {"offset": offset}}, separators=(",", ":"))
+
+
 # --- the request ----------------------------------------------------------------------------------------------------
 
 

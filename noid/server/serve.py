@@ -17,9 +17,11 @@ from hypercorn.utils import wrap_app
 from noid.core.agent import Agent
 from noid.core.config import Config
 from noid.server import power, rest
+from noid.server.console import ConsoleRoutes
 from noid.server.guard import Guard
 from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
 from noid.server.listening import tcp_listeners, unix_listener
+from noid.server.logs import LogRoutes
 from noid.server.processes import ProcessRoutes
 from noid.server.streams import ExecRoutes
 from noid.server.websockets import WebSockets
@@ -87,6 +89,8 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
     power.add_routes(app, agent)
     websockets = WebSockets(config, guard, stopping)
     ExecRoutes(agent, websockets).add_to(app)
+    ConsoleRoutes(agent, websockets).add_to(app)
+    LogRoutes(agent, websockets).add_to(app)
     ProcessRoutes(agent, websockets).add_to(app)
     return app
 

@@ -20,6 +20,7 @@ PROMPT = b"# "
 UNREAD_BYTES = 4096
 _READ_BYTES = 4096
 _PRINT_BYTES = 65536
+_LINE_BYTES_MAX = 1024
 _INTERRUPT, _END, _BACKSPACE, _KILL_LINE = 0x03, 0x04, 0x7F, 0x15
 
 
@@ -105,7 +106,7 @@ class SimulatedConsole:
         elif byte == _KILL_LINE:
             self._say(b"\b \b" * len(line))
             line = b""
-        else:
+        elif len(line) < _LINE_BYTES_MAX:
             self._say(bytes([byte]))
             line += bytes([byte])
         self._set_shell(line=base64.b64encode(line).decode())

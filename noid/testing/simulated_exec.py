@@ -240,6 +240,10 @@ class SimulatedGuestLink:
         await self._faults.after("wake", self._pid)
         return Receipt(items=tuple(ReceiptItem(**item) for item in answer["items"]))
 
+    async def resize_console(self, size: TerminalSize) -> None:
+        """Tell the guest how large its console's terminal is."""
+        await self.call("resize_console", columns=size.columns, rows=size.rows)
+
     async def ping(self) -> float:
         """Return the round trip in seconds."""
         await self._faults.before("ping", self._pid)

@@ -275,6 +275,9 @@ class SimulatedGuest:
             return f"{self.memory['uptime']:.2f} 0.00\n".encode()
         if path == "/proc/sys/kernel/hostname":
             return f"{self.memory['hostname']}\n".encode()
+        if path == "/run/console_size":
+            columns, rows = self.memory.get("console_size", (0, 0))
+            return f"{columns} {rows}\n".encode()
         if path.startswith(_IN_MEMORY):
             page = self.memory.get(f"file:{path}")
             return None if page is None else base64.b64decode(page)

@@ -270,6 +270,9 @@ class SimulatedMachine:
                 host.send({"event": request["op"], "number": request["number"]})
             case "start":
                 self._start(host, request)
+            case "resize_console":
+                guest.memory["console_size"] = [request["columns"], request["rows"]]
+                host.send({"event": "resized", "number": request["number"]})
             case "list":
                 host.send({"event": "listed", "number": request["number"], "processes": guest.listing()})
             case "attach":

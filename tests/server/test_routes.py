@@ -173,7 +173,6 @@ async def test_a_bad_name_in_a_path_is_400_an_unknown_one_404(server: Server, me
         *((method, "/v1/vms") for method in ("DELETE", "PATCH", "OPTIONS")),
         ("GET", "/v1/vms/web/restore"),
         ("GET", "/v1/vms/a%2Fb"),
-        ("GET", "/v1/vms/web/console"),
     ],
 )
 async def test_an_unknown_path_and_a_wrong_method_are_404(server: Server, method: str, path: str) -> None:

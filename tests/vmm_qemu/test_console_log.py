@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from noid_vmm_qemu.console_log import OCCUPIED_BYTES_MAX, shorten
+from noid_vmm_qemu.console_log import BEGINNING_BYTES, END_BYTES, OCCUPIED_BYTES_MAX, shorten
 
 
-def test_a_long_log_gives_its_beginning_back_and_keeps_end_and_length(tmp_path: Path) -> None:
+def test_a_long_log_gives_its_middle_back_and_keeps_beginning_end_and_length(tmp_path: Path) -> None:
     path = tmp_path / "serial.log"
     content = b"0123456789abcdef" * ((OCCUPIED_BYTES_MAX + (1 << 20)) // 16)
     path.write_bytes(content)
@@ -16,8 +17,12 @@ def test_a_long_log_gives_its_beginning_back_and_keeps_end_and_length(tmp_path: 
 
     facts = path.stat()
     assert facts.st_size == len(content)
-    assert facts.st_blocks * 512 < OCCUPIED_BYTES_MAX // 2
-    assert path.read_bytes()[-(4 << 20) :] == content[-(4 << 20) :]
+    assert facts.st_blocks * 512 <= END_BYTES + BEGINNING_BYTES + (128 << 10)
+    assert path.read_bytes()[-END_BYTES:] == content[-END_BYTES:]
+    assert path.read_bytes()[:BEGINNING_BYTES] == content[:BEGINNING_BYTES]
+    with path.open("rb") as file:
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == BEGINNING_BYTES
+        assert len(content) - END_BYTES - (64 << 10) < os.lseek(file.fileno(), BEGINNING_BYTES, os.SEEK_DATA)
     assert not shorten(path)
 
 

@@ -1,7 +1,7 @@
 """Keeps a guest from filling the host's disk through its serial console.
 
-QEMU appends to the file for ever. So the beginning of a long one is given back to the disk by punching a hole: offsets
-stay what they were for whoever follows the file, and QEMU never notices.
+QEMU appends to the file for ever. So the middle of a long one is given back to the disk by punching a hole: offsets
+stay what they were for whoever follows the file, the hole tells them what is gone, and QEMU never notices.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from pathlib import Path
 from noid.errors import BackendError
 from noid.hostfs import os_errors
 
-OCCUPIED_BYTES_MAX = 16 << 20
-_KEPT_BYTES = 4 << 20
+OCCUPIED_BYTES_MAX = 2 << 20
+BEGINNING_BYTES = 64 << 10
+END_BYTES = 1 << 20
+_ALIGNMENT_BYTES = 64 << 10  # of every file system's blocks: half of one would become zeros, which nobody can tell
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -22,7 +24,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def shorten(path: Path) -> bool:
-    """If *path* occupies more than `OCCUPIED_BYTES_MAX`, free all but its end. Blocks.
+    """If *path* occupies more than `OCCUPIED_BYTES_MAX`, free all but its beginning and its end. Blocks.
 
     Returns:
         Whether it did.
@@ -39,7 +41,10 @@ def shorten(path: Path) -> bool:
             facts = os.fstat(fd)
             if facts.st_blocks * 512 <= OCCUPIED_BYTES_MAX:
                 return False
-            if _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, 0, facts.st_size - _KEPT_BYTES) != 0:
+            end = (facts.st_size - END_BYTES) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
+            if end <= BEGINNING_BYTES:  # it occupies more than it holds: nothing to gain
+                return False
+            if _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, BEGINNING_BYTES, end - BEGINNING_BYTES) != 0:
                 number = ctypes.get_errno()
                 raise BackendError(f"the console log {path} cannot be shortened: {os.strerror(number)}.")
             return True

@@ -28,6 +28,7 @@ from noid_vmm_qemu.qmp import Qmp, QmpError, QmpEvent
 _STATE_ROOM_BYTES = 1 << 20
 _PIVOT_SECS = 10.0
 _CONSOLE_LOOK_SECS = 60.0
+_CONSOLE_LOOK_SOON_SECS = 5.0
 _FEED_SECS = 2.0
 _HANG_UP_SECS = 1.0
 _HANG_UP_STEP_SECS = 0.01
@@ -264,12 +265,14 @@ class QemuMachine:
             NotFound: `aclose` was called meanwhile.
         """
         over = False
+        look_secs = _CONSOLE_LOOK_SECS
         while not over:
             # Whoever waits for the end looks after console and disk meanwhile: there is always somebody who waits.
-            with trio.move_on_after(_CONSOLE_LOOK_SECS) as scope:
+            with trio.move_on_after(look_secs) as scope:
                 over = await self._qmp.drained(or_until=lambda: self._events.starved)
             if scope.cancelled_caught:
-                await self._shorten_console()
+                # A guest that printed so much since the last look may go on like that.
+                look_secs = _CONSOLE_LOOK_SOON_SECS if await self._shorten_console() else _CONSOLE_LOOK_SECS
             if not over:
                 await self._feed()
         await self._process.wait()
@@ -301,11 +304,12 @@ class QemuMachine:
         self._process.close()
         await self._qmp.aclose()
 
-    async def _shorten_console(self) -> None:
+    async def _shorten_console(self) -> bool:
         try:
-            await trio.to_thread.run_sync(shorten, self._console)
+            return await trio.to_thread.run_sync(shorten, self._console)
         except NoidError as error:
             log.warning("%s It goes on growing.", error)
+            return False
 
     async def _add_layer(self, path: Path) -> _Layer:
         """Open a layer's file without what it lies on."""

@@ -1,0 +1,82 @@
+"""``noid logs``: what a VM's console, or one of its processes, has printed."""
+
+from __future__ import annotations
+
+import os
+import select
+
+import click
+
+from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_name_option
+from noid.cli.output import show
+from noid.client import log_stream
+from noid.core import wire
+
+STDOUT_FD, STDERR_FD = 1, 2
+END_OFFSET = 1 << 59  # beyond every end, which is where reading then begins: minus 0 would be the beginning
+INTERRUPTED = 130
+
+
+@click.command(
+    "logs",
+    cls=Command,
+    epilog="""
+noid logs web
+noid logs web --follow
+noid logs web --tail 2000
+""",
+)
+@click.argument("name", required=False)
+@click.argument("log", default="console", metavar="[LOG]")
+@with_name_option
+@click.option("-f", "--follow", is_flag=True, help="Go on until it can grow no more, or Ctrl+C.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="BYTES", help="Begin that far from its end.")
+@with_json
+@with_endpoint
+def logs(name: str | None, log: str, name_option: str | None, follow: bool, tail: int | None) -> int:
+    """Print a log of a VM: its console's, or that of the process LOG.
+
+    A console's log begins with the machine: a clone's with the clone. Of a long one the middle is no longer kept;
+    where that is the case, stderr says so.
+    """
+    vm = resolved_vm(name, name_option)
+    texts: list[bytes] = []
+    gaps: list[dict[str, int]] = []
+    as_json = call().json
+
+    def on_output(channel: int, data: bytes) -> None:
+        texts.append(data) if as_json else write(channel, data)
+
+    def on_gap(start: int, end: int) -> None:
+        gaps.append({"start": start, "end": end})
+        if not as_json:
+            click.echo(f"\n[{end - start} bytes are no longer kept]", err=True)
+
+    offset = 0 if tail is None else -tail if tail else END_OFFSET
+    try:
+        start, end = log_stream.read(
+            call().endpoint,
+            vm,
+            log,
+            offset=offset,
+            follow=follow,
+            on_output=on_output,
+            on_gap=on_gap,
+        )
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if as_json:
+        text = b"".join(texts).decode("utf-8", "replace")
+        show({"log": log, "start": start, "end": end, "gaps": gaps, "text": text}, "")
+    return 0
+
+
+def write(channel: int, data: bytes) -> None:
+    """Write *data* at once and completely."""
+    descriptor = STDOUT_FD if channel == wire.STDOUT else STDERR_FD
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:  # somebody who shares this terminal or pipe has made it non-blocking
+            select.select([], [descriptor], [])

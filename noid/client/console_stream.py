@@ -1,0 +1,180 @@
+"""Attaches a terminal, or a pipe, to a VM's serial console over a WebSocket: one thread, one ``select``."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlencode
+
+from noid.client.errors import ServerError
+from noid.client.settings import Endpoint
+from noid.client.websocket import WebSocket
+from noid.core import wire
+from noid.errors import DependencyDown
+
+AFTER_INPUT_SECS = 1.0
+"""How long after the end of its input and the last output a console that is fed by a pipe stays attached."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terminal:
+    """What is attached: where typing is read (None: nothing is typed), and what it says beside the guest's output.
+
+    *size* returns columns and rows, or None where there is no terminal; *wakeup_fd* becomes readable when it changed.
+    """
+
+    input_fd: int | None
+    on_output: Callable[[bytes], None]
+    on_notice: Callable[[str], None]
+    size: Callable[[], tuple[int, int] | None]
+    wakeup_fd: int | None = None
+
+
+class DetachKeys:
+    """Finds the keys that detach in what is typed; what could be their beginning is held back until it is not."""
+
+    def __init__(self, keys: bytes) -> None:
+        self._keys = keys
+        self._matched = 0
+
+    def feed(self, data: bytes) -> tuple[bytes, bool]:
+        """Return what is to be typed of *data*, and whether the keys were pressed, after which nothing is."""
+        typed = bytearray()
+        for byte in data:
+            if not self._keys:
+                typed.append(byte)
+                continue
+            while self._matched and byte != self._keys[self._matched]:
+                shorter = self._shorter()
+                typed += self._keys[: self._matched - shorter]
+                self._matched = shorter
+            if byte != self._keys[self._matched]:
+                typed.append(byte)
+                continue
+            self._matched += 1
+            if self._matched == len(self._keys):
+                return bytes(typed), True
+        return bytes(typed), False
+
+    def _shorter(self) -> int:
+        """Return how much of the end of what was matched is a beginning of the keys again."""
+        matched = self._keys[: self._matched]
+        return next(n for n in range(self._matched - 1, -1, -1) if matched.endswith(self._keys[:n]))
+
+
+def attach(
+    endpoint: Endpoint,
+    name: str,
+    terminal: Terminal,
+    *,
+    keys: bytes,
+    history: int | None = None,
+    on_attached: Callable[[], None],
+) -> None:
+    """Show the console of the VM *name* and type what is typed, until the detach *keys* or the end of the input.
+
+    *on_attached* is called once it is. Ctrl+C and other exceptions detach; the VM never notices.
+
+    Raises:
+        ConnectionFailed, ServerError: it could not be attached to, or was detached by the agent, which says why.
+        ConnectionLost: the connection to the agent ended.
+    """
+    wanted: dict[str, str] = {} if history is None else {"history": str(history)}
+    if terminal.input_fd is None:
+        wanted["readonly"] = "1"
+    query = f"?{urlencode(wanted)}" if wanted else ""
+    ws = WebSocket(endpoint, f"/v1/vms/{name}/console{query}")
+    try:
+        on_attached()
+        _Attached(ws, terminal, keys).run()
+    finally:
+        ws.close()
+
+
+class _Attached:
+    def __init__(self, ws: WebSocket, terminal: Terminal, keys: bytes) -> None:
+        self._ws = ws
+        self._terminal = terminal
+        self._input_fd = terminal.input_fd
+        self._keys = DetachKeys(keys)
+        self._detached = False
+        self._quiet_at: float | None = None
+
+    def run(self) -> None:
+        self._tell_size()
+        while not self._detached:
+            self._step()
+
+    def _step(self) -> None:
+        ws, wakeup_fd = self._ws, self._terminal.wakeup_fd
+        if ws.has_early:
+            self._receive()
+            return
+        reading: list[socket.socket | int] = [ws.socket]
+        if self._input_fd is not None and ws.has_room:
+            reading.append(self._input_fd)
+        if wakeup_fd is not None:
+            reading.append(wakeup_fd)
+        left = None if self._quiet_at is None else max(0.0, self._quiet_at - time.monotonic())
+        # select, not poll or epoll: it takes regular files and terminals everywhere, and there are few descriptors.
+        readable, writable, _ = select.select(reading, [ws.socket] if ws.has_unsent else [], [], left)
+        if writable:
+            ws.flush()
+        if ws.socket in readable:
+            self._receive()
+        if wakeup_fd is not None and wakeup_fd in readable:
+            os.read(wakeup_fd, 4096)
+            self._tell_size()
+        if self._input_fd is not None and self._input_fd in readable:
+            self._type()
+        if self._quiet_at is not None and time.monotonic() >= self._quiet_at and not ws.has_unsent:
+            self._detached = True
+
+    def _receive(self) -> None:
+        for message in self._ws.receive():
+            if isinstance(message, str):
+                self._hear(message)
+            elif message[:1] == bytes((wire.STDOUT,)):
+                self._terminal.on_output(message[1:])
+                self._stay()
+        if self._ws.is_closed:
+            raise DependencyDown("the agent ended the console without saying why. The VM is not affected.")
+
+    def _hear(self, text: str) -> None:
+        match json.loads(text):
+            case {"gap": {"start": int(start), "end": int(end)}}:
+                self._terminal.on_notice(f"{end - start} bytes of the console are no longer kept")
+            case {"dropped": {"why": str(why)}}:
+                self._terminal.on_notice(why)
+            case {"error": str(error), **rest}:
+                raise ServerError(error, status=0, code=str(rest.get("code", "internal")))
+
+    def _type(self) -> None:
+        assert self._input_fd is not None  # noqa: S101  # the caller saw it in its set
+        try:
+            data = os.read(self._input_fd, wire.CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # a terminal that went away
+        if not data:
+            self._input_fd = None
+            self._quiet_at = time.monotonic() + AFTER_INPUT_SECS
+            return
+        typed, self._detached = self._keys.feed(data)
+        if typed:
+            self._ws.send(wire.frame(wire.STDIN, typed))
+
+    def _stay(self) -> None:
+        if self._quiet_at is not None:
+            self._quiet_at = time.monotonic() + AFTER_INPUT_SECS
+
+    def _tell_size(self) -> None:
+        size = self._terminal.size()
+        if size is not None:
+            self._ws.send(wire.resize_frame(*size))
