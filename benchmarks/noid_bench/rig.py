@@ -78,7 +78,7 @@ def present(vm: Vm | None) -> Vm:
 async def open_rig(data_dir: Path, storage: str, image: str, images: Path) -> AsyncIterator[Rig]:
     """Open an agent on *data_dir* with the image linked in from *images*; destroy its VMs at the end."""
     layout = Layout(data_dir)
-    _link_image(images / image, layout.images / image)
+    link_image(images / image, layout.images / image)
     config = Config(data_dir=data_dir, local=True, backends=Backends(storage=storage))
     async with open_agent(config, Plugins()) as agent:
         rig = Rig(agent=agent, user=agent.local_user(), layout=layout, image=image)
@@ -137,7 +137,8 @@ def image_to_use(images: Path, wanted: str | None) -> str:
     return TINY
 
 
-def _link_image(source: Path, target: Path) -> None:
+def link_image(source: Path, target: Path) -> None:
+    """Put an image into another data directory, by hard links where they can be. One that is there stays."""
     if target.exists():
         return
     target.mkdir(parents=True)

@@ -63,7 +63,7 @@ async def _pause_on_btrfs(image: str, images: Path, rounds: int, parent: Path) -
 
 async def _idle(image: str, images: Path, data_dir: Path, environment: dict[str, str]) -> list[Figure]:
     """Measure an agent of its own process, with idle clones."""
-    with _agent(data_dir, environment):
+    with agent_process(data_dir, environment):
         noid = str(Path(sys.executable).with_name("noid"))
         names = [f"idle-{number}" for number in range(measures.CLONES)]
         for name in names:
@@ -78,7 +78,7 @@ async def _idle(image: str, images: Path, data_dir: Path, environment: dict[str,
 
 
 @contextlib.contextmanager
-def _agent(data_dir: Path, environment: dict[str, str]) -> Iterator[None]:
+def agent_process(data_dir: Path, environment: dict[str, str]) -> Iterator[None]:
     """Run a local agent until the end of the block."""
     argv = [sys.executable, "-m", "noid.server", "serve", "--local", "--data-dir", str(data_dir)]
     reader, writer = os.pipe()
