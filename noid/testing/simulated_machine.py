@@ -375,7 +375,6 @@ class SimulatedMachine:
                 self.disk.flush()
                 if not self.paused and not self._is_stubborn():
                     self.guest.events.append((0, "end", "shutdown"))
-                    self._deliver()
             case "resume":
                 self.paused, self.since = False, time.monotonic() if self.paused else self.since
             case "capture" | "pivot" if not self.paused:

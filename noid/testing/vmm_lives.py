@@ -52,6 +52,17 @@ class LifeSpecification:
         assert end.reason == "shutdown"
         assert rig.processes() == {}
 
+    async def test_a_guest_that_reboots_is_reported_as_reset(self, rig: VmmRig) -> None:
+        running = await rig.fresh()
+
+        async with rig.guest(running) as guest:
+            await guest.reboot()
+            with trio.fail_after(ANSWER_SECS):
+                end = await running.machine.wait()
+
+        assert end.reason == "reset"
+        assert rig.processes() == {}
+
     async def test_kill_ends_the_process_at_once_and_again_does_nothing(self, rig: VmmRig) -> None:
         running = await rig.fresh()
 
@@ -70,6 +81,18 @@ class LifeSpecification:
         assert [end.reason for end in ends] == ["killed"] * 3
         assert (await running.machine.wait()).reason == "killed"
         assert rig.processes() == {}
+
+    async def test_the_power_button_hurts_no_guest_that_does_not_listen(self, rig: VmmRig) -> None:
+        running = await rig.fresh()
+
+        await running.machine.press_power_button()
+
+        with trio.fail_after(ANSWER_SECS):
+            try:
+                async with rig.guest(running) as guest:
+                    await guest.ping()
+            except DependencyDown:  # it has listened
+                assert (await running.machine.wait()).reason == "shutdown"
 
     async def test_a_paused_machine_can_be_killed(self, rig: VmmRig) -> None:
         running = await rig.fresh()
