@@ -5,10 +5,14 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "transfer.h"
+
 static const struct builtin {
     const char *name;
     int (*run)(int argc, char **argv);
 } builtins[] = {
+    {"copy-out", copy_out},
+    {"copy-in", copy_in},
     {NULL, NULL},
 };
 
