@@ -6,6 +6,7 @@
     ├── ConfigError             500  config           a setting, a plugin or the installation; ends the program at start
     ├── InvalidRequest          400  invalid          the request can never succeed as it is
     ├── Unauthenticated         401  unauthenticated
+    ├── Denied                  403  denied           a guest's user may not do that to the guest's file
     ├── NotFound                404  not_found        also: not yours
     ├── Conflict                409  conflict
     │   ├── Busy                409  busy             names the operation that holds the VM
@@ -53,6 +54,13 @@ class Unauthenticated(NoidError):
 
     code = "unauthenticated"
     status = 401
+
+
+class Denied(NoidError):
+    """A user of the guest has no permission for what was asked of the guest's files."""
+
+    code = "denied"
+    status = 403
 
 
 class NotFound(NoidError):

@@ -40,6 +40,7 @@ COMMANDS = {
     "kill": "noid.cli.processes:kill",
     "console": "noid.cli.console:console",
     "logs": "noid.cli.logs:logs",
+    "cp": "noid.cli.cp:cp",
     "checkpoint": "noid.cli.checkpoints:checkpoint",
     "checkpoints": "noid.cli.checkpoints:checkpoints",
     "restore": "noid.cli.checkpoints:restore",

@@ -10,9 +10,11 @@ none for work, which may take minutes. There TCP keep-alive tells a network that
 from __future__ import annotations
 
 import json
+import select
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +30,7 @@ CONNECT_FALLBACK_SECS = 2.0
 ANSWER_SECS = 30.0
 HEAD_BYTES_MAX = 65536
 BODY_BYTES_MAX = 64 * 1024 * 1024
+PIECES_BYTES_MAX = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,59 @@ def request(endpoint: Endpoint, method: str, path: str, body: object = None, *, 
             raise ConnectionFailed(f"{endpoint.address} went away: {error.strerror or error}.") from error
         status, headers = stream.head()
         return Reply(status=status, headers=headers, body=stream.body(method, status, headers))
+
+
+class Exchange:
+    """A request whose answer has begun: *status*, *headers* in lower case, and the body in `pieces`."""
+
+    def __init__(self, stream: Incoming, method: str) -> None:
+        self.status, self.headers = stream.head()
+        self._stream = stream
+        self._method = method
+
+    def reply(self) -> Reply:
+        """Return the whole answer: for those that are small."""
+        body = self._stream.body(self._method, self.status, self.headers)
+        return Reply(status=self.status, headers=self.headers, body=body)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body as it comes, of whatever length.
+
+        Raises:
+            ConnectionFailed: it ended before all of it was there.
+        """
+        return self._stream.pieces(self.headers)
+
+
+@contextmanager
+def exchange(
+    endpoint: Endpoint, method: str, path: str, headers: Mapping[str, str], content: Iterable[bytes] = ()
+) -> Iterator[Exchange]:
+    """Send a request with a body that is produced as it is sent, and yield its answer when that begins.
+
+    A length is announced if *headers* has a ``Content-Length``; else a body is sent in chunks if *headers* says so.
+    An answer that comes before all of *content* was sent ends the sending.
+
+    Raises:
+        ConnectionFailed: there is no agent, or the connection ended before an answer.
+        NoidError: the other side speaks another version of the API.
+    """
+    chunked = "Transfer-Encoding" in headers
+    with connect(endpoint) as sock:
+        sock.settimeout(None)  # a slow guest is no dead one; TCP keep-alive tells a network that is gone
+        stream = Incoming(sock, endpoint)
+        try:
+            sock.sendall(_head(endpoint, method, path, {"Connection": "close", **headers}))
+            for piece in content:
+                if select.select([sock], [], [], 0)[0]:
+                    break
+                sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            else:
+                if chunked:
+                    sock.sendall(b"0\r\n\r\n")
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it may have answered before it had read everything; without an answer, reading says so
+        yield Exchange(stream, method)
 
 
 def upgrade(endpoint: Endpoint, path: str) -> tuple[socket.socket, bytes] | Reply:
@@ -160,6 +216,27 @@ class Incoming:
             raise self._broken("an answer of unreasonable length")
         return self._exactly(int(length))
 
+    def pieces(self, headers: Mapping[str, str]) -> Iterator[bytes]:
+        """Yield the body that belongs to that head, of whatever length, as it arrives."""
+        if "chunked" in headers.get("transfer-encoding", "").lower():
+            while size := self._chunk_size(PIECES_BYTES_MAX):
+                yield from self._up_to(size)
+                self._exactly(2)
+            return
+        length = headers.get("content-length", "")
+        if not length.isdigit():
+            raise self._broken("an answer of unknown length")
+        yield from self._up_to(int(length))
+
+    def _up_to(self, count: int) -> Iterator[bytes]:
+        while count:
+            if not self._buffer and not self._receive():
+                raise self._broken("half an answer: it closed the connection")
+            piece = bytes(self._buffer[:count])
+            del self._buffer[:count]
+            count -= len(piece)
+            yield piece
+
     def rest(self) -> bytes:
         """Return what has arrived beyond what was asked for."""
         rest = bytes(self._buffer)
@@ -169,17 +246,21 @@ class Incoming:
     def _chunks(self) -> bytes:
         body = bytearray()
         while True:
-            size_text = self._until(b"\r\n").partition(b";")[0].strip()
-            try:
-                size = int(size_text, 16)
-            except ValueError:
-                raise self._broken("a malformed answer") from None
-            if not 0 <= size <= BODY_BYTES_MAX - len(body):
-                raise self._broken("an answer of unreasonable length")
+            size = self._chunk_size(BODY_BYTES_MAX - len(body))
             if size == 0:
                 return bytes(body)  # trailers may follow; nobody wants them, and the connection ends here
             body += self._exactly(size)
             self._exactly(2)
+
+    def _chunk_size(self, most: int) -> int:
+        size_text = self._until(b"\r\n").partition(b";")[0].strip()
+        try:
+            size = int(size_text, 16)
+        except ValueError:
+            raise self._broken("a malformed answer") from None
+        if not 0 <= size <= most:
+            raise self._broken("an answer of unreasonable length")
+        return size
 
     def _until(self, mark: bytes) -> bytes:
         while (end := self._buffer.find(mark)) < 0:

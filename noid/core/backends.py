@@ -19,6 +19,7 @@ from noid.core.model import (
     Credentials,
     DiskUsage,
     ExecRequest,
+    FileTransfer,
     FrozenDisk,
     Gap,
     GuestProcessInfo,
@@ -449,6 +450,22 @@ class Guest(Protocol):
         """Forget a process: end its group (TERM, then KILL after a grace) if it still runs, and drop its output.
 
         An int is the id of one nobody needs to be attached to. Releasing what there is not does nothing.
+        """
+        ...
+
+    async def transfer(self, request: FileTransfer) -> Process:
+        """Start the guest's end of a copy, as the user whose files they are.
+
+        What goes out begins with one line on stdout: ``error ERRNO TEXT``, or what the path is: ``KIND SIZE ALLOCATED
+        MODE MTIME_NS TAG SUM``, with KIND one of ``file``, ``directory`` and ``other``, MODE octal, TAG what changes
+        when the file does, SUM a SHA-256 or ``-``. The bytes follow. Into the guest, bytes go to stdin after the line
+        ``ready`` or ``error``; the last line is ``done BYTES ENTRIES`` or ``error``. Lines on stderr name what was
+        left out. The exit code is 0, 1 if something was left out, 2 after an error.
+
+        Raises:
+            InvalidRequest: no such user.
+            Unsupported: `features` lacks ``files``.
+            DependencyDown: the guest does not answer.
         """
         ...
 

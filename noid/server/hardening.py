@@ -29,6 +29,9 @@ R     closing with unread input resets the connection, and the answer  the conne
       (a 413, an exit code) may be lost                                discarded for a moment
 S     sending on a closed connection never yields: a handler that     every send yields, so the handler is cancelled
       only sends starves the whole server
+U     a request's body is kept until somebody reads it, however    a PUT's body is a stream: `upload` reads it, and what
+      large                                                           nobody reads is not taken from the socket
+V     a response that fails in its middle is logged as a bug          `BrokenOff` ends the connection, with no end mark
 T     a target without a path, `GET ?x`, is an IndexError in the log  400
 ====  ==============================================================  ================================================
 """
@@ -40,7 +43,7 @@ import logging
 import select
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import h11
@@ -56,7 +59,7 @@ from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import TrioSingleTask
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
-from quart import websocket
+from quart import Request, request, websocket
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection, TrioASGIWebsocketConnection
 from wsproto.connection import ConnectionState
@@ -64,17 +67,19 @@ from wsproto.events import CloseConnection
 from wsproto.events import Event as WsEvent
 
 from noid.core.wire import API_VERSION, API_VERSION_HEADER
-from noid.errors import DependencyDown, NoidError
+from noid.errors import DeadlineExceeded, DependencyDown, NoidError
 
 logger = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX = 1 << 20
 WRITE_PIECE_BYTES = 1 << 16
+LET_GO_SECS = 5.0
 CLOSE_NORMAL = 1000
 CLOSE_INTERNAL_ERROR = 1011
 CLOSE_RESTARTING = 1012
 
 _STATE_KEY = "noid.transport"
+_UPLOAD_KEY = "noid.upload"
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -139,19 +144,102 @@ class Transport:
             await self.protocol.send_interim()
 
 
+class BrokenOff(Exception):
+    """A response whose beginning was sent cannot be completed. The client sees its connection end in the middle."""
+
+
+class Upload:
+    """The body of a PUT, piece by piece. What is not asked for stays in the socket."""
+
+    def __init__(self) -> None:
+        self._put, self._pieces = trio.open_memory_channel[bytes](0)
+
+    async def put(self, data: bytes, *, more: bool) -> None:
+        """Hand on a piece; waits until it is taken. Once nobody wants it, it is dropped."""
+        if data:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await self._put.send(data)
+        if not more:
+            self._put.close()
+
+    def abandon(self) -> None:
+        """Drop what still comes."""
+        self._pieces.close()
+
+    async def pieces(self, silence_secs: float) -> AsyncIterator[bytes]:
+        """Yield the pieces as they come.
+
+        Raises:
+            DeadlineExceeded: none came for *silence_secs*.
+        """
+        while True:
+            try:
+                with trio.fail_after(silence_secs):
+                    piece = await self._pieces.receive()
+            except trio.EndOfChannel:
+                return
+            except trio.TooSlowError as error:
+                raise DeadlineExceeded(f"nothing more of the body came for {silence_secs:g} s.") from error
+            yield piece
+
+
+def upload() -> Upload:
+    """Return the body of the current request, a PUT."""
+    stream = request.scope["state"][_UPLOAD_KEY]
+    assert isinstance(stream, Upload)  # noqa: S101  # HttpConnection put it there
+    return stream
+
+
 class HttpConnection(TrioASGIHTTPConnection):
-    """A: the end of a response completes even though the request it belongs to is already over."""
+    """A: the end of a response completes even though the request it belongs to is already over. U and V."""
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serve one request."""
+        stream = Upload() if self.scope["method"] == "PUT" else None
 
         async def send_whole(message: ASGISendEvent) -> None:
+            if stream is not None and message["type"] == "http.response.start":
+                stream.abandon()
             last = message["type"] == "http.response.body" and not message.get("more_body")
             with trio.CancelScope(shield=last):
                 await trio.lowlevel.checkpoint()  # S
                 await send(message)
 
-        await super().__call__(receive, send_whole)
+        self.scope["state"][_UPLOAD_KEY] = stream
+        try:
+            await super().__call__(receive, send_whole)
+        except* BrokenOff:
+            pass  # nothing more is sent: hypercorn closes the connection, and the client sees that the end is missing
+        finally:
+            if stream is not None:
+                await self._let_go(receive, send)
+
+    @staticmethod
+    async def _let_go(receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """End the request although parts of its body wait to be received: hypercorn waits until somebody takes them."""
+
+        async def drop() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        with trio.move_on_after(LET_GO_SECS, shield=True):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(drop)
+                await send(None)  # type: ignore[arg-type]  # hypercorn's own end mark; a second one does nothing
+                nursery.cancel_scope.cancel()
+
+    async def handle_messages(  # type: ignore[override]  # quart-trio changes the signature of quart's method as well
+        self, nursery: trio.Nursery, request: Request, receive: ASGIReceiveCallable
+    ) -> None:
+        """Hand the body on until the client is gone; then cancel the handler."""
+        stream = self.scope["state"][_UPLOAD_KEY]
+        if stream is None:
+            await super().handle_messages(nursery, request, receive)
+            return
+        while (message := await receive())["type"] != "http.disconnect":
+            if message["type"] == "http.request":
+                await stream.put(message.get("body", b""), more=message.get("more_body", False))
+        nursery.cancel_scope.cancel()
 
 
 class WebsocketConnection(TrioASGIWebsocketConnection):

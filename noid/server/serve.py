@@ -18,6 +18,7 @@ from noid.core.agent import Agent
 from noid.core.config import Config
 from noid.server import power, rest
 from noid.server.console import ConsoleRoutes
+from noid.server.files import FileRoutes
 from noid.server.guard import Guard
 from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
 from noid.server.listening import tcp_listeners, unix_listener
@@ -92,6 +93,7 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
     ConsoleRoutes(agent, websockets).add_to(app)
     LogRoutes(agent, websockets).add_to(app)
     ProcessRoutes(agent, websockets).add_to(app)
+    FileRoutes(agent).add_to(app)
     return app
 
 

@@ -16,6 +16,7 @@ import trio
 from noid.core.backends import ConsolePort, Guest, Machine, Process
 from noid.core.model import (
     ExecRequest,
+    FileTransfer,
     Gap,
     GuestProcessInfo,
     Identity,
@@ -26,7 +27,7 @@ from noid.core.model import (
     TerminalSize,
     Usage,
 )
-from noid.errors import BackendError, DependencyDown, InvalidRequest, NotFound
+from noid.errors import BackendError, DependencyDown, InvalidRequest, NotFound, Unsupported
 from noid.testing.faults import Faults
 
 RELEASE_GRACE_SECS = 0.5
@@ -225,6 +226,14 @@ class SimulatedGuestLink:
                 await mine.changed.park()
         if self._processes.get(process_id) is mine:
             del self._processes[process_id]
+
+    async def transfer(self, request: FileTransfer) -> Process:
+        """Refuse: `features` says that the simulated guest has no files to speak of.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported("simulated", f"copy {request.path!r}")
 
     async def wake(self, identity: Identity) -> Receipt:
         """Make the guest its own."""

@@ -15,7 +15,10 @@ from noid_exec_vsock.frames import Frame, Message, encode
 from .conftest import ROOT, NativeAgent, Wire
 
 HARNESS = Path(__file__).with_name("fuzz_parsers.c")
-PARSERS = ("wire.c", "start.c", "builtin.c", "users.c", "identity.c", "hooks.c", "files.c", "network.c", "say.c")
+PARSERS = (
+    *("wire.c", "start.c", "users.c", "identity.c", "hooks.c", "files.c", "network.c", "say.c"),
+    *("builtin.c", "copy_in.c", "copy_out.c", "tar.c", "tar_in.c", "tar_out.c", "tree.c", "pipes.c", "sha256.c"),
+)
 ROUNDS = 30_000
 SEED = 20260101
 HOST_MESSAGES = [Message(number) for number in range(0x01, 0x11) if number != Message.POWER]

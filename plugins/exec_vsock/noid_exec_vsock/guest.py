@@ -14,6 +14,7 @@ from noid.core.model import (
     LOG_BYTES_MAX,
     LOG_BYTES_MIN,
     ExecRequest,
+    FileTransfer,
     GuestProcessInfo,
     Identity,
     Receipt,
@@ -24,6 +25,7 @@ from noid_exec_vsock import frames
 from noid_exec_vsock.connection import Connection, parsed
 from noid_exec_vsock.frames import Hello, Message
 from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES, GuestProcess
+from noid_exec_vsock.transfer import transfer_argv
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class AgentGuest:
         hello: What the agent said of itself and its machine when the conversation began.
     """
 
-    features = frozenset({"sessions", "tty", "signals", "stdin", "stderr", "identity", "power"})
+    features = frozenset({"sessions", "tty", "signals", "stdin", "stderr", "files", "identity", "power"})
 
     def __init__(self, connection: Connection, hello: Hello) -> None:
         self.hello = hello
@@ -169,6 +171,15 @@ class AgentGuest:
             await released.wait()
         if scope.cancelled_caught:
             _log.warning("the guest did not say within %g s that a released process ended", _RELEASE_BOUND_SECS)
+
+    async def transfer(self, request: FileTransfer) -> GuestProcess:
+        """Start the guest's end of a copy. What it says, and what it is told, `noid.core.backends.Guest` explains.
+
+        Raises what `start` raises.
+        """
+        return await self.start_builtin(
+            ExecRequest(argv=transfer_argv(request), user=request.user, stdin=request.incoming)
+        )
 
     async def wake(self, identity: Identity) -> Receipt:
         """Make the guest its own: clock, randomness, names, network, then the image's own hooks.
