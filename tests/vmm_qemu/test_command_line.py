@@ -117,6 +117,8 @@ def test_q35_has_the_devices_on_pci() -> None:
     argv = launch_argv(dataclasses.replace(HOST, machine="q35"), LAUNCH, MEMORY, FDS)
 
     assert value_of(argv, "-machine").startswith("q35,")
+    assert "vmgenid,guid=auto" in argv
+    assert "vmgenid,guid=auto" not in launch_argv(HOST, LAUNCH, MEMORY, FDS)
     assert [word for word in argv if word.startswith("virtio-")] == [
         "virtio-serial-pci,max_ports=2",
         "virtio-blk-pci,id=disk,drive=disk0",

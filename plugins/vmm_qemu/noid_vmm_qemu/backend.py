@@ -23,7 +23,8 @@ from noid.hostfs import free_bytes, os_errors
 from noid_vmm_qemu.capture import MEMORY_NAME
 from noid_vmm_qemu.command_line import (
     CONSOLE_LOG,
-    DEVICE_SET,
+    DEVICE_SETS,
+    GENERATION_ID_MACHINES,
     MACHINES,
     Descriptors,
     Host,
@@ -111,6 +112,7 @@ class QemuBackend:
             disk_formats=frozenset({"raw", "qcow2"}),
             disk_pivot=True,
             network_kinds=frozenset({"none", "user"}),
+            vm_generation_id=host.machine in GENERATION_ID_MACHINES,
         )
         self.host = host
         self._fingerprint = {
@@ -119,7 +121,7 @@ class QemuBackend:
             "accelerator": host.accelerator,
             "machine": host.machine,
             "cpu": cpu_model(host.accelerator) + (f" {_host_cpu()}" if host.accelerator == "kvm" else ""),
-            "devices": DEVICE_SET,
+            "devices": DEVICE_SETS[host.machine],
         }
 
     def fingerprint(self) -> Mapping[str, str]:

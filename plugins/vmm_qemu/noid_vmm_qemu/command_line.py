@@ -1,7 +1,7 @@
 """Turns a plan into QEMU's command line. Pure functions: the same arguments give the same list.
 
 Every device a guest sees is decided here. A checkpoint can only be continued by the same devices in the same order,
-so whoever changes what a guest sees raises `DEVICE_SET`, and checkpoints of before are refused instead of crashing.
+so whoever changes what a guest sees raises `DEVICE_SETS`, and checkpoints of before are refused instead of crashing.
 
 Paths go through JSON wherever QEMU takes it, because in its ``key=value,...`` syntax a comma in a path ends it.
 """
@@ -16,7 +16,9 @@ from typing import Any
 from noid.core.backends import LaunchPlan, MachinePlan, RestorePlan
 from noid.errors import InvalidRequest, Unsupported
 
-DEVICE_SET = "1"
+DEVICE_SETS = {"microvm": "1", "q35": "2"}
+#: Machines that show a guest the VM generation id: it is in ACPI tables that microvm does not make.
+GENERATION_ID_MACHINES = frozenset({"q35"})
 CONSOLE_LOG = "serial.log"
 CONSOLE_DEVICE = "serial"
 DISK_DEVICE = "disk"
@@ -165,6 +167,8 @@ def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> li
         *("-device", f"virtio-rng-{bus}"),
         *_network(plan, bus),
     ]
+    if host.machine in GENERATION_ID_MACHINES:
+        argv += ["-device", "vmgenid,guid=auto"]  # a new one with every start, also to continue a checkpoint
     if host.sandbox:
         argv += ["-sandbox", SANDBOX]
     return argv
