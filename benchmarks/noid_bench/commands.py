@@ -239,6 +239,7 @@ class _Raw:
 
         end = await _hear(process, count)
         seconds = time.perf_counter() - started
+        await self.guest.release(process)  # until then the guest keeps its log
         _checked(argv, end.status, size)
         return seconds
 
@@ -247,6 +248,7 @@ class _Raw:
         process = await self.guest.start(ExecRequest(argv=argv))
         output = bytearray()
         end = await _hear(process, lambda chunk: output.extend(chunk.data))
+        await self.guest.release(process)
         _checked(argv, end.status, len(output))
         return output.decode()
 
