@@ -13,7 +13,7 @@ from noid.core import wire
 from noid.core.agent import Agent
 from noid.core.model import checked_name
 from noid.core.session import Session
-from noid.errors import InvalidRequest
+from noid.errors import InvalidRequest, NoidError
 from noid.server.guard import current_user, json_reply, upgrade_required
 from noid.server.hardening import App, Transport
 from noid.server.interim import still_working
@@ -73,7 +73,11 @@ class ProcessRoutes:
         session = await self._session(name, process)
         async with still_working():
             with trio.move_on_after(limit_secs):
-                await session.ended()
+                try:
+                    await session.ended()
+                except NoidError:
+                    if session.failure is None:
+                        raise  # else it is lost, which is an end too, and the answer says so
         return json_reply(process_fields(session))
 
     async def signal(self, name: str, process: str) -> Response:

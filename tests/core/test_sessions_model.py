@@ -20,8 +20,8 @@ from noid.testing.simulated_agent import give_default_image
 
 from .conftest import Rig
 
-RUNS = int(os.environ.get("NOID_MODEL_RUNS", "12"))
-STEPS = int(os.environ.get("NOID_MODEL_STEPS", "14"))
+RUNS = int(os.environ.get("NOID_MODEL_RUNS", "8"))
+STEPS = int(os.environ.get("NOID_MODEL_STEPS", "12"))
 RING_BYTES = 4096
 STEP_SECS = 30.0
 VMS = ("web", "copy-1", "copy-2")
