@@ -127,13 +127,13 @@ def _terminal(is_terminal: bool) -> Iterator[int | None]:
     handlers = {signo: signal.signal(signo, _end) for signo in _ENDING}
 
     def resume(_: int, __: FrameType | None) -> None:
-        tty.setraw(STDIN_FD)  # the shell that had the terminal meanwhile has set its own mode
+        tty.setraw(STDIN_FD, termios.TCSANOW)  # the shell that had the terminal meanwhile has set its own mode
 
     handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, resume)
     handlers[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: None)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        tty.setraw(STDIN_FD)
+        tty.setraw(STDIN_FD, termios.TCSANOW)  # what was typed ahead is not thrown away
         yield reader
     finally:
         signal.set_wakeup_fd(wakeup)
