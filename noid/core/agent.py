@@ -49,6 +49,7 @@ from noid.core.model import (
 from noid.core.operations import Operations
 from noid.core.plugins import Plugins
 from noid.core.pool import Pool
+from noid.core.processlogs import ProcessLogs
 from noid.core.saga import Facts, Saga
 from noid.core.services import Services
 from noid.core.session import Session
@@ -107,7 +108,7 @@ class Agent:
         self._templates = templates
         self._pool = pool
         self._sessions = sessions
-        self.logs = VmLogs([ConsoleLogs(services.supervisor, services.layout)])
+        self.logs = VmLogs([ConsoleLogs(services.supervisor, services.layout), ProcessLogs(sessions)])
 
     # --- VMs -------------------------------------------------------------------------------------------------------
 

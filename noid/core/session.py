@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import trio
 
 from noid.core.backends import Process
+from noid.core.filewatch import Changes
 from noid.core.model import Gap, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize, now
 from noid.core.processlog import ProcessLog
 from noid.errors import BackendError, DependencyDown, InvalidRequest, LineageEnded, NoidError
@@ -144,7 +145,7 @@ class Session:
         lineage: Whose process it is: the machine's instance.
         origin: ``native``, ``rewound`` or ``forked-copy``.
         exit: How it ended, once it has and all its output is in `log`.
-        log: What it wrote.
+        log: What it wrote; *changes* tells whoever follows it that there is more, or that it has ended.
         viewers: How many clients are attached, and *owners* how many of them speak for whoever started it.
     """
 
@@ -165,6 +166,7 @@ class Session:
         self.exit: ProcessExit | None = None
         self.failure: NoidError | None = None
         self.changed = trio.lowlevel.ParkingLot()
+        self.changes = Changes()
         self.viewers = 0
         self.owners = 0
         self.scope = trio.CancelScope()
@@ -288,6 +290,7 @@ class Session:
         if event.end > OFFSET_MAX:
             raise BackendError(f"the guest says that process {self.name} wrote {event.end} bytes, which nobody can.")
         due = self.log.append(event)
+        self.changes.note()
         self.changed.unpark_all()
         if due:
             await self.log.save()
@@ -296,6 +299,7 @@ class Session:
         """Note the end, or why nobody will know it. The first one counts."""
         if self.exit is None and self.failure is None:
             self.exit, self.failure = exit_, failure
+            self.changes.note()
             self.is_attached = False
             self.changed.unpark_all()
             if failure is not None:

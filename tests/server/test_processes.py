@@ -41,6 +41,7 @@ async def test_a_process_without_a_client_runs_on_and_tells_its_end(web: Server)
     assert hello is not None
     assert (hello.process, hello.offset) == (started["id"], 0)
     assert (await attached(web, f"{BASE}/{started['id']}/attach?offset=6"))[0] == {1: b"done\n"}
+    assert (await web.ask("GET", f"/v1/vms/web/logs/{started['id']}")).body == b"begun\ndone\n"
 
 
 async def test_a_signal_reaches_a_process_and_delete_forgets_it(web: Server) -> None:
