@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from noid_exec_vsock.guest import AgentGuest
+from noid_exec_vsock.guest import AgentGuest, connect
 
 from noid.client.packing import Packing
 from noid.client.tarstream import TarReader
@@ -23,6 +23,8 @@ from noid.core import files
 from noid.core.files import Written
 from noid.core.model import FileTransfer
 from noid.errors import BackendError, Conflict, InvalidRequest, NotFound
+
+from .conftest import NativeAgent, to, until
 
 NAMES = st.binary(min_size=1, max_size=120).filter(
     lambda n: b"/" not in n and b"\0" not in n and n not in (b".", b"..")
@@ -248,3 +250,13 @@ def test_a_damaged_stream_ends_in_an_error_of_ours_or_not_at_all(
     with contextlib.suppress(BackendError):
         here(bytes(stream[:cut] if byte % 2 else stream), directory)
     assert not list(directory.rglob("*.noid-part"))
+
+
+async def test_a_copy_ends_with_its_conversation(agent: NativeAgent, tmp_path: Path) -> None:
+    request = FileTransfer(incoming=True, form="file", path=str(tmp_path / "file"), size=100)
+    async with connect(to(agent)) as guest:
+        await guest.transfer(request)
+        await until(agent.children)
+    async with connect(to(agent)):
+        await until(lambda: not agent.children())
+    assert not (tmp_path / "file").exists()

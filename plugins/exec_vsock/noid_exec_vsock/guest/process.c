@@ -263,9 +263,17 @@ void process_unheard(struct process *process) {
     settle(process);
 }
 
+enum { BUILTIN_GRACE_MS = 2000 };
+
 void processes_unhear(void) {
-    for (unsigned i = 0; i < high_water; i++)
-        if (table[i].state != PROCESS_FREE) process_unheard(&table[i]);
+    for (unsigned i = 0; i < high_water; i++) {
+        if (table[i].state == PROCESS_FREE) continue;
+        process_unheard(&table[i]);
+        if (!table[i].builtin || table[i].gone) continue;
+        forget(&table[i]);
+        end_process(&table[i], BUILTIN_GRACE_MS);
+        settle(&table[i]);
+    }
     start_parts_drop();
     listing_drop();
     answers_waiting = true; // a start whose status found no room needs none any more

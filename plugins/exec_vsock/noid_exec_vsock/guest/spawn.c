@@ -109,6 +109,7 @@ static void enter(struct process *process, uint32_t id, const struct start_reque
                                 .attached = true,
                                 .start_owed = true,
                                 .tty = request->flags & START_TTY,
+                                .builtin = request->flags & START_BUILTIN,
                                 .id = id,
                                 .status_fd = ends->status[0],
                                 .started_unix_ns = unix_ns(),

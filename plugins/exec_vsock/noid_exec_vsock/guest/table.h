@@ -40,6 +40,7 @@ struct process {
     bool told;         // EXIT was sent since the host attached
     bool status_due;   // the status pipe has news that found no room in the outbox
     bool tty;
+    bool builtin; // ends with its conversation: nobody can go on with half a copy
     uint32_t id;
     pid_t pid;
     int pidfd, status_fd;
