@@ -142,10 +142,13 @@ _Noreturn void minimal_init(void) {
     sigset_t handled;
     sigemptyset(&handled);
     sigaddset(&handled, SIGCHLD);
+    // What busybox' halt, poweroff and reboot send to init; SIGINT is Ctrl-Alt-Del.
+    sigaddset(&handled, SIGUSR1);
+    sigaddset(&handled, SIGUSR2);
     sigaddset(&handled, SIGTERM);
     sigaddset(&handled, SIGINT);
     sigprocmask(SIG_BLOCK, &handled, NULL);
-    reboot(RB_DISABLE_CAD); // Ctrl-Alt-Del becomes SIGINT
+    reboot(RB_DISABLE_CAD);
     mount_rest();
     set_hostname_from_file();
     loopback_up();
@@ -160,8 +163,8 @@ _Noreturn void minimal_init(void) {
             say("init cannot poll: %s", strerror(errno));
         struct signalfd_siginfo info;
         while (read(watched[0].fd, &info, sizeof info) == (ssize_t)sizeof info) {
-            if (info.ssi_signo == SIGTERM) shut_down(RB_POWER_OFF);
-            if (info.ssi_signo == SIGINT) shut_down(RB_AUTOBOOT);
+            if (info.ssi_signo == SIGUSR1 || info.ssi_signo == SIGUSR2) shut_down(RB_POWER_OFF);
+            if (info.ssi_signo == SIGTERM || info.ssi_signo == SIGINT) shut_down(RB_AUTOBOOT);
         }
         for (int i = 1; i < n; i++)
             if (watched[i].revents && button_pressed(watched[i].fd)) shut_down(RB_POWER_OFF);

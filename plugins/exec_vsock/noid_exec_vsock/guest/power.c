@@ -28,7 +28,7 @@ void power_change(uint8_t how, enum power_by by) {
     int reboots = how == POWER_REBOOT;
     kill_started_processes();
     sync(); // first of all: whatever comes next may be cut short by the host
-    if (by == POWER_BY_OURS && kill(1, reboots ? SIGINT : SIGTERM) == 0) return;
+    if (by == POWER_BY_OURS && kill(1, reboots ? SIGTERM : SIGUSR2) == 0) return;
     if (by == POWER_BY_IMAGE && access("/run/systemd/system", F_OK) == 0 &&
         kill(1, reboots ? SYSTEMD_REBOOT : SYSTEMD_POWEROFF) == 0)
         return;
