@@ -16,6 +16,7 @@ import trio
 from noid.core.model import ExecRequest, Gap, ProcessExit
 from noid.core.session import Session
 from noid.errors import LineageEnded
+from noid.testing.reaper import clean
 from noid.testing.simulated_agent import give_default_image
 
 from .conftest import Rig
@@ -211,9 +212,10 @@ class Model:
     )
 )
 @pytest.mark.deadline(600)
-def test_delivered_is_produced_exactly_once_per_lineage(
-    steps: list[tuple[str, int]],
-) -> None:
-    with tempfile.TemporaryDirectory(prefix="noid-model-") as directory:
-        give_default_image(Path(directory))
-        trio.run(Model(Rig(Path(directory))).play, steps)
+def test_delivered_is_produced_exactly_once_per_lineage(data_dir_root: Path, steps: list[tuple[str, int]]) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="model-", dir=data_dir_root))  # watched: also a killed run leaves nothing
+    try:
+        give_default_image(directory)
+        trio.run(Model(Rig(directory)).play, steps)
+    finally:
+        clean(directory)
