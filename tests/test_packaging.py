@@ -21,6 +21,7 @@ PACKAGES = {
     "noid",
     "noid_auth_token",
     "noid_bench",
+    "noid_exec_serial",
     "noid_exec_vsock",
     "noid_net_user",
     "noid_storage_btrfs",

@@ -516,8 +516,10 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         _check_disks(vmm, storage)
         network_spec, network_config = plugins.network(config)
         network = await stack.enter_async_context(network_spec.open(network_config, context))
-        exec_spec, exec_config = plugins.execs(config)[0]
-        exec_backend = await stack.enter_async_context(exec_spec.open(exec_config, context))
+        execs = [
+            await stack.enter_async_context(exec_spec.open(exec_config, context))
+            for exec_spec, exec_config in plugins.execs(config)
+        ]
         auth_spec, auth_config = plugins.auth(config)
         auth = await stack.enter_async_context(auth_spec.open(auth_config, context))
         logger.info("backends: vmm %s (%s), storage %s", vmm.name, vmm.features.accelerator, storage.name)
@@ -531,7 +533,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         operations = Operations(nursery)
         endings = Endings(store, operations, nursery)
         sessions = Sessions(nursery, layout, config.exec_reattach_secs)
-        supervisor = Supervisor(nursery, exec_backend, endings.note, sessions)
+        supervisor = Supervisor(nursery, execs, endings.note, sessions)
         services = Services(
             config=config,
             layout=layout,
@@ -541,7 +543,6 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             vmm=vmm,
             storage=storage,
             network=network,
-            exec=exec_backend,
             supervisor=supervisor,
         )
         templates = Templates(services)

@@ -528,9 +528,10 @@ class ConsolePort(Protocol):
 
 
 class ExecBackend(Protocol):
-    """Reaches into guests."""
+    """Reaches into guests. *needs_agent*: only into those that booted with what the ``initrd_files`` hooks offer."""
 
     name: str
+    needs_agent: bool
 
     def connect(self, machine: Machine, console: ConsolePort) -> AbstractAsyncContextManager[Guest]:
         """Attach to the machine's guest agent; entering waits until it answers (bound it with ``fail_after``).

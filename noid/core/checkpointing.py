@@ -91,6 +91,7 @@ async def finish_image(work: Work, facts: Facts) -> None:
         kernel_release=own.kernel_release,
         network=vm.network,
         fingerprint=services.vmm.fingerprint(),
+        exec=own.exec,
     )
     await freezing.complete(given(work.frozen), _partial(work, facts), draft, own.files)
     work.checkpoint = checkpoint

@@ -1,8 +1,9 @@
-"""A machine's serial console, shared: everybody reads its log, and whoever types shares one connection.
+"""A machine's serial console, shared: viewers read its log, and whoever types or listens shares one connection.
 
-Output is always read from ``serial.log``, which the VMM writes whoever is connected: history and news are one thing
-with one numbering, and a reader costs the guest nothing. The line itself is connected for input only. While it is, it
-is drained, because a guest whose output nobody takes stops; and some time after the last input it is closed again.
+Viewers always read ``serial.log``, which the VMM writes whoever is connected: history and news are one thing with one
+numbering, and a reader costs the guest nothing. The line itself is connected for input, and for listeners, who must
+not miss or meet twice a single byte. While it is, it is drained, because a guest whose output nobody takes stops; and
+some time after the last input it is closed again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import trio
 
 from noid.core.backends import Machine
 from noid.core.filewatch import FileWatches
-from noid.core.logs import FileLog, LogReader
-from noid.core.model import Gap
+from noid.core.logs import FileLog
 from noid.core.waiting import plain_nursery
 from noid.errors import BackendError, DependencyDown
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 CONSOLE_LOG = "serial.log"
 CONNECT_SECS = 5.0
 IDLE_SECS = 5.0
+UNHEARD_BYTES_MAX = 1 << 20
 
 _READ_BYTES = 65536
 
@@ -43,6 +44,7 @@ class Console:
         self._machine = machine
         self._nursery = nursery
         self._line: trio.abc.Stream | None = None
+        self._listeners: set[Listener] = set()
         self._turn = trio.Lock()
         self._typed_at = 0.0
 
@@ -61,8 +63,14 @@ class Console:
     @contextlib.asynccontextmanager
     async def listen(self) -> AsyncIterator[Listener]:
         """See `ConsolePort.listen`."""
-        with self.log.changes() as changes:
-            yield Listener(LogReader(self.log, (await self.log.extent()).end, changes))
+        listener = Listener()
+        self._listeners.add(listener)
+        try:
+            async with self._turn:
+                _ = self._line or await self._connected()
+            yield listener
+        finally:
+            self._listeners.discard(listener)
 
     def end(self) -> None:
         """Say that the machine has ended or is somebody else's now: readers read to the end, writers fail."""
@@ -101,40 +109,70 @@ class Console:
         try:
             while not self._is_idle(line):
                 with trio.move_on_at(self._typed_at + IDLE_SECS):
-                    if not await line.receive_some(_READ_BYTES):
+                    data = await line.receive_some(_READ_BYTES)
+                    if not data:
                         return
+                    for listener in self._listeners:
+                        listener.take(bytes(data))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return
         finally:
             # Not an await after the last look: whoever types next connects anew.
             if self._line is line:
                 self._line = None
+                for listener in self._listeners:
+                    listener.end()
             await trio.aclose_forcefully(line)
 
     def _is_idle(self, line: trio.abc.Stream) -> bool:
         if trio.current_time() < self._typed_at + IDLE_SECS:
             return False
-        if self._turn.locked() or _untaken_bytes(line) > 0:  # it would be lost
+        if self._listeners or self._turn.locked() or _untaken_bytes(line) > 0:  # it would be lost
             self._typed_at = trio.current_time()
             return False
         return True
 
 
 class Listener:
-    """See `noid.core.backends.ConsoleListener`."""
+    """See `noid.core.backends.ConsoleListener`. At most `UNHEARD_BYTES_MAX` wait for it.
 
-    def __init__(self, reader: LogReader) -> None:
-        self._reader = reader
+    It hears the line and not the log, to the byte: a VMM that cannot send a byte at once may log it twice. QEMU does.
+    """
+
+    def __init__(self) -> None:
+        self._unheard = bytearray()
+        self._lost_bytes = 0
+        self._ended = False
+        self._changed = trio.lowlevel.ParkingLot()
+
+    def take(self, data: bytes) -> None:
+        """Keep *data* until it is asked for."""
+        if self._lost_bytes or len(self._unheard) + len(data) > UNHEARD_BYTES_MAX:
+            self._lost_bytes += len(data)
+        else:
+            self._unheard += data
+        self._changed.unpark_all()
+
+    def end(self) -> None:
+        """Say that nothing more comes."""
+        self._ended = True
+        self._changed.unpark_all()
 
     async def receive_some(self) -> bytes:
         """See `ConsoleListener.receive_some`."""
-        found = await self._reader.next()
-        if isinstance(found, Gap):
-            raise BackendError(
-                f"the guest prints faster than its console is read: {found.end - found.start} bytes of it are lost. "
-                "Nothing else is; let it print less, or to a file."
-            )
-        return b"" if found is None else found.data
+        await trio.lowlevel.checkpoint()
+        while not self._unheard:
+            if self._lost_bytes:
+                raise BackendError(
+                    f"the guest prints faster than its console is read: {self._lost_bytes} bytes of it are lost. "
+                    "Nothing else is; let it print less, or to a file."
+                )
+            if self._ended:
+                return b""
+            await self._changed.park()
+        data = bytes(self._unheard)
+        self._unheard.clear()
+        return data
 
 
 @contextlib.asynccontextmanager

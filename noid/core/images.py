@@ -60,6 +60,7 @@ class _Record:
     created_at: str
     sizes: Mapping[str, int]
     hashes: Mapping[str, str]
+    agent: bool = True
 
 
 class Images:
@@ -116,12 +117,13 @@ class Images:
             name=name,
             directory=place,
             kernel=place / "kernel",
-            initrd=self._initrd(place),
+            initrd=self._initrd(place, record),
             rootfs=place / "rootfs.ext4",
             digest=self._digest(record),
             architecture=record.architecture,
             kernel_release=record.kernel_release,
             cmdline=record.cmdline,
+            agent=record.agent,
             user=record.user,
             ready=record.ready,
             description=record.description,
@@ -136,6 +138,7 @@ class Images:
         rootfs: Path,
         initrd: Path | None = None,
         modules: Path | None = None,
+        agent: bool = True,
         user: str = "root",
         ready: tuple[str, ...] = DEFAULT_READY,
         cmdline: str = "",
@@ -151,6 +154,8 @@ class Images:
             initrd: Unpacked before what noid puts into it, so noid's init is the one that runs. Any compression.
             modules: A directory with kernel modules at any depth, as ``/lib/modules/<release>``; the ones a guest
                 needs to boot are taken. A kernel with virtio built in needs none.
+            agent: Whether the guest agent goes into the initrd. Without it the image boots as it would anywhere, and
+                needs a shell on its serial console.
             user: Who commands run as when the caller names nobody.
             ready: The command that ends when the guest has booted.
             cmdline: Extra kernel arguments.
@@ -192,6 +197,7 @@ class Images:
                         architecture=unpacked.architecture,
                         kernel_release=unpacked.release,
                         cmdline=cmdline,
+                        agent=agent,
                         user=user,
                         ready=tuple(ready),
                         description=description,
@@ -204,7 +210,7 @@ class Images:
                         },
                     )
                     (partial / "image.json").write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
-                    self._initrd(partial)
+                    self._initrd(partial, record)
                     for file in partial.iterdir():
                         file.chmod(0o444)
                     partial.chmod(0o755)
@@ -281,8 +287,10 @@ class Images:
             f"'noid-server image import {name} --kernel FILE --rootfs FILE'."
         )
 
-    def _initrd(self, place: Path) -> Path:
-        """Return the initrd with the current payload, assembled if this is its first use."""
+    def _initrd(self, place: Path, record: _Record) -> Path:
+        """Return the initrd with the current payload, assembled if this is its first use; or the image's own alone."""
+        if not record.agent:
+            return place / "initrd.base"
         final = place / f"initrd-{self._payload_digest[:16]}"
         if final.exists():
             return final
@@ -307,7 +315,7 @@ class Images:
             "user": record.user,
             "ready": record.ready,
             "hashes": dict(record.hashes),
-            "payload": self._payload_digest,
+            "payload": self._payload_digest if record.agent else None,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

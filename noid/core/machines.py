@@ -125,7 +125,7 @@ async def end_machine(work: Work, facts: Facts) -> None:
 async def wake_guest(work: Work, facts: Facts) -> None:
     """Make the guest its own before any user byte: clock, randomness, names, the image's hooks. Keeps the receipt."""
     services, directory, machine = work.services, _directory(work, facts), given(work.machine)
-    work.link = work.link or services.supervisor.link(machine, directory)
+    work.link = work.link or services.supervisor.link(machine, directory, given(work.source).manifest.exec)
     identity = new_identity(
         facts["name"],
         facts["vm_id"],

@@ -41,7 +41,10 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a frozen VM is. *fingerprint* is the VMM's; *disk_top* names the one of *files* that stands for the disk."""
+    """What a frozen VM is. *fingerprint* is the VMM's; *disk_top* names the one of *files* that stands for the disk.
+
+    *exec* names the exec backend that reached its guest; empty where that is not known.
+    """
 
     id: str
     vm_id: str
@@ -56,6 +59,7 @@ class Manifest:
     kernel_release: str
     network: str
     fingerprint: Mapping[str, str]
+    exec: str = ""
     disk_format: str = ""
     disk_top: str = ""
     disk_files: tuple[str, ...] = ()

@@ -335,7 +335,8 @@ class Image:
 
     *digest* identifies the content of all three. *user* is who commands run as when the caller names nobody. *ready*
     is the command that ends when the guest has finished booting; its exit status does not matter, and a guest without
-    that program counts as ready once its agent answers.
+    that program counts as ready once its agent answers. *agent* is whether the initrd has that agent; without it, the
+    guest is reached by exec backends that need none.
     """
 
     name: str
@@ -347,6 +348,7 @@ class Image:
     architecture: str = "x86_64"
     kernel_release: str = ""
     cmdline: str = ""
+    agent: bool = True
     user: str = "root"
     ready: tuple[str, ...] = DEFAULT_READY
     description: str = ""

@@ -173,7 +173,8 @@ async def wait_for_guest(work: Work, facts: Facts) -> None:
     """
     services, machine = work.services, given(work.machine)
     directory, secs = services.layout.vm(facts["instance"]), services.config.boot_timeout_secs
-    work.link = services.supervisor.link(machine, directory)
+    known = await trio.to_thread.run_sync(manifests.read, directory)
+    work.link = services.supervisor.link(machine, directory, known.exec)
     answers = False
     try:
         with trio.fail_after(secs):

@@ -145,8 +145,18 @@ async def _take_hold(services: Services, vm: Vm) -> None:
             await trio.to_thread.run_sync(processes.end_instance, services.config.data_dir, vm.instance)
         await services.store.write(lambda tx: tx.update_vm(vm, state=VmState.DEAD, process=None, ended=why))
         return
-    services.supervisor.hold(vm.id, vm.instance, machine, services.supervisor.link(machine, directory))
+    link = services.supervisor.link(machine, directory, await trio.to_thread.run_sync(_reached_by, directory))
+    services.supervisor.hold(vm.id, vm.instance, machine, link)
     logger.info("adopted VM %s (%s)", vm.name, vm.instance, extra={"vm": vm.name, "owner": vm.owner})
+
+
+def _reached_by(directory: Path) -> str:
+    """Return which exec backend reached the guest of the VM in *directory* before, or an empty string."""
+    try:
+        return manifests.read(directory).exec
+    except (NotFound, Damaged) as error:
+        logger.warning("it is not known how the guest in %s is reached: %s", directory, error)
+        return ""
 
 
 async def _unwind(services: Services, templates: Templates, operation: dict[str, Any]) -> None:

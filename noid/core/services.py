@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from noid.core.backends import ExecBackend, NetworkBackend, StorageBackend, VmmBackend
+from noid.core.backends import NetworkBackend, StorageBackend, VmmBackend
 from noid.core.config import Config
 from noid.core.images import Images
 from noid.core.layout import Layout
@@ -25,5 +25,4 @@ class Services:
     vmm: VmmBackend
     storage: StorageBackend
     network: NetworkBackend
-    exec: ExecBackend
     supervisor: Supervisor

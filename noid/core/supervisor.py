@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,24 +18,30 @@ from noid.core.filewatch import FileWatches
 from noid.core.health import Health
 from noid.core.model import Vm
 from noid.core.waiting import plain_nursery
-from noid.errors import BackendError, DependencyDown
+from noid.errors import BackendError, ConfigError, DependencyDown, NoidError
 
 logger = logging.getLogger(__name__)
 
 CLOSE_SECS = 5.0
 PING_SECS = 2.0
+#: How long one of several ways into a guest is tried before the next one is.
+TRY_SECS = 15.0
 
 
 class GuestLink:
     """A machine's one connection to its guest agent, opened when first needed and shared by everybody.
 
     A connection that fails is dropped, and whoever comes next opens a new one. *console* is the same machine's.
+
+    Of several *backends* each is tried in turn, again and again, until one reaches the guest; that one stays.
     """
 
-    def __init__(self, machine: Machine, console: Console, backend: ExecBackend, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, machine: Machine, console: Console, backends: Sequence[ExecBackend], nursery: trio.Nursery
+    ) -> None:
         self.console = console
         self._machine = machine
-        self._backend = backend
+        self._backends = list(backends)
         self._nursery = nursery
         self.health = Health(f"of process {machine.ref.pid}")
         self._opening = trio.Lock()
@@ -74,13 +81,20 @@ class GuestLink:
         """Keep the connection open until `drop`. Errors before it is open are the opener's; later ones are logged."""
         opened = False
         scope = self._scope = trio.CancelScope()
+
+        async def hold(backend: ExecBackend, attempt: trio.CancelScope) -> None:
+            nonlocal opened
+            async with backend.connect(self._machine, self.console) as guest:
+                attempt.deadline = math.inf
+                self._backends = [backend]
+                opened, self._guest = True, guest
+                self.health.heard()
+                task_status.started(guest)
+                await trio.sleep_forever()
+
         try:
             with scope:
-                async with self._backend.connect(self._machine, self.console) as guest:
-                    opened, self._guest = True, guest
-                    self.health.heard()
-                    task_status.started(guest)
-                    await trio.sleep_forever()
+                await self._try_in_turn(hold)
         except Exception as error:
             if not opened:
                 raise
@@ -90,6 +104,31 @@ class GuestLink:
                 self._guest = self._scope = None
         if not opened:
             raise DependencyDown("the connection to the guest was given up while it was made: its machine has ended.")
+
+    async def _try_in_turn(self, hold: Callable[[ExecBackend, trio.CancelScope], Awaitable[None]]) -> None:
+        """Give each backend a while, until one of them never returns from *hold*. One that fails is not tried again.
+
+        Raises:
+            NoidError: the last one left failed.
+        """
+        left = self._backends
+        while True:
+            for backend in list(left):
+                with trio.CancelScope() as attempt:
+                    if len(left) > 1:
+                        attempt.deadline = trio.current_time() + TRY_SECS
+                    try:
+                        await hold(backend, attempt)
+                    except NoidError as error:
+                        if self._guest is not None or len(left) == 1:
+                            raise
+                        logger.info("exec backend %s does not reach the guest: %s", backend.name, error)
+                        left = [other for other in left if other is not backend]
+
+    @property
+    def reached_by(self) -> str:
+        """The name of the backend that reaches the guest; empty until one has."""
+        return self._backends[0].name if len(self._backends) == 1 else ""
 
     async def _answers(self, guest: Guest) -> bool:
         """Return whether the connection itself still works: the failure of one user must not disturb the others."""
@@ -137,22 +176,35 @@ class Supervisor:
     def __init__(
         self,
         nursery: trio.Nursery,
-        exec_backend: ExecBackend,
+        execs: Sequence[ExecBackend],
         on_exit: Callable[[str, str, MachineExit], Awaitable[None]],
         observer: Observer | None = None,
     ) -> None:
         self._nursery = nursery
-        self._exec = exec_backend
+        self._execs = execs
         self._on_exit = on_exit
         self._observer = observer
         self._live: dict[str, Live] = {}
         self._held = trio.Event()
         self.watches = FileWatches(nursery)
 
-    def link(self, machine: Machine, directory: Path) -> GuestLink:
-        """Return a connection for a machine that is not held yet. *directory* is its plan's."""
+    def link(self, machine: Machine, directory: Path, reached_by: str = "", *, has_agent: bool = True) -> GuestLink:
+        """Return a connection for a machine that is not held yet. *directory* is its plan's.
+
+        *reached_by* names the exec backend that has reached this guest before; no other is tried then.
+
+        Raises:
+            ConfigError: none of the selected exec backends can reach it.
+        """
+        usable = [backend for backend in self._execs if has_agent or not backend.needs_agent]
+        usable = [backend for backend in usable if backend.name == reached_by] or usable
+        if not usable:
+            raise ConfigError(
+                "the image has no agent in its guest, and no selected exec backend can do without. Add one to "
+                '[backends] exec in server.toml (exec = ["vsock", "serial"]).'
+            )
         console = Console(machine, directory / CONSOLE_LOG, self.watches, self._nursery)
-        return GuestLink(machine, console, self._exec, self._nursery)
+        return GuestLink(machine, console, usable, self._nursery)
 
     def get(self, vm: Vm) -> Live:
         """Return *vm*'s machine.

@@ -169,7 +169,7 @@ class Templates:
                 cmdline=" ".join([image.cmdline, *self.boot_args(spec)]).strip(),
             )
             machine = await services.vmm.launch(plan)
-            await self._boot(machine, image, scratch, lease)
+            reached_by = await self._boot(machine, image, scratch, lease)
             freeze_plan = await services.storage.prepare_freeze(volume, partial / "disk")
             frozen = await freezing.freeze(machine, services.storage, freeze_plan, partial, resume=False)
             draft = Manifest(
@@ -186,6 +186,7 @@ class Templates:
                 kernel_release=image.kernel_release,
                 network=lease.kind if lease else "none",
                 fingerprint=services.vmm.fingerprint(),
+                exec=reached_by,
             )
             await freezing.complete(frozen, partial, draft, {})
             with hostfs.os_errors("publishing a template"):
@@ -202,14 +203,14 @@ class Templates:
                 except (NoidError, OSError):  # the build has succeeded or failed for a reason of its own
                     logger.exception("what template %s was made of is not gone; the next start sweeps", directory.name)
 
-    async def _boot(self, machine: Machine, image: Image, directory: Path, lease: NetLease | None) -> None:
-        """Wait until the guest's agent answers and its ready command has ended, and wake it once.
+    async def _boot(self, machine: Machine, image: Image, directory: Path, lease: NetLease | None) -> str:
+        """Wait until the guest answers and its ready command has ended, and wake it once. Return what reached it.
 
-        That is for its clones: what this wake does (network, mounts, files), theirs find done and only adjust.
+        The wake is for its clones: what this one does (network, mounts, files), theirs find done and only adjust.
         """
         services = self._services
         secs = services.config.boot_timeout_secs
-        link = services.supervisor.link(machine, directory)
+        link = services.supervisor.link(machine, directory, has_agent=image.agent)
         try:
             with trio.fail_after(secs):
                 async with until_it_ends(machine, directory), link.guest() as guest:
@@ -218,6 +219,7 @@ class Templates:
                         pass
                     await guest.release(process)
                     await guest.wake(new_identity(GUEST_NAME, new_id(), lease))
+                    return link.reached_by
         except trio.TooSlowError as error:
             raise DeadlineExceeded(
                 f"image {image.name!r} did not finish booting within {secs:g} s.{console_tail(directory)} Try again "

@@ -108,6 +108,9 @@ def build(
     type=click.Path(path_type=Path, file_okay=False),
     help="Kernel modules, as /lib/modules/<release>; not needed when virtio is built in.",
 )
+@click.option(
+    "--no-agent", is_flag=True, help="Leave the initrd as it is. Needs the exec backend serial and a shell on ttyS0."
+)
 @click.option("--user", default="root", show_default=True, help="Who commands run as by default.")
 @click.option("--ready", help="The command that ends when the guest has booted; default: systemctl's.")
 @click.option("--cmdline", default="", help="Extra kernel arguments.")
@@ -121,6 +124,7 @@ def import_(
     rootfs: Path,
     initrd: Path | None,
     modules: Path | None,
+    no_agent: bool,
     user: str,
     ready: str | None,
     cmdline: str,
@@ -139,6 +143,7 @@ def import_(
         rootfs=rootfs,
         initrd=initrd,
         modules=modules,
+        agent=not no_agent,
         user=user,
         ready=DEFAULT_READY if ready is None else tuple(shlex.split(ready)),
         cmdline=cmdline,

@@ -40,6 +40,7 @@ class SimulatedExec:
     """Reaches into simulated guests."""
 
     name = "simulated"
+    needs_agent = True
 
     def __init__(self, faults: Faults | None = None) -> None:
         self._faults = faults or Faults()

@@ -71,7 +71,7 @@ class Ending:
 def link_of(backend: Backend, nursery: trio.Nursery) -> GuestLink:
     machine = cast("Machine", Ending())  # as much as it needs
     console = Console(machine, Path("serial.log"), FileWatches(nursery), nursery)
-    return GuestLink(machine, console, cast("ExecBackend", backend), nursery)
+    return GuestLink(machine, console, [cast("ExecBackend", backend)], nursery)
 
 
 async def test_everybody_shares_one_connection_also_those_who_come_while_it_opens() -> None:
@@ -156,7 +156,7 @@ async def test_a_lost_connection_is_opened_anew_for_whoever_comes_next() -> None
 @contextlib.asynccontextmanager
 async def supervised(on_exit: Callable[[str, str, MachineExit], Any]) -> AsyncIterator[Supervisor]:
     async with trio.open_nursery() as nursery:
-        yield Supervisor(nursery, cast("ExecBackend", Backend()), on_exit)
+        yield Supervisor(nursery, [cast("ExecBackend", Backend())], on_exit)
         nursery.cancel_scope.cancel()
 
 

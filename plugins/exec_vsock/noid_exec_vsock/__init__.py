@@ -28,6 +28,7 @@ class VsockExec:
     """The exec backend: a guest is whoever answers on the machine's channel."""
 
     name = "vsock"
+    needs_agent = True
 
     def connect(self, machine: Machine, console: ConsolePort) -> AbstractAsyncContextManager[Guest]:
         """Attach to the machine's agent; entering waits until it answers. See `noid_exec_vsock.guest.connect`."""
