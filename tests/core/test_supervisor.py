@@ -15,16 +15,17 @@ from noid.core.backends import ExecBackend, Machine, MachineExit
 from noid.core.console import Console
 from noid.core.filewatch import FileWatches
 from noid.core.model import ProcessRef
-from noid.core.supervisor import GuestLink, Supervisor
-from noid.errors import BackendError, DependencyDown
+from noid.core.supervisor import TRY_SECS, GuestLink, Supervisor
+from noid.errors import BackendError, ConfigError, DependencyDown
 
 
 class Backend:
     """An exec backend that counts, and whose guest answers when it is let."""
 
-    name = "counted"
+    needs_agent = True
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "counted") -> None:
+        self.name = name
         self.opened = self.open = 0
         self.let = trio.Event()
 
@@ -92,6 +93,34 @@ async def test_everybody_shares_one_connection_also_those_who_come_while_it_open
         assert (backend.opened, len(set(map(id, guests)))) == (1, 1)
         agent.cancel_scope.cancel()
     assert backend.open == 0
+
+
+async def test_of_several_ways_in_the_first_that_reaches_the_guest_stays(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    silent, answering = Backend("silent"), Backend("answering")
+    answering.let.set()
+    async with trio.open_nursery() as agent:
+        machine = cast("Machine", Ending())
+        console = Console(machine, Path("serial.log"), FileWatches(agent), agent)
+        link = GuestLink(machine, console, cast("list[ExecBackend]", [silent, answering]), agent)
+        for _ in range(2):
+            async with link.guest():
+                assert link.reached_by == "answering"
+            link.drop()
+            await trio.testing.wait_all_tasks_blocked()
+        assert trio.current_time() < 2 * TRY_SECS  # the second time nobody waited for the silent one
+        agent.cancel_scope.cancel()
+    assert (silent.opened, answering.opened, answering.open) == (0, 2, 0)
+
+
+async def test_without_a_usable_way_in_the_link_says_what_to_configure() -> None:
+    async def on_exit(*_: Any) -> None: ...
+
+    async with trio.open_nursery() as agent:
+        supervisor = Supervisor(agent, [cast("ExecBackend", Backend())], on_exit, cast("Any", None))
+        with pytest.raises(ConfigError, match="serial"):
+            supervisor.link(cast("Machine", Ending()), Path(), has_agent=False)
 
 
 async def test_a_connection_dropped_while_it_opens_is_given_up_and_its_opener_told() -> None:
