@@ -138,11 +138,10 @@ def test_an_agent_that_is_restarted_in_the_middle_is_125_and_the_next_command_wo
     assert house.machines() == machines
 
 
-def test_who_kills_everything_in_the_guest_is_told_at_once_that_its_agent_is_gone(shared_house: House) -> None:
+def test_who_kills_everything_in_the_guest_is_told_at_once_and_the_next_command_works(shared_house: House) -> None:
     shared_house.create("suicidal")
     done = shared_house("exec", "suicidal", "-u", "root", "--", "sh", "-c", "kill -9 -1; sleep 100")
     assert done.code == 125
     later = shared_house("exec", "suicidal", "--", "true")
-    assert later.code == 1
-    assert "does not answer" in later.err.decode()
+    assert later.code == 0, later.err.decode()  # the guest's init has started another agent
     assert shared_house("destroy", "suicidal").code == 0

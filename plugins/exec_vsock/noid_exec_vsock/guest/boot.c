@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "keeper.h"
 #include "say.h"
 
 enum { ROOT_WAIT_SECS = 10 };
@@ -133,19 +134,12 @@ static int mount_root(char *reason, size_t capacity) {
     return 0;
 }
 
-// Starts the agent where no init will take it for one of its own: own session, adopted by pid 1, and an argv[0] that
-// begins with '@', which systemd leaves alone at shutdown (systemd.io/ROOT_STORAGE_DAEMONS).
-static void start_agent(char *const argv[]) {
+// Starts the agent's keeper where no init will take it for one of its own: own session, adopted by pid 1.
+static void start_beside(void) {
     pid_t first = fork();
     if (first == 0) {
         setsid();
-        if (fork() == 0) {
-            int null = open("/dev/null", O_RDWR);
-            for (int fd = 0; null >= 0 && fd < 3; fd++) dup2(null, fd);
-            if (null > 2) close(null);
-            execv("/proc/self/exe", argv);
-            say("the agent cannot be started: %s; this guest can only be reached by its console", strerror(errno));
-        }
+        if (fork() == 0) keeper_become();
         _exit(0);
     }
     if (first < 0) say("the agent cannot be started: %s", strerror(errno));
@@ -155,10 +149,8 @@ static void start_agent(char *const argv[]) {
 // Nothing to run: say so on the console and to whoever asks, and wait to be told to power off.
 static _Noreturn void stay_without_root(const char *reason) {
     say("no root file system: %s", reason);
-    char *argv[] = {"@noid-agent", "--agent", "--no-root", (char *)reason, NULL};
-    start_agent(argv);
-    for (;;)
-        if (waitpid(-1, NULL, 0) < 0) pause();
+    char *options[] = {"--no-root", (char *)reason, NULL};
+    keeper_run(options);
 }
 
 static int runnable(const char *path) {
@@ -186,12 +178,10 @@ _Noreturn void boot(void) {
     for (int i = 0; i < 5 && !init; i++)
         if (candidates[i][0] && runnable(candidates[i])) init = candidates[i];
     if (chosen[0] && init != chosen) say("init=%s is not a program in the image", chosen);
-    char *beside[] = {"@noid-agent", "--agent", NULL};
-    char *under_minimal[] = {"@noid-agent", "--agent", "--minimal-init", NULL};
-    start_agent(init ? beside : under_minimal);
     if (init) {
+        start_beside();
         execl(init, init, (char *)NULL);
         say("cannot run %s: %s; going on without an init", init, strerror(errno));
     }
-    minimal_init();
+    minimal_init(!init);
 }

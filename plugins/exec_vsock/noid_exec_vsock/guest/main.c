@@ -1,11 +1,13 @@
 // One static program, three lives: initramfs init (as pid 1), guest agent, and agent on a unix socket for tests.
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "agent.h"
 #include "boot.h"
+#include "keeper.h"
 #include "say.h"
 
 int main(int argc, char **argv) {
@@ -13,12 +15,17 @@ int main(int argc, char **argv) {
         say_to_kernel = true;
         boot();
     }
+    if (argc == 2 && !strcmp(argv[1], "--keep")) {
+        say_to_kernel = true;
+        keeper_run(NULL);
+    }
     struct agent_options options = {.starts = 1};
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(argv[i], "--agent")) options.owns_machine = say_to_kernel = true;
         else if (!strcmp(argv[i], "--minimal-init")) options.minimal_init = true;
         else if (!strcmp(argv[i], "--no-root") && value) options.no_root = argv[++i];
+        else if (!strcmp(argv[i], "--starts") && value) options.starts = (unsigned)strtoul(argv[++i], NULL, 10);
         else if (!strcmp(argv[i], "--socket") && value) options.socket_path = argv[++i];
         else argc = 0;
     }

@@ -56,6 +56,7 @@ void output_ready(struct process *process) {
 void on_output_event(struct process *process, unsigned which, uint32_t events) {
     struct source *source = &process->output[which];
     if (source->fd < 0) return;
+    if (!process->output[!which].ready) process->turn = which; // the first to have something is read first
     source->ready = true;
     source->hung_up = source->hung_up || events & (EPOLLHUP | EPOLLERR);
     output_ready(process);
@@ -110,7 +111,13 @@ static bool read_source(struct process *process, struct source *source) {
         }
         return true;
     }
-    if (n <= 0) { // also EIO: nobody has the terminal open any more
+    if (n < 0 && process->tty && process->state != PROCESS_ENDED) {
+        // EIO: nobody has the terminal open just now. It may be opened again, and closing our end would end its
+        // session with a HUP: a program that closes its files before it exits would seem to have been killed.
+        source->ready = false;
+        return true;
+    }
+    if (n <= 0) {
         source_over(process, source);
         return true;
     }

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "boot.h"
+#include "keeper.h"
 #include "say.h"
 
 enum { BUTTONS_MAX = 4, SHUTDOWN_GRACE_MS = 3000, RESPAWN_PAUSE_MS = 1000 };
@@ -138,7 +139,7 @@ static _Noreturn void shut_down(int how) {
     for (;;) pause();
 }
 
-_Noreturn void minimal_init(void) {
+_Noreturn void minimal_init(bool with_agent) {
     sigset_t handled;
     sigemptyset(&handled);
     sigaddset(&handled, SIGCHLD);
@@ -155,11 +156,16 @@ _Noreturn void minimal_init(void) {
     struct pollfd watched[1 + BUTTONS_MAX];
     watched[0] = (struct pollfd){.fd = signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK), .events = POLLIN};
     int n = 1 + open_buttons(watched + 1);
+    static char *options[] = {"--minimal-init", NULL};
+    if (with_agent) keeper_start(options);
     pid_t shell = start_shell();
     long long shell_started = now_ms(), shell_due = 0;
     for (;;) {
         long long wait_ms = shell_due ? shell_due - now_ms() : -1;
-        if (poll(watched, (nfds_t)n, shell_due && wait_ms < 0 ? 0 : (int)wait_ms) < 0 && errno != EINTR)
+        if (shell_due && wait_ms < 0) wait_ms = 0;
+        int keeper_ms = keeper_timeout_ms();
+        if (keeper_ms >= 0 && (wait_ms < 0 || keeper_ms < wait_ms)) wait_ms = keeper_ms;
+        if (poll(watched, (nfds_t)n, (int)wait_ms) < 0 && errno != EINTR)
             say("init cannot poll: %s", strerror(errno));
         struct signalfd_siginfo info;
         while (read(watched[0].fd, &info, sizeof info) == (ssize_t)sizeof info) {
@@ -169,12 +175,15 @@ _Noreturn void minimal_init(void) {
         for (int i = 1; i < n; i++)
             if (watched[i].revents && button_pressed(watched[i].fd)) shut_down(RB_POWER_OFF);
         pid_t pid;
-        while ((pid = waitpid(-1, NULL, WNOHANG)) > 0)
+        keeper_tick();
+        while ((pid = waitpid(-1, NULL, WNOHANG)) > 0) {
+            keeper_reaped(pid);
             if (pid == shell) {
                 // A shell that dies at once must not become a loop that eats the machine.
                 long long earliest = shell_started + RESPAWN_PAUSE_MS;
                 shell_due = now_ms() > earliest ? now_ms() : earliest;
             }
+        }
         if (shell_due && now_ms() >= shell_due) {
             shell = start_shell();
             shell_started = now_ms();
