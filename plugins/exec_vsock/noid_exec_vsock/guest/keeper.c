@@ -12,12 +12,14 @@
 
 #include "say.h"
 
-enum { OPTIONS_MAX = 4, PAUSE_MS = 500 };
+// The host learns from its VMM that the agent has closed its end of the port. QEMU says so once a second at most, and
+// the latest only: were the port opened again within that second, nobody would hear that the conversation is over.
+enum { OPTIONS_MAX = 4, PAUSE_MS = 1500 };
 
 static char *const *agent_options;
 static unsigned starts;
 static pid_t agent = -1;
-static long long started_ms, due_ms; // `due_ms`: when to start the next one, 0 for never
+static long long due_ms; // when to start the next one, 0 for never
 
 static long long now_ms(void) {
     struct timespec now;
@@ -43,7 +45,6 @@ pid_t keeper_start(char *const options[]) {
     agent_options = options;
     for (int i = 0; options && options[i] && i < OPTIONS_MAX; i++) argv[4 + i] = options[i];
     snprintf(number, sizeof number, "%u", ++starts);
-    started_ms = now_ms();
     due_ms = 0;
     agent = fork();
     if (agent == 0) {
@@ -55,7 +56,7 @@ pid_t keeper_start(char *const options[]) {
     }
     if (agent < 0) {
         say("the agent cannot be started: %s", strerror(errno));
-        due_ms = started_ms + PAUSE_MS;
+        due_ms = now_ms() + PAUSE_MS;
     }
     return agent;
 }
@@ -64,9 +65,7 @@ void keeper_reaped(pid_t pid) {
     if (pid != agent) return;
     agent = -1;
     say("the agent has died; starting another. What it knew of running processes is lost");
-    long long now = now_ms();
-    due_ms = now - started_ms < PAUSE_MS ? started_ms + PAUSE_MS : now;
-    keeper_tick();
+    due_ms = now_ms() + PAUSE_MS;
 }
 
 int keeper_timeout_ms(void) {

@@ -8,10 +8,10 @@
 // From the second one on HELLO says how many there were.
 pid_t keeper_start(char *const options[]);
 
-// The child with this pid has ended: if it was the agent, starts another. Not twice a second.
+// The child with this pid has ended: if it was the agent, another follows in a moment.
 void keeper_reaped(pid_t pid);
 
-// Milliseconds until `keeper_tick` must be called, because an agent that died at once waits for its next start; or -1.
+// Milliseconds until `keeper_tick` must be called, because the next agent is to be started; or -1.
 int keeper_timeout_ms(void);
 void keeper_tick(void);
 
