@@ -24,6 +24,7 @@ from noid.errors import BackendError
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER_SECS = 30.0
+EPOCH = 0x7E7D_0001  # both its upper bytes must be stuffed
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +131,7 @@ class Wire:
     """A hand on the wire: sends any bytes, hears every frame, grants nothing by itself."""
 
     path: Path
-    epoch: int = 0x7E7D_0001
+    epoch: int = EPOCH
     socket: socket.socket = field(init=False)
     decoder: FrameDecoder = field(init=False)
     heard: list[Frame] = field(init=False, default_factory=list)

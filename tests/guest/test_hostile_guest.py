@@ -3,67 +3,19 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
 import trio.testing
-from noid_exec_vsock.frames import PROTOCOL_VERSION, Frame, FrameDecoder, Message, encode
+from noid_exec_vsock.frames import Message
 from noid_exec_vsock.guest import AgentGuest, connect
 from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES, GuestProcess
 
 from noid.core.model import ExecRequest, Identity, OutputChunk
 from noid.errors import BackendError, DependencyDown
 
-HELLO = struct.pack("<HBBIQIII", PROTOCOL_VERSION, 0, 1, 77, 10**9, 512, 0, 1) + bytes(12)
-
-
-class Liar:
-    """The guest's end: hears the host, says whatever a test wants."""
-
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self.stream = stream
-        self.decoder = FrameDecoder()
-        self.heard: list[Frame] = []
-        self.epoch = 0
-
-    async def hear(self, kind: Message) -> Frame:
-        while True:
-            while self.heard:
-                frame = self.heard.pop(0)
-                if frame.type == kind:
-                    return frame
-            self.heard += self.decoder.feed(await self.stream.receive_some(65536))
-
-    async def say(self, kind: int, number: int, body: bytes = b"", *, epoch: int | None = None) -> None:
-        epoch = self.epoch if epoch is None else epoch
-        await self.stream.send_all(encode(Frame(type=kind, epoch=epoch, id=number, body=body)))
-
-    async def greet(self, body: bytes = HELLO) -> None:
-        sync = await self.hear(Message.SYNC)
-        self.epoch = sync.epoch
-        await self.say(Message.HELLO, sync.id, body)
-
-    async def start(self) -> int:
-        number = (await self.hear(Message.START)).id
-        await self.say(Message.STARTED, number, struct.pack("<I", 1234))
-        return number
-
-
-@asynccontextmanager
-async def conversation() -> AsyncIterator[tuple[AgentGuest, Liar]]:
-    ours, theirs = trio.testing.memory_stream_pair()
-    liar = Liar(theirs)
-
-    async def open_stream() -> trio.abc.Stream:
-        return ours
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(liar.greet)
-        async with connect(open_stream) as guest:
-            yield guest, liar
-        nursery.cancel_scope.cancel()
+from .liar import ENDED, HELLO, Liar, attached, conversation, returning, told
 
 
 async def started(guest: AgentGuest, liar: Liar, *, stdin: bool = False) -> GuestProcess:
@@ -82,6 +34,14 @@ Lie = Callable[[Liar, int], Awaitable[None]]
 def lies(kind: int, body: bytes = b"", *, about: int | None = None) -> Lie:
     async def tell(liar: Liar, number: int) -> None:
         await liar.say(kind, number if about is None else about, body)
+
+    return tell
+
+
+def again(kind: int, body: bytes = b"") -> Lie:
+    async def tell(liar: Liar, number: int) -> None:
+        for _ in range(2):
+            await liar.say(kind, number, body)
 
     return tell
 
@@ -115,6 +75,18 @@ async def a_flood_of_nothing(liar: Liar, number: int) -> None:
         pytest.param(lies(Message.ERROR, bytes(4), about=4000), id="an error about nothing"),
         pytest.param(lies(Message.ERROR, struct.pack("<I", 1 << 31)), id="an endless text"),
         pytest.param(lies(0x42), id="an unknown message"),
+        pytest.param(lies(Message.STDOUT, said(0, b"")), id="output of nothing"),
+        pytest.param(lies(Message.STDOUT, said(1 << 63, b"x")), id="output from far ahead"),
+        pytest.param(lies(Message.CREDIT, struct.pack("<BI", 0, 0)), id="credit of nothing"),
+        pytest.param(again(Message.STDOUT, said(0, b"x")), id="output twice"),
+        pytest.param(again(Message.STDIN_CLOSED), id="stdin closed twice"),
+        pytest.param(lies(Message.EXIT, b"\x02" + ENDED[1:]), id="an end of an unknown kind"),
+        pytest.param(lies(Message.ATTACHED, attached(0, 0)), id="attached unasked"),
+        pytest.param(lies(Message.DETACHED), id="detached unasked"),
+        pytest.param(lies(Message.PROCESS, told(1 << 31), about=4000), id="a process nobody asked for"),
+        pytest.param(lies(Message.LISTED, bytes(4), about=4000), id="a list nobody asked for"),
+        pytest.param(lies(Message.RECEIPT, bytes(2), about=4000), id="a receipt nobody asked for"),
+        pytest.param(lies(Message.POWERING, about=4000), id="a power switch nobody touched"),
     ],
 )
 async def test_a_lie_ends_the_connection_and_says_so(lie: Lie) -> None:
@@ -152,7 +124,7 @@ async def test_an_agent_of_another_version_or_without_a_root_is_refused_by_name(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(Liar(theirs).greet, hello)
             with pytest.raises(BackendError, match=words):
-                async with connect(_returning(ours)):
+                async with connect(returning(ours)):
                     pytest.fail("it was let in")
 
 
@@ -236,16 +208,9 @@ async def _raise_inside() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(liar.greet)
         try:
-            async with connect(_returning(ours)):
+            async with connect(returning(ours)):
                 raise KeyError("plain")
         except KeyError as error:
             failure = error
     assert failure is not None
     raise failure
-
-
-def _returning(stream: trio.abc.Stream) -> Callable[[], Awaitable[trio.abc.Stream]]:
-    async def open_stream() -> trio.abc.Stream:
-        return stream
-
-    return open_stream

@@ -27,9 +27,9 @@ _SYNC_EVERY_SECS = (0.05, 1.0)
 _RECEIVE_BYTES = 65536
 _SEND_BYTES = 65536
 _QUEUED_BYTES_MAX = 256 * 1024
-_WASTED_BYTES_MAX = 16 << 20
+_WASTED_BYTES_MAX = 4 << 20  # an earlier conversation leaves an outbox, a ring and socket buffers: one at most
 _QUESTIONS_MAX = 4096
-_LISTED_MAX = 4096
+_LISTED_MAX = 512  # what an agent's table holds
 _PROCESS_IDS_FROM = 1 << 31  # below are questions
 
 
@@ -282,10 +282,10 @@ class Connection:
             if not data:
                 self._fail(_gone())
                 return
-            self.heard_at = trio.current_time()
             try:
                 for frame in self._decoder.feed(data):
                     self._hear(frame)
+                    self.heard_at = trio.current_time()  # noise is no sign of life
                 if self._decoder.wasted_bytes > _WASTED_BYTES_MAX:
                     raise ProtocolError(f"{self._decoder.wasted_bytes} bytes without a message")
             except ProtocolError as error:
@@ -314,7 +314,7 @@ class Connection:
             self._on_process(frame, process)
 
     def _on_answer(self, frame: Frame) -> None:
-        question = self._questions.pop(frame.id, None)
+        question = self._questions.get(frame.id)  # it stays until the answer is believed: a lie must reach who waits
         if question is None or frame.type not in question.answers:
             raise ProtocolError(f"message {frame.type:#x} that answers nothing")
         if frame.type == Message.STARTED:
@@ -330,6 +330,7 @@ class Connection:
             if frames.read_listed(frame.body) != len(self._listing.found):
                 raise ProtocolError("LISTED counts other processes than were told of")
             self._listing = None
+        del self._questions[frame.id]
         question.answer = frame
         question.done.set()
 
@@ -338,7 +339,12 @@ class Connection:
             raise ProtocolError("PROCESS where nobody asked for a list")
         if len(self._listing.found) >= _LISTED_MAX:
             raise ProtocolError(f"more than {_LISTED_MAX} processes")
-        self._listing.found.append(frames.read_process(frame.body))
+        process = frames.read_process(frame.body)
+        if process.id < _PROCESS_IDS_FROM:
+            raise ProtocolError(f"PROCESS {process.id:08x}, an id that no process is given")
+        if any(process.id == known.id for known in self._listing.found):
+            raise ProtocolError(f"PROCESS {process.id:08x} twice in one list")
+        self._listing.found.append(process)
 
     def _on_parted(self, frame: Frame) -> None:
         parting = self._releasing if frame.type == Message.RELEASED else self._detaching
@@ -352,11 +358,13 @@ class Connection:
     def _on_error(self, frame: Frame, process: GuestProcess | None) -> None:
         failure = BackendError(f"The guest agent refused a message: {frames.read_error(frame.body)}.")
         question = self._questions.pop(frame.id, None)
+        if self._listing is not None and self._listing.question is question:
+            self._listing = None
         if question is not None:
             question.failure = failure
             question.done.set()
         elif process is not None:
-            process.fail(failure)
+            process.on_refusal(failure)
         else:
             raise ProtocolError("ERROR about nothing that was said")
 
@@ -388,6 +396,10 @@ class Connection:
             process.fail(failure)
         for parted in (*self._releasing.values(), *self._detaching.values()):
             parted.set()
+        # Whoever waits for one of these to be over looks for it again when woken.
+        self._releasing.clear()
+        self._detaching.clear()
+        self._listing = None
         self._control.clear()
         self._bulk.clear()
         self._queue_changed.unpark_all()

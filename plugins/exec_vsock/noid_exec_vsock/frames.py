@@ -32,6 +32,7 @@ CHUNK_BYTES_MAX = 32 * 1024
 
 _FLAG = b"\x7e"
 _HEADER = struct.Struct("<BII")
+_RAW_BYTES_MIN = _HEADER.size + 4
 _RAW_BYTES_MAX = _HEADER.size + BODY_BYTES_MAX + 4
 _STUFFED_BYTES_MAX = 2 * _RAW_BYTES_MAX
 _CREDIT = struct.Struct("<BI")
@@ -143,6 +144,8 @@ class FrameDecoder:
         pieces = data.split(_FLAG)
         last = pieces.pop()
         for piece in pieces:
+            if len(piece) < _RAW_BYTES_MIN and not self._pending and not self._overlong:
+                continue  # between two frames; a flood of such must cost next to nothing
             stuffed = bytes(self._pending + piece) if self._pending else bytes(piece)
             whole = not self._overlong and len(stuffed) <= _STUFFED_BYTES_MAX
             self._pending.clear()
@@ -159,12 +162,9 @@ class FrameDecoder:
 
 
 def _unpack(stuffed: bytes) -> Frame | None:
-    if len(stuffed) < _HEADER.size + 4:
-        return None
     raw = stuffed.replace(b"\x7d\x5e", b"\x7e").replace(b"\x7d\x5d", b"\x7d")
-    if not _HEADER.size + 4 <= len(raw) <= _RAW_BYTES_MAX:
-        return None
-    if zlib.adler32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+    whole = _RAW_BYTES_MIN <= len(raw) <= _RAW_BYTES_MAX
+    if not whole or zlib.adler32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
         return None
     kind, epoch, number = _HEADER.unpack_from(raw)
     return Frame(type=kind, epoch=epoch, id=number, body=raw[_HEADER.size : -4])

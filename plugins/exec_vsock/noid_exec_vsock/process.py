@@ -1,7 +1,8 @@
 """One process in a guest, as its reader sees it: bounded queues in front of the channel's one reader task.
 
 The host grants credit and gives it back as output is received, so a reader that stalls holds at most
-`OUTPUT_WINDOW_BYTES` here, stops its own process, and nobody else.
+`OUTPUT_WINDOW_BYTES` here, stops its own process, and nobody else. Every message a guest can send about a process uses
+something up, be it credit or that it may be said once: what costs nothing could be said for ever.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class GuestProcess:
         self._sender = sender
         self._has_stdin = stdin
         self._stdin_open = stdin
+        self._stdin_broken = False
         self._stdin_credit = 0
         self._backlog = Backlog(offset)
         self._granted = OUTPUT_WINDOW_BYTES
@@ -198,6 +200,8 @@ class GuestProcess:
             raise ProtocolError(f"output at offset {offset} where {self._backlog.end} was due")
         if len(data) > self._granted:
             raise ProtocolError(f"{len(data)} bytes of output where {self._granted} were allowed")
+        if not data:
+            raise ProtocolError("output of no bytes")
         self._granted -= len(data)
         self._backlog.put(stream, data)
         if self._forgotten:
@@ -206,13 +210,16 @@ class GuestProcess:
 
     def on_credit(self, stream: int, credit_bytes: int) -> None:
         """Note that the guest takes more stdin."""
-        if stream != 0 or self._stdin_credit + credit_bytes > _STDIN_CREDIT_MAX:
+        if stream != 0 or not 0 < credit_bytes <= _STDIN_CREDIT_MAX - self._stdin_credit:
             raise ProtocolError(f"credit of {credit_bytes} bytes for stream {stream}")
         self._stdin_credit += credit_bytes
         self._changed.unpark_all()
 
     def on_stdin_closed(self) -> None:
         """Note that nobody reads stdin any more."""
+        if self._stdin_broken:
+            raise ProtocolError("STDIN_CLOSED twice")
+        self._stdin_broken = True
         self._stdin_open = False
         self._changed.unpark_all()
 
@@ -220,6 +227,12 @@ class GuestProcess:
         """Note the end. Nothing comes after it."""
         self._exit = ended
         self._changed.unpark_all()
+
+    def on_refusal(self, failure: NoidError) -> None:
+        """Note that the guest could make no sense of a message about the process."""
+        if self._failure is not None:
+            raise ProtocolError("ERROR about a process that was given up after the one before")
+        self.fail(failure)
 
     def fail(self, failure: NoidError) -> None:
         """Let everybody who waits, now or later, have *failure* once the output is used up."""
