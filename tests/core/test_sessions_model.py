@@ -1,9 +1,13 @@
-"""What is delivered is what was produced, exactly once per lineage, whatever happens in between: a model says what."""
+"""What is delivered is what was produced, exactly once per lineage, whatever happens in between: a model says what.
+
+``NOID_MODEL_RUNS`` and ``NOID_MODEL_STEPS`` make it look longer, ``NOID_TEST_SEED`` elsewhere: see docs/operations.md.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +25,22 @@ from noid.testing.simulated_agent import give_default_image
 
 from .conftest import Rig
 
-RUNS = int(os.environ.get("NOID_MODEL_RUNS", "8"))
+RUNS = int(os.environ.get("NOID_MODEL_RUNS", "40"))
 STEPS = int(os.environ.get("NOID_MODEL_STEPS", "12"))
+SEED = int(os.environ.get("NOID_TEST_SEED", "20261121"))
 RING_BYTES = 4096
-STEP_SECS = 30.0
+STEP_SECS = 15.0
+SHRINK_SECS = 30.0
 VMS = ("web", "copy-1", "copy-2")
+
+Step = tuple[str, int]
+LONG, SHORT, KILLED, STOPPED = 5, 6, 1, 2  # what `write` and `restart` make of a number
+KNOWN_TROUBLE: tuple[list[Step], ...] = (
+    [("write", SHORT), ("restart", STOPPED), ("write", SHORT), ("read", 1), ("restart", KILLED), ("write", SHORT)],
+    [("write", LONG), ("restart", KILLED), ("write", SHORT)],
+    [("write", LONG), ("checkpoint", 0), ("write", SHORT), ("fork", 0), ("write", 1), ("restart", KILLED)],
+    [("write", SHORT), ("checkpoint", 0), ("write", SHORT), ("restore", 0), ("join", 0), ("write", SHORT)],
+)
 
 
 @dataclass
@@ -48,6 +63,15 @@ class Copy:
     produced: bytes
     inherited: int
     readers: list[Reader] = field(default_factory=list)
+    lost: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # What a machine is made of has the ring, and nothing of what the original's agents had saved.
+        self.lost.append((0, self.inherited - RING_BYTES))
+
+    def may_lack(self, start: int, end: int) -> bool:
+        """Whether neither the guest nor a disk had these bytes at some moment, when all else was lost."""
+        return any(lost_start <= start < end <= lost_end for lost_start, lost_end in self.lost)
 
 
 class Model:
@@ -60,7 +84,7 @@ class Model:
         self.written = 0
         self.agent: Any = None
 
-    async def play(self, steps: list[tuple[str, int]]) -> None:
+    async def play(self, steps: list[Step]) -> None:
         """Take all steps, on as many agents as they want, and compare in the end."""
         rest = [("create", 0), ("start", 0), *steps]
         while rest:
@@ -68,7 +92,7 @@ class Model:
                 while rest:
                     verb, which = rest.pop(0)
                     if verb == "restart":
-                        if which % 2:
+                        if which % 2 == KILLED:
                             self.lose_what_is_unsaved()
                         break
                     with trio.fail_after(STEP_SECS):
@@ -83,6 +107,9 @@ class Model:
         """Let the agent end as by ``kill -9``: what is only in its memory is gone."""
         for sessions in self.agent.agent._sessions._by_vm.values():
             for session in sessions._sessions.values():
+                for copy in self.copies:
+                    if (copy.process, copy.lineage) == (session.name, session.lineage):
+                        copy.lost.append((session.log.end - session.log.unsaved_bytes, len(copy.produced) - RING_BYTES))
                 session.log.abandon()
 
     async def create(self, _: int) -> None:
@@ -105,7 +132,7 @@ class Model:
             return
         copy = self.copies[which % len(self.copies)]
         self.written += 1
-        line = f"{self.written} of {copy.lineage}\n".encode() * (1 if which % 5 else 400)
+        line = f"{self.written} of {copy.lineage}\n".encode() * (1 if which % LONG else 400)
         session = await self.session(copy)
         before = len(copy.produced)
         copy.produced += line
@@ -184,12 +211,39 @@ class Model:
                 await self.catch_up(copy, reader, until=len(copy.produced))
                 expected = bytearray(copy.produced)
                 for start, end in reader.gaps:
+                    assert copy.may_lack(start, end), f"a gap {start}..{end} in what somebody still had: {copy.lost}"
                     expected[start:end] = bytes(end - start)
-                assert reader.received == expected
-                session = await self.session(copy)
-                for _, end in reader.gaps:
-                    assert session.origin != "native", "a gap in what was seen from the beginning"
-                    assert end <= copy.inherited - RING_BYTES, "a gap in what the guest still had"
+                assert reader.received == expected, _first_difference(reader.received, expected)
+
+
+def _first_difference(received: bytes, expected: bytes) -> str:
+    at = next((n for n, (a, b) in enumerate(zip(received, expected, strict=False)) if a != b), len(received))
+    return f"byte {at}: received {bytes(received[at : at + 60])!r}, produced {bytes(expected[at : at + 60])!r}"
+
+
+class _Patience:
+    """Ends shrinking after a while: from then on only what is known to fail is played, all else counts as fine."""
+
+    def __init__(self) -> None:
+        self._failed: list[list[Step]] = []
+        self._over_at = float("inf")
+
+    def is_over_for(self, steps: list[Step]) -> bool:
+        return time.monotonic() > self._over_at and steps not in self._failed
+
+    def note(self, steps: list[Step]) -> None:
+        if not self._failed:
+            self._over_at = time.monotonic() + SHRINK_SECS
+        self._failed.append(steps)
+
+
+patience = _Patience()
+
+
+def _each_known_trouble(test: Any) -> Any:
+    for steps in KNOWN_TROUBLE:
+        test = hypothesis.example(steps=steps)(test)
+    return test
 
 
 @hypothesis.settings(
@@ -199,6 +253,8 @@ class Model:
     suppress_health_check=list(hypothesis.HealthCheck),
     database=None,
 )
+@hypothesis.seed(SEED)
+@_each_known_trouble
 @hypothesis.given(
     steps=st.lists(
         st.tuples(
@@ -211,11 +267,16 @@ class Model:
         max_size=STEPS,
     )
 )
-@pytest.mark.deadline(600)
-def test_delivered_is_produced_exactly_once_per_lineage(data_dir_root: Path, steps: list[tuple[str, int]]) -> None:
+@pytest.mark.deadline(300 + 20 * RUNS)
+def test_delivered_is_produced_exactly_once_per_lineage(data_dir_root: Path, steps: list[Step]) -> None:
+    if patience.is_over_for(steps):
+        return
     directory = Path(tempfile.mkdtemp(prefix="model-", dir=data_dir_root))  # watched: also a killed run leaves nothing
     try:
         give_default_image(directory)
-        trio.run(Model(Rig(directory)).play, steps)
+        trio.run(Model(Rig(directory)).play, list(steps))
+    except BaseException:
+        patience.note(steps)
+        raise
     finally:
         clean(directory)
