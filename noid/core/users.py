@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -59,3 +61,19 @@ async def open_users(config: Config, plugins: Plugins) -> AsyncIterator[Users]:
     with open_store(config.database) as store:
         async with spec.open(settings, context) as auth:
             yield Users(store, auth)
+
+
+def local_user_name() -> str:
+    """Return the name of the user who needs no token: whom this process runs as. No user that is added can have it."""
+    try:
+        own = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        own = str(os.geteuid())
+    return f"local:{own}"
+
+
+async def ensure_local_user(store: Store) -> None:
+    """Add the local user if there is none yet."""
+    name = local_user_name()
+    if all(user.name != name for user in store.users()):
+        await store.write(lambda tx: tx.insert_user(name, new_id()))

@@ -119,8 +119,8 @@ def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("noid.server.hypercorn").setLevel(logging.WARNING)  # its "Running on" is said better by ours
 
-    from noid.core.agent import open_agent
     from noid.core.config import load_config
+    from noid.core.opening import open_agent
     from noid.core.plugins import Plugins
     from noid.server.serve import serve as serve_agent
 

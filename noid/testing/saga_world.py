@@ -26,10 +26,11 @@ from typing import NoReturn
 
 import trio
 
-from noid.core.agent import Agent, open_agent
+from noid.core.agent import Agent
 from noid.core.backends import Guest
 from noid.core.layout import Layout
 from noid.core.model import ExecRequest, OutputChunk, ProcessRef, VmSpec, VmState
+from noid.core.opening import open_agent
 from noid.core.store import open_store
 from noid.errors import NoidError
 from noid.testing.faults import Faults

@@ -16,7 +16,7 @@ import pytest
 PATIENCE_SECS = 30.0
 SERVER = """
 import sys, pathlib, trio
-from noid.core.agent import open_agent
+from noid.core.opening import open_agent
 from noid.server.serve import serve
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from noid.core.agent import Agent, open_agent
+from noid.core.agent import Agent
 from noid.core.layout import Layout
 from noid.core.model import ExecRequest, ProcessExit, User, VmSpec
+from noid.core.opening import open_agent
 from noid.testing.faults import Faults
 from noid.testing.processes import marked_processes
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins

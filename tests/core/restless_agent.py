@@ -13,8 +13,9 @@ from pathlib import Path
 
 import trio
 
-from noid.core.agent import Agent, open_agent
+from noid.core.agent import Agent
 from noid.core.model import ExecRequest, ProcessExit, VmSpec
+from noid.core.opening import open_agent
 from noid.testing.simulated_agent import simulated_config, simulated_plugins
 
 TOKEN = "/dev/shm/token"

@@ -12,8 +12,9 @@ import pytest
 import trio
 
 from noid.core import endings, health
-from noid.core.agent import Agent, open_agent
+from noid.core.agent import Agent
 from noid.core.model import ExecRequest, OutputChunk, User, VmSpec, VmState
+from noid.core.opening import open_agent
 from noid.errors import Busy, Conflict, DeadlineExceeded, NotFound
 from noid.testing.faults import Faults, fail, hang, kill_agent
 from noid.testing.processes import marked_processes

@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from noid.core import recovery
-from noid.core.agent import open_agent
 from noid.core.model import Vm
+from noid.core.opening import open_agent
 from noid.errors import ConfigError, Conflict, Damaged, DependencyDown
 from noid.testing.faults import fail, hang
 from noid.testing.processes import process_ref
@@ -108,7 +108,7 @@ async def test_twenty_openings_leave_no_descriptor_open(rig: Rig) -> None:
 async def test_an_agent_that_stops_in_the_middle_of_a_create_undoes_it(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("noid.core.agent.DRAIN_SECS", 0.1)
+    monkeypatch.setattr("noid.core.opening.DRAIN_SECS", 0.1)
     told: list[str] = []
 
     async def create(noid: Any) -> None:

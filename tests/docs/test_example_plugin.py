@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from noid.core.agent import open_agent
 from noid.core.model import Credentials, VmSpec
+from noid.core.opening import open_agent
 from noid.core.users import open_users
 from noid.errors import Damaged, InvalidRequest, Unauthenticated
 from noid.server.command import cli

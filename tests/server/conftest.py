@@ -14,9 +14,10 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from noid.core import wire
-from noid.core.agent import Agent, open_agent
+from noid.core.agent import Agent
 from noid.core.config import Config
 from noid.core.model import ExecRequest
+from noid.core.opening import open_agent
 from noid.server.hardening import Settings
 from noid.server.serve import serve_until
 from noid.testing.faults import Faults
