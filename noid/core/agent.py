@@ -86,6 +86,7 @@ class Agent:
         self._templates = templates
         self._pool = pool
         self._sessions = sessions
+        self._local_user = services.store.user_named(local_user_name())
         self.logs = VmLogs([ConsoleLogs(services.supervisor, services.layout), ProcessLogs(sessions)])
 
     # --- VMs -------------------------------------------------------------------------------------------------------
@@ -275,12 +276,18 @@ class Agent:
             Conflict: it does not run.
             DependencyDown, DeadlineExceeded: its guest does not answer.
         """
-        vm = await self._settled(user, name)
-        states.require("exec", name, vm.state)
-        holder = self._operations.holder(user.id, name)
+        async with self._guest(name, self._link(await self._settled(user, name))) as guest:
+            yield guest
+
+    def _link(self, vm: Vm) -> GuestLink:
+        states.require("exec", vm.name, vm.state)
+        holder = self._operations.holder(vm.owner, vm.name)
         if holder is not None and self.services.supervisor.find(vm.id) is None:
-            raise Busy(name, holder)
-        link = self.services.supervisor.get(vm).link
+            raise Busy(vm.name, holder)
+        return self.services.supervisor.get(vm).link
+
+    @contextlib.asynccontextmanager
+    async def _guest(self, name: str, link: GuestLink) -> AsyncIterator[Guest]:
         await self._refuse_if_hung(name, link)
         connecting = link.guest()
         try:
@@ -314,10 +321,12 @@ class Agent:
             InvalidRequest, Unsupported: the guest cannot start that.
             DependencyDown, DeadlineExceeded: its guest does not answer.
         """
+        vm = await self._settled(user, name)
+        link = self._link(vm)
+        sessions = await self._sessions.of(vm)  # before anything that takes time: the same machine's as the link
         if request.user is None:
-            request = dataclasses.replace(request, user=self.default_user(user, name))
-        async with self.guest(user, name) as guest:
-            sessions = await self.sessions(user, name)
+            request = dataclasses.replace(request, user=self._default_user(vm))
+        async with self._guest(name, link) as guest:
             return await sessions.start(guest, request, detached=detached)
 
     async def _refuse_if_hung(self, name: str, link: GuestLink) -> None:
@@ -347,9 +356,11 @@ class Agent:
 
     def default_user(self, user: User, name: str) -> str:
         """Return who commands run as in that VM when nobody is named: the image's user, or root."""
-        vm = self._store.vm(user.id, name)
+        return self._default_user(self._store.vm(user.id, name))
+
+    def _default_user(self, vm: Vm) -> str:
         try:
-            return self.services.images.get(vm.image).user
+            return self.services.images.user(vm.image)
         except NotFound:
             return "root"
 
@@ -376,7 +387,7 @@ class Agent:
 
     def local_user(self) -> User:
         """Return the user whom the local socket's peer is: the one this agent runs as."""
-        return self._store.user_named(local_user_name())
+        return self._local_user
 
     # --- inside ----------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,7 @@ class Images:
         self.directory = directory
         self._payload = cpio.archive(payload)
         self._payload_digest = hashlib.sha256(self._payload).hexdigest()
+        self._records: dict[str, tuple[tuple[int, ...], _Record]] = {}
 
     def names(self) -> list[str]:
         """Return the names of all images, damaged ones included."""
@@ -129,6 +130,24 @@ class Images:
             description=record.description,
             created_at=datetime.fromisoformat(record.created_at),
         )
+
+    def user(self, name: str) -> str:
+        """Return who commands run as in VMs of the image *name* when nobody is named. As quick as a stat.
+
+        Raises:
+            NotFound: there is none.
+            Damaged: what it says of itself cannot be read.
+        """
+        place = self.directory / checked_name(name, "image name")
+        try:
+            status = (place / "image.json").stat()
+        except OSError:
+            return self._read(name, place).user  # which says what is wrong
+        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        known = self._records.get(name)
+        if known is None or known[0] != version:
+            known = self._records[name] = (version, self._read(name, place))
+        return known[1].user
 
     def add(
         self,

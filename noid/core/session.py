@@ -120,11 +120,8 @@ class Viewer:
         """
         session = self.session
         while True:
-            events = await session.log.read(self.offset)
-            if events:
-                return events
             if self.offset < session.log.end:
-                continue  # it came while nothing was found
+                return await session.log.read(self.offset)
             if session.exit is not None:
                 return session.exit
             session.check()

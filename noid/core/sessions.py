@@ -107,13 +107,14 @@ class VmSessions:
         return session
 
     async def _wait_until_known(self) -> None:
-        with trio.move_on_after(CONNECT_SECS):
-            await self._known.wait()
-            return
-        raise DeadlineExceeded(
-            f"the guest has not told its processes (waited {CONNECT_SECS:g} s). It may be busy or hung: try again, "
-            "look at its console, or restore the VM from a checkpoint."
-        )
+        if not self._known.is_set():
+            with trio.move_on_after(CONNECT_SECS):
+                await self._known.wait()
+        if not self._known.is_set():
+            raise DeadlineExceeded(
+                f"the guest has not told its processes (waited {CONNECT_SECS:g} s). It may be busy or hung: try again, "
+                "look at its console, or restore the VM from a checkpoint."
+            )
 
     # --- start and end ------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,8 @@ class GuestLink:
         self._guest = self._scope = None
 
     async def _connected(self) -> Guest:
+        if self._guest is not None:
+            return self._guest
         async with self._opening:
             if self._guest is not None:
                 return self._guest

@@ -27,8 +27,8 @@ M     listening sockets are inherited by every child                   never: `n
 N     HTTP/2 in plain text cannot be switched off                      ignored; other versions than HTTP/1 get 505
 R     closing with unread input resets the connection, and the answer  the connection lingers: EOF first, then input is
       (a 413, an exit code) may be lost                                discarded for a moment
-S     sending on a closed connection never yields: a handler that     every send yields, so the handler is cancelled
-      only sends starves the whole server
+S     sending on a closed connection never yields: a handler that     a send that wrote nothing yields, and every send
+      only sends starves the whole server                             can be cancelled
 U     a request's body is kept until somebody reads it, however    a PUT's body is a stream: `upload` reads it, and what
       large                                                           nobody reads is not taken from the socket
 V     a response that fails in its middle is logged as a bug          `BrokenOff` ends the connection, with no end mark
@@ -118,6 +118,8 @@ class Transport:
         """Whether the client of a WebSocket has sent a close frame: it left on purpose, and was not lost."""
         self.peer_uid: int | None = None
         """The uid at the other end of a unix socket when it connected; None for TCP."""
+        self.writes = 0
+        """How many pieces the socket has taken; giving it one yields."""
         if sock.family == socket.AF_UNIX:
             raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
             _, self.peer_uid, _ = _PEER_CREDENTIALS.unpack(raw)
@@ -272,8 +274,12 @@ class WebsocketStream(WSStream):
 
     async def app_send(self, message: ASGISendEvent | None) -> None:
         """Send what the application says; without effect, but not without yielding, once the connection is closed."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()  # B: writing is not interrupted
+        transport = Transport.of(self.scope)
+        writes = transport.writes
         await super().app_send(message)
+        if transport.writes == writes:
+            await trio.lowlevel.checkpoint()
 
     async def _send_wsproto_event(self, event: WsEvent) -> None:
         if isinstance(event, CloseConnection) and self.connection.state is ConnectionState.REMOTE_CLOSING:
@@ -334,7 +340,8 @@ class TcpServer(TCPServer):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-        super().__init__(app, config, context, type(state)({**state, _STATE_KEY: Transport(sock)}), stream)
+        self._transport = Transport(sock)
+        super().__init__(app, config, context, type(state)({**state, _STATE_KEY: self._transport}), stream)
         self._linger_task = TrioSingleTask()
         self._lingering = False
         self._final_deadline: float | None = None
@@ -351,20 +358,26 @@ class TcpServer(TCPServer):
     async def _write(self, data: bytes) -> None:
         """Send *data* whole or end the connection. Not interruptible, because half a frame garbles all that follow."""
         rest = memoryview(data)
-        async with self.send_lock:
-            try:
-                while rest:
-                    with trio.move_on_at(self._write_deadline(), shield=True) as scope:
-                        await self.stream.send_all(rest[:WRITE_PIECE_BYTES])
-                    if scope.cancelled_caught:
-                        logger.info("dropped a client that did not read for %g s", self.config.write_timeout_secs)
-                        await trio.aclose_forcefully(self.stream)
-                        break
-                    rest = rest[WRITE_PIECE_BYTES:]
-                else:
-                    return
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # the peer has gone; the protocol hears it below, as when reading had found out
+        if self.send_lock.locked():
+            await self.send_lock.acquire()
+        else:
+            self.send_lock.acquire_nowait()  # without yielding, which the sending does
+        try:
+            while rest:
+                with trio.move_on_at(self._write_deadline(), shield=True) as scope:
+                    await self.stream.send_all(rest[:WRITE_PIECE_BYTES])
+                if scope.cancelled_caught:
+                    logger.info("dropped a client that did not read for %g s", self.config.write_timeout_secs)
+                    await trio.aclose_forcefully(self.stream)
+                    break
+                self._transport.writes += 1
+                rest = rest[WRITE_PIECE_BYTES:]
+            else:
+                return
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer has gone; the protocol hears it below, as when reading had found out
+        finally:
+            self.send_lock.release()
         await self.protocol.handle(Closed())
 
     def _write_deadline(self) -> float:

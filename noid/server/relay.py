@@ -8,7 +8,6 @@ A TCP client that leaves with a full window is noticed only when the process rea
 from __future__ import annotations
 
 import contextlib
-import math
 
 import trio
 from quart import websocket
@@ -36,31 +35,32 @@ async def converse(viewer: Viewer, transport: Transport, *, writes: bool, limit_
     session = viewer.session
     started = wire.Started(process=session.name, lineage=session.lineage, pid=session.pid, offset=viewer.offset)
     await websocket.send(wire.reply_to_json(started))
-    ended: ProcessExit | None = None
-    timed_out = False
+    timed_out = told = False
     async with plain_nursery() as nursery:
         nursery.start_soon(_relay_input, viewer, writes, transport, nursery.cancel_scope)
+        ended: ProcessExit | None = None
         with trio.CancelScope() as relaying:
 
-            async def watch_time() -> None:
+            async def watch_time(limit_secs: float) -> None:
                 nonlocal timed_out
-                await trio.sleep(math.inf if limit_secs is None else limit_secs)
+                await trio.sleep(limit_secs)
                 timed_out = True
                 with contextlib.suppress(NoidError):  # the relay below hears it too
                     await session.end()
                 if session.exit is None:
                     relaying.cancel()  # it does not end, so nothing more is waited for
 
-            nursery.start_soon(watch_time)
+            if limit_secs is not None:
+                nursery.start_soon(watch_time, limit_secs)
             ended = await _relay_output(viewer)
+        if timed_out or ended is None:
+            result = wire.ExecResult(exit_code=None, timed_out=True)
+        else:
+            result = wire.ExecResult.of(ended)
+        await websocket.send(wire.reply_to_json(result))
+        told = True
         nursery.cancel_scope.cancel()
-    if ended is None and not timed_out:
-        return False  # saying anything would wait for a reader of the input that nobody reads
-    result = (
-        wire.ExecResult(exit_code=None, timed_out=True) if timed_out or ended is None else wire.ExecResult.of(ended)
-    )
-    await websocket.send(wire.reply_to_json(result))
-    return True
+    return told
 
 
 async def _relay_output(viewer: Viewer) -> ProcessExit:

@@ -117,6 +117,20 @@ def test_a_name_is_given_once_unless_it_is_to_be_replaced(images: Images, kernel
     assert [path.name for path in images.directory.iterdir() if path.is_dir()] == ["web"]
 
 
+def test_who_commands_run_as_is_known_at_once_when_an_image_was_replaced_or_has_gone(
+    images: Images, kernel: Path, disk: Path
+) -> None:
+    images.add("web", kernel=kernel, rootfs=disk, user="alice")
+    assert [images.user("web"), images.user("web")] == ["alice", "alice"]
+
+    Images(images.directory, {}).add("web", kernel=kernel, rootfs=disk, user="carol", replace=True)
+    assert images.user("web") == "carol"
+
+    Images(images.directory, {}).remove("web")
+    with pytest.raises(NotFound, match="web"):
+        images.user("web")
+
+
 def test_of_two_adds_of_one_name_one_wins_and_nothing_is_harmed(images: Images, kernel: Path, disk: Path) -> None:
     results: list[Image | NoidError] = []
 
