@@ -71,6 +71,11 @@ class NativeAgent:
     def open_files(self) -> int:
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
+    def kill_what_it_started(self) -> None:
+        for child in self.children():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+
     def children(self) -> list[int]:
         try:
             return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
@@ -112,9 +117,7 @@ def agent(agent_program: Path) -> Iterator[NativeAgent]:
             native = NativeAgent(process, path)
             yield native
             assert process.poll() in (None, 0), f"the agent died with {process.returncode}"
-            for child in native.children():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)
+            native.kill_what_it_started()
         finally:
             process.kill()
             process.wait()

@@ -6,6 +6,7 @@
 
 #include "identity.h"
 #include "start.h"
+#include "tar.h"
 #include "wire.h"
 
 static uint64_t state;
@@ -162,6 +163,62 @@ static void fuzz_wake(void) {
     free(copy);
 }
 
+static size_t random_name(char *name, size_t capacity) {
+    size_t length = random_below(8) ? 1 + random_below(150) : 1 + random_below((uint32_t)capacity - 1);
+    for (size_t i = 0; i < length; i++) name[i] = "ab/."[random_below(4)];
+    name[length - 1] = 'c'; // not a slash, which would make a file a directory
+    name[length] = 0;
+    return length;
+}
+
+// Headers as we write them come back as they were; damaged ones are refused or give names that end.
+static void fuzz_tar(void) {
+    static const char types[] = {TAR_FILE, TAR_HARD_LINK, TAR_SYMLINK, TAR_DIRECTORY};
+    static struct tar_entry written, read;
+    static struct tar_extension extension;
+    static uint8_t headers[TAR_HEADERS_MAX];
+    memset(&written, 0, sizeof written);
+    written.type = types[random_below(sizeof types)];
+    size_t length = random_name(written.path, sizeof written.path);
+    if (written.type == TAR_HARD_LINK || written.type == TAR_SYMLINK) random_name(written.link, sizeof written.link);
+    written.mode = random_below(010000);
+    written.uid = random_below(2) ? 0 : (uint64_t)random_below(UINT32_MAX) << random_below(31);
+    written.size = written.type == TAR_FILE ? (uint64_t)random_below(UINT32_MAX) << random_below(31) : 0;
+    written.mtime = (int64_t)random_below(UINT32_MAX) - random_below(1u << 30);
+    written.nanos = random_below(2) ? 0 : random_below(1000000000);
+    size_t size = tar_write_headers(&written, headers);
+    CHECK(size <= sizeof headers && size % TAR_BLOCK == 0 && size >= TAR_BLOCK);
+
+    bool damaged = random_below(2);
+    if (damaged) mutate(headers, size, size);
+    memset(&extension, 0, sizeof extension);
+    for (size_t at = 0; at + TAR_BLOCK <= size;) {
+        uint8_t *block = exact_copy(headers + at, TAR_BLOCK);
+        enum tar_kind kind = tar_read_header(block, &read);
+        free(block);
+        at += TAR_BLOCK;
+        CHECK(damaged || kind == TAR_IS_ENTRY);
+        if (kind != TAR_IS_ENTRY) break;
+        CHECK(memchr(read.path, 0, sizeof read.path) && memchr(read.link, 0, sizeof read.link));
+        if (read.type == TAR_PAX) {
+            size_t records = read.size < size - at ? (size_t)read.size : size - at;
+            uint8_t *copy = exact_copy(headers + at, records);
+            bool fine = tar_read_pax(copy, records, &extension);
+            free(copy);
+            CHECK(damaged || fine);
+            at += records + tar_padding(records);
+            continue;
+        }
+        bool fine = tar_extend(&read, &extension);
+        CHECK(memchr(read.path, 0, sizeof read.path) && memchr(read.link, 0, sizeof read.link));
+        if (damaged) continue;
+        CHECK(fine && strlen(read.path) == length && !strcmp(read.path, written.path));
+        CHECK(read.type == written.type);
+        CHECK(!strcmp(read.link, written.link) && read.size == written.size && read.uid == written.uid);
+        CHECK(read.mtime == written.mtime && read.nanos == written.nanos && read.mode == written.mode);
+    }
+}
+
 int main(int argc, char **argv) {
     CHECK(argc == 3);
     state = strtoull(argv[1], NULL, 10);
@@ -169,6 +226,7 @@ int main(int argc, char **argv) {
         fuzz_frames();
         fuzz_start();
         fuzz_wake();
+        fuzz_tar();
     }
     return 0;
 }

@@ -64,10 +64,9 @@ enum tar_kind tar_read_header(const uint8_t block[TAR_BLOCK], struct tar_entry *
         length = copy_field(block, PREFIX, entry->path);
         entry->path[length++] = '/';
     }
-    length += copy_field(block, NAME, entry->path + length);
+    copy_field(block, NAME, entry->path + length);
     copy_field(block, LINK, entry->link);
     if (entry->type == '7') entry->type = TAR_FILE; // "contiguous"
-    if (entry->type == TAR_FILE && length && entry->path[length - 1] == '/') entry->type = TAR_DIRECTORY; // before POSIX
     if (entry->type != TAR_FILE && entry->type >= TAR_HARD_LINK && entry->type <= TAR_DIRECTORY + 1)
         entry->size = 0; // some writers give links and directories the size of what they stand for
     return TAR_IS_ENTRY;
@@ -155,6 +154,11 @@ bool tar_read_pax(const uint8_t *records, size_t length, struct tar_extension *e
 
 bool tar_extend(struct tar_entry *entry, const struct tar_extension *ext) {
     if (ext->has_path) memcpy(entry->path, ext->path, sizeof entry->path);
+    size_t length = strlen(entry->path);
+    if (entry->type == TAR_FILE && length && entry->path[length - 1] == '/') { // before POSIX; not of a name cut short
+        entry->type = TAR_DIRECTORY;
+        entry->size = 0;
+    }
     if (ext->has_link) memcpy(entry->link, ext->link, sizeof entry->link);
     if (ext->has_size && entry->type == TAR_FILE) entry->size = ext->size;
     if (ext->has_uid) entry->uid = ext->uid;
