@@ -15,6 +15,7 @@ from noid.client.errors import ConnectionFailed
 from noid.client.settings import Endpoint
 
 TAR = "application/x-tar"
+_NANOS_MAX = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,8 @@ def upload(
         ServerError: the guest refuses, or what arrived is not what was announced.
         ConnectionFailed: nobody knows; the file is there entirely or as it was before.
     """
+    if mtime_ns is not None:
+        mtime_ns = max(-_NANOS_MAX, min(mtime_ns, _NANOS_MAX))  # before 1677 and after 2262: the nearest there is
     query = {"mode": None if mode is None else f"{mode:o}", "mtime_ns": mtime_ns, "offset": offset or None}
     headers = {
         "Content-Type": "application/octet-stream",

@@ -158,9 +158,9 @@ def test_stdin_beyond_its_credit_is_refused(wire: Wire) -> None:
     start(wire, 7, "sleep", "1000", stdin=True)
     wire.expect(Message.STARTED, 7)
     _, granted = frames.read_credit(wire.expect(Message.CREDIT, 7).body)
-    assert 4096 <= granted <= 65536
-    for _ in range(20):
-        wire.send(Message.STDIN, 7, bytes(granted // 2))
+    assert 4096 <= granted <= 256 * 1024
+    for _ in range(0, 10 * granted, 65536):
+        wire.send(Message.STDIN, 7, bytes(65536))
     kinds = set()
     wire.send(Message.PING, 8)
     while (frame := wire.hear()).type != Message.PONG:

@@ -9,6 +9,7 @@ import os
 import random
 import tarfile
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,15 @@ async def test_what_a_guest_refuses_has_its_kind_and_its_words(guest: AgentGuest
         await unpack(guest, iter([b"\1" * 1024]), tmp_path / "x")
     with pytest.raises(InvalidRequest, match="middle of the archive"):
         await unpack(guest, iter([HOSTILE[:700]]), tmp_path / "x")
+
+
+async def test_a_time_that_nanoseconds_do_not_reach_is_the_nearest_they_do(guest: AgentGuest, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    seconds = int(datetime(2400, 1, 1, tzinfo=UTC).timestamp())
+    os.utime(tmp_path / "file", (seconds, seconds))
+    if (tmp_path / "file").stat().st_mtime != seconds:
+        pytest.skip("the file system of the tests ends before the year 2400")
+    assert (await files.look(guest, str(tmp_path / "file"), user=None)).mtime_ns == 2**63 - 1
 
 
 async def test_a_sum_is_what_the_host_computes(guest: AgentGuest, tmp_path: Path) -> None:

@@ -20,14 +20,22 @@ static int refuse(const char *path, int error) {
 
 static const char *kind_of(mode_t mode) { return S_ISREG(mode) ? "file" : S_ISDIR(mode) ? "directory" : "other"; }
 
+// Since 1970, in nanoseconds. What 64 bits do not reach, before 1677 and after 2262, is the nearest they do.
+static int64_t nanoseconds(const struct timespec *time) {
+    int64_t nanos;
+    if (__builtin_mul_overflow((int64_t)time->tv_sec, (int64_t)1000000000, &nanos) ||
+        __builtin_add_overflow(nanos, (int64_t)time->tv_nsec, &nanos))
+        return time->tv_sec < 0 ? INT64_MIN : INT64_MAX;
+    return nanos;
+}
+
 // The first line: kind, size, allocated bytes, mode, mtime in nanoseconds, and what identifies this state of the file.
 static bool put_head(const struct stat *status, const char *sum) {
-    return give_line("%s %llu %llu %o %lld %llx-%llx-%llx-%llx %s", kind_of(status->st_mode),
+    return give_line("%s %llu %llu %o %lld %llx-%llx-%llx-%lx-%llx %s", kind_of(status->st_mode),
                      (unsigned long long)status->st_size, (unsigned long long)status->st_blocks * 512,
-                     status->st_mode & 07777,
-                     (long long)status->st_mtim.tv_sec * 1000000000 + status->st_mtim.tv_nsec,
+                     status->st_mode & 07777, (long long)nanoseconds(&status->st_mtim),
                      (unsigned long long)status->st_dev, (unsigned long long)status->st_ino,
-                     (unsigned long long)status->st_mtim.tv_sec * 1000000000 + status->st_mtim.tv_nsec,
+                     (unsigned long long)status->st_mtim.tv_sec, (unsigned long)status->st_mtim.tv_nsec,
                      (unsigned long long)status->st_size, sum);
 }
 

@@ -269,6 +269,7 @@ static bool take_archive(void) {
 
 bool tar_in(int fd, bool owners, struct tar_in_result *into) {
     memset(into, 0, sizeof *into);
+    memset(&extension, 0, sizeof extension);
     result = into;
     snprintf(temporary, sizeof temporary, ".%ld-%ld.noid-part", (long)getpid(), (long)time(NULL));
     tree_begin(fd, owners);
