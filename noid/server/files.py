@@ -152,8 +152,12 @@ class FileRoutes:
                 sha256=digest or "",
                 owners=query.owners,
             )
-            async with files.writing(guest, transfer) as writing, _while_client_is_there():
-                written = await writing.fill(upload().pieces(BODY_SILENCE_SECS), agree)
+            async with (
+                files.writing(guest, transfer) as writing,
+                contextlib.aclosing(upload().pieces(BODY_SILENCE_SECS)) as pieces,
+                _while_client_is_there(),
+            ):
+                written = await writing.fill(pieces, agree)
         return json_reply(
             {
                 "size": written.size,

@@ -43,7 +43,7 @@ import logging
 import select
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
 import h11
@@ -168,7 +168,7 @@ class Upload:
         """Drop what still comes."""
         self._pieces.close()
 
-    async def pieces(self, silence_secs: float) -> AsyncIterator[bytes]:
+    async def pieces(self, silence_secs: float) -> AsyncGenerator[bytes, None]:
         """Yield the pieces as they come.
 
         Raises:

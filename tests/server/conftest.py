@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from noid.core.agent import Agent
 from noid.core.config import Config
 from noid.core.model import ExecRequest
 from noid.core.opening import open_agent
+from noid.core.plugins import Plugins
 from noid.server.hardening import Settings
 from noid.server.serve import serve_until
 from noid.testing.faults import Faults
@@ -178,15 +179,25 @@ def reserved_port() -> Iterator[int]:
 
 
 @pytest.fixture
+def plugins_of() -> Callable[[Faults], Plugins]:
+    """What the server's plugins are, given what shall go wrong in them. For test modules to replace."""
+    return simulated_plugins
+
+
+@pytest.fixture
 async def server(
-    data_dir: Path, reserved_port: int, request: pytest.FixtureRequest, nursery: trio.Nursery
+    data_dir: Path,
+    reserved_port: int,
+    plugins_of: Callable[[Faults], Plugins],
+    request: pytest.FixtureRequest,
+    nursery: trio.Nursery,
 ) -> AsyncIterator[Server]:
     """A live server. ``@pytest.mark.parametrize("server", [{...}], indirect=True)`` gives its `Config` fields."""
     give_default_image(data_dir)
     fields = {"local": False, "listen": f"127.0.0.1:{reserved_port}", **getattr(request, "param", {})}
     faults = Faults()
     config = simulated_config(data_dir, **fields)
-    async with open_agent(config, simulated_plugins(faults)) as agent:
+    async with open_agent(config, plugins_of(faults)) as agent:
         server = Server(agent, config, faults)
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator
 from functools import partial
@@ -16,7 +17,7 @@ from quart import Response, request, websocket
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from noid.errors import Conflict
-from noid.server.hardening import App, Settings, Transport, hold_websocket
+from noid.server.hardening import App, BrokenOff, Settings, Transport, hold_websocket, upload
 from noid.server.listening import tcp_listeners
 from noid.testing.raw_http import RawClient, open_ws
 
@@ -80,6 +81,28 @@ class Rig:
             async with self.notes_cancellation():
                 await trio.sleep_forever()
             raise AssertionError
+
+        @app.route("/put/<int:pieces>", methods=["PUT"])
+        async def put(pieces: int) -> Response:
+            size = 0
+            async with contextlib.aclosing(upload().pieces(1.0)) as body:
+                async for piece in body:
+                    size += len(piece)
+                    pieces -= 1
+                    if not pieces:
+                        break
+            return Response(b"%d" % size)
+
+        @app.route("/breaks/<int:length>")
+        async def breaks(length: int) -> Response:
+            async def body() -> AsyncIterator[bytes]:
+                yield b"beginning"
+                raise BrokenOff
+
+            response = Response(body())
+            if length:
+                response.content_length = length
+            return response
 
         @app.route("/interim")
         async def interim() -> Response:
@@ -375,3 +398,65 @@ async def test_a_body_of_the_limit_arrives_in_pieces(rig: Rig) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(client.send, "POST", "/", bytes(100_000)))
         assert (await client.receive()).body == bytes(100_000)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("PUT", "/put/1", 200),  # one piece is taken, then answered
+        ("PUT", "/nowhere", 404),
+        ("PUT", "/slow", 405),
+        ("POST", "/nowhere", 404),
+        ("POST", "/slow", 405),
+        ("DELETE", "/nowhere", 404),
+        ("POST", "/", 413),
+    ],
+)
+async def test_u_a_body_nobody_reads_holds_up_neither_its_answer_nor_shutdown(
+    rig: Rig, method: str, path: str, status: int
+) -> None:
+    client = await rig.connect()
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await client.send(method, path, bytes(8 << 20))
+
+            nursery.start_soon(send)
+            assert (await client.receive(method)).status == status
+            nursery.cancel_scope.cancel()
+        rig.stopping.set()
+        await rig.stopped.wait()
+
+
+async def test_u_a_body_is_a_stream_and_the_connection_serves_another_request(rig: Rig) -> None:
+    client = await rig.connect()
+    for _ in range(2):
+        assert (await client.ask("PUT", "/put/0", bytes(3_000_000))).body == b"3000000"
+    assert (await client.ask("PUT", "/put/0", b"")).body == b"0"
+    assert (await client.ask("GET", "/")).status == 200
+
+
+async def test_u_a_body_that_falls_silent_frees_its_connection(rig: Rig) -> None:
+    client = await rig.connect()
+    await client.send("PUT", "/put/0", b"x", headers={"content-length": "10"})
+    with trio.fail_after(10):
+        assert (
+            await client.receive("PUT")
+        ).status == 500  # of the test's application: nothing there answers our errors
+        await client.until_closed()
+
+
+@pytest.mark.parametrize("length", [0, 100])
+async def test_v_a_response_that_breaks_off_ends_without_its_end_mark_and_is_no_bug(
+    rig: Rig, length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await rig.connect()
+    await client.send("GET", f"/breaks/{length}")
+    with trio.fail_after(5):
+        received = await client.until_closed()
+    assert b"beginning" in received
+    assert not received.endswith(b"0\r\n\r\n")
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert (await (await rig.connect()).ask("GET", "/")).status == 200

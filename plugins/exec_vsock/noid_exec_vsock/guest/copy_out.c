@@ -89,7 +89,8 @@ int copy_out(int argc, char **argv) {
     if (S_ISDIR(status.st_mode)) return refuse(path, EISDIR);
     if (!strcmp(form, "sum")) return give_sum(fd, path, &status, length);
     if (strcmp(form, "file")) return refuse(form, EINVAL);
-    if (lseek(fd, (off_t)offset, SEEK_SET) < 0) return refuse(path, errno);
+    // Behind the end there is nothing, also where a file system cannot reach.
+    if (offset < (uint64_t)status.st_size && lseek(fd, (off_t)offset, SEEK_SET) < 0) return refuse(path, errno);
     // Said before the data: its reader knows how much to expect, and what came short has failed.
     if (!put_head(&status, "-")) return TRANSFER_FAILED;
     uint64_t rest = offset < (uint64_t)status.st_size ? (uint64_t)status.st_size - offset : 0;
