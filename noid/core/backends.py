@@ -204,15 +204,15 @@ class Machine(Protocol):
         """
         ...
 
-    async def console(self) -> trio.abc.Stream:
-        """Connect to the guest's serial line, for input. One connection at a time; closing it frees the place.
+    async def console(self) -> trio.abc.SendStream:
+        """Return a way to type on the guest's serial line. Any number of them; closing one loses nothing that was sent.
 
-        What arrives on it is in ``serial.log`` too, and must be read without pause all the same: a guest stops where
-        its output is not taken. What is sent waits while the guest does not read.
+        What is sent waits, beyond a few KiB, while the guest does not read, and breaks when the machine ends. What the
+        guest prints is in ``serial.log`` in the plan's directory, appended at once and every byte once, from the first
+        one on and whoever reads it; nothing that a reader does slows the guest.
 
         Raises:
-            Conflict: somebody else is connected.
-            DependencyDown: the machine is gone, does not answer, or has no serial line to connect to.
+            DependencyDown: the machine is gone, or has no serial line to type on.
         """
         ...
 
@@ -518,7 +518,7 @@ class ConsolePort(Protocol):
         """Type *data*. Waits while the guest does not read; writers take turns. After a cancellation a part is typed.
 
         Raises:
-            Conflict, DependencyDown: see `Machine.console`.
+            DependencyDown: see `Machine.console`.
         """
         ...
 

@@ -205,7 +205,7 @@ class Supervisor:
                 "the image has no agent in its guest, and no selected exec backend can do without. Add one to "
                 '[backends] exec in server.toml (exec = ["vsock", "serial"]).'
             )
-        console = Console(machine, directory / CONSOLE_LOG, self.watches, self._nursery)
+        console = Console(machine, directory / CONSOLE_LOG, self.watches)
         return GuestLink(machine, console, usable, self._nursery)
 
     def get(self, vm: Vm) -> Live:

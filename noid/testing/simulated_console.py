@@ -1,15 +1,15 @@
-"""The serial console of a simulated machine: a shell on a line that echoes, one client, and a log that has everything.
+"""The serial console of a simulated machine: a shell on a line that echoes, fed by a pipe, and a log of all it says.
 
-Like a VMM's it serves one client at a time, writes the log whoever is connected, and lets the guest stop printing when
-a connected client does not read. The shell lives in the guest's memory, so a clone goes on in the middle of a line.
-Standard library only.
+Like a VMM's it holds both ends of the pipe, so that who types may come and go, and appends to the log whoever reads it.
+The shell lives in the guest's memory, so a clone goes on in the middle of a line. Standard library only.
 """
 
 from __future__ import annotations
 
 import base64
+import fcntl
+import os
 import selectors
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from noid.testing import simulated_ring as ring
 from noid.testing.simulated_guest import CONSOLE_ID, Refused, SimulatedGuest
 
 PROMPT = b"# "
-UNREAD_BYTES = 4096
+_UNREAD_BYTES = 4096
 _READ_BYTES = 4096
 _PRINT_BYTES = 65536
 _LINE_BYTES_MAX = 1024
@@ -25,21 +25,16 @@ _INTERRUPT, _END, _BACKSPACE, _KILL_LINE = 0x03, 0x04, 0x7F, 0x15
 
 
 class SimulatedConsole:
-    """Runs what is typed at *listener* in *guest*, and appends what is printed to *log*."""
+    """Runs what is typed into the pipe *line*, made anew, in *guest*, and appends what is printed to *log*."""
 
-    def __init__(self, listener: socket.socket, log: Path, selector: selectors.BaseSelector) -> None:
-        self._listener = listener
+    def __init__(self, line: Path, log: Path, selector: selectors.BaseSelector) -> None:
+        line.unlink(missing_ok=True)
+        os.mkfifo(line, 0o600)
+        self._line = os.open(line, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        fcntl.fcntl(self._line, fcntl.F_SETPIPE_SZ, _UNREAD_BYTES)
         self._log = log.open("ab", buffering=0)
         self._selector = selector
-        self._client: socket.socket | None = None
-        self._unsent = bytearray()
         self._guest: SimulatedGuest | None = None
-        self._running = False
-
-    @property
-    def is_stalled(self) -> bool:
-        """Whether a client is connected that does not read."""
-        return len(self._unsent) >= UNREAD_BYTES
 
     def start(self, guest: SimulatedGuest) -> None:
         """Begin with *guest*: one that has just booted is greeted, another goes on where it was."""
@@ -50,21 +45,20 @@ class SimulatedConsole:
 
     def set_running(self, running: bool) -> None:
         """Read input, or not while the machine is paused."""
-        self._running = running
-        self._watch()
+        reads = self._line in self._selector.get_map()
+        if running and not reads:
+            self._selector.register(self._line, selectors.EVENT_READ, self._on_input)
+        elif reads and not running:
+            self._selector.unregister(self._line)
 
     def update(self) -> None:
         """Print what the program in the foreground has written since the last time, and a prompt at its end."""
         guest, pid = self._guest, self._shell()["pid"]
-        if guest is None or pid is None or self.is_stalled:
+        if guest is None or pid is None:
             return
         for _, offset, data in ring.pieces(guest.log(pid), self._shell()["printed"], _PRINT_BYTES):
             self._set_shell(printed=offset + len(data))
             self._say(data)
-        if self.is_stalled:
-            guest.unsent[pid] = self._shell()["printed"]
-            return
-        guest.unsent.pop(pid, None)
         if guest.exit(pid) is not None and self._shell()["printed"] == guest.log(pid)["end"]:
             self._set_shell(pid=None)
             guest.release(pid, 0)
@@ -129,69 +123,7 @@ class SimulatedConsole:
 
     def _say(self, data: bytes) -> None:
         self._log.write(data)
-        if self._client is not None and data:
-            self._unsent += data
-            self._flush()
 
-    # --- the line --------------------------------------------------------------------------------------------------
-
-    def _watch(self) -> None:
-        wanted: dict[socket.socket, int] = {}
-        if self._client is None:
-            wanted[self._listener] = selectors.EVENT_READ
-        else:
-            reads = selectors.EVENT_READ if self._running and not self.is_stalled else 0
-            wanted[self._client] = reads | (selectors.EVENT_WRITE if self._unsent else 0)
-        for target in (self._listener, self._client):
-            if target is None:
-                continue
-            known = self._selector.get_map().get(target)
-            events = wanted.get(target, 0)
-            if known is not None and known.events != events:
-                self._selector.unregister(target)
-                known = None
-            if known is None and events:
-                self._selector.register(target, events, self._accept if target is self._listener else self._on_client)
-
-    def _accept(self, _: Any) -> None:
-        self._client = self._listener.accept()[0]
-        self._client.setblocking(False)
-        self._watch()
-
-    def _on_client(self, _: Any) -> None:
-        self._flush()
-        if self._client is None or not self._running or self.is_stalled:
-            self._watch()
-            return
-        try:
-            data = self._client.recv(_READ_BYTES)
-        except BlockingIOError:
-            self._watch()
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._hang_up()
-        for byte in data:
+    def _on_input(self, _: Any) -> None:
+        for byte in os.read(self._line, _READ_BYTES):
             self._type(byte)
-        self._watch()
-
-    def _flush(self) -> None:
-        if self._client is None:
-            return
-        try:
-            while self._unsent:
-                del self._unsent[: self._client.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._hang_up()
-        self._watch()
-
-    def _hang_up(self) -> None:
-        if self._client is not None:
-            if self._client in self._selector.get_map():
-                self._selector.unregister(self._client)
-            self._client.close()
-        self._client = None
-        self._unsent.clear()

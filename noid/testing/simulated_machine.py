@@ -7,7 +7,7 @@ orphans are tested on what they are for; only the guest is made up.
 - ``<run_dir>/control.sock``: one JSON request per line, one JSON answer per line.
 - ``<run_dir>/exec.sock``: the guest agent's byte stream, JSON lines; like a QEMU chardev it serves one client at a
   time, and the next one waits in the queue without being told.
-- ``<run_dir>/console.sock``: input of the serial console, see `noid.testing.simulated_console`.
+- ``<run_dir>/console.in``: input of the serial console, see `noid.testing.simulated_console`.
 - ``<run_dir>/end.json``: why it ended, if it ended by itself.
 
 Kernel arguments: ``simulated.mute`` makes a guest whose agent never answers, ``simulated.boot_secs=N`` one that takes
@@ -107,7 +107,7 @@ class SimulatedMachine:
         self.selector = selectors.DefaultSelector()
         self.control = self._listen("control.sock")
         self.exec = self._listen("exec.sock")
-        self.console = SimulatedConsole(self._listen("console.sock"), Path(config["console"]), self.selector)
+        self.console = SimulatedConsole(self.run_dir / "console.in", Path(config["console"]), self.selector)
         self.console.start(self.guest)
         self.selector.register(self.control, selectors.EVENT_READ, self._accept_control)
         self.host: _Line | None = None

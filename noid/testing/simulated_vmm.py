@@ -35,7 +35,7 @@ from noid.core.backends import (
     VmmFeatures,
 )
 from noid.core.model import ProcessRef
-from noid.errors import BackendError, Conflict, DependencyDown, NoidError, NoSpace, NotFound, Unsupported
+from noid.errors import BackendError, DependencyDown, NoidError, NoSpace, NotFound, Unsupported
 from noid.hookspecs import hookimpl
 from noid.hostfs import os_errors
 from noid.testing.faults import Faults
@@ -173,7 +173,6 @@ class SimulatedMachine:
         self._faults = faults
         self._end: MachineExit | None = None
         self._killed = False
-        self._line: trio.SocketStream | None = None
 
     async def ask(self, op: str, **fields: str) -> Any:
         """Make a request on the control socket and return the answer."""
@@ -234,16 +233,14 @@ class SimulatedMachine:
             except OSError as error:
                 raise self._gone("the guest agent's channel") from error
 
-    async def console(self) -> trio.abc.Stream:
-        """Connect to the guest's serial line."""
+    async def console(self) -> trio.abc.SendStream:
+        """Return a way to type on the guest's serial line."""
         async with self._faulty("console"):
-            if self._line is not None and self._line.socket.fileno() >= 0:
-                raise Conflict("the serial console of this VM is in use; close the other connection first.")
             try:
-                self._line = await trio.open_unix_socket(str(self._run_dir / "console.sock"))
+                fd = os.open(self._run_dir / "console.in", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError as error:
                 raise self._gone("the serial console") from error
-            return self._line
+            return trio.lowlevel.FdStream(fd)
 
     async def press_power_button(self) -> None:
         """Let the guest shut down as if somebody had pressed its power button."""
@@ -263,8 +260,6 @@ class SimulatedMachine:
     async def aclose(self) -> None:
         """Let go of the process without ending it."""
         await trio.lowlevel.checkpoint()
-        if self._line is not None:
-            self._line.socket.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -71,7 +71,7 @@ class Ending:
 
 def link_of(backend: Backend, nursery: trio.Nursery) -> GuestLink:
     machine = cast("Machine", Ending())  # as much as it needs
-    console = Console(machine, Path("serial.log"), FileWatches(nursery), nursery)
+    console = Console(machine, Path("serial.log"), FileWatches(nursery))
     return GuestLink(machine, console, [cast("ExecBackend", backend)], nursery)
 
 
@@ -102,7 +102,7 @@ async def test_of_several_ways_in_the_first_that_reaches_the_guest_stays(
     answering.let.set()
     async with trio.open_nursery() as agent:
         machine = cast("Machine", Ending())
-        console = Console(machine, Path("serial.log"), FileWatches(agent), agent)
+        console = Console(machine, Path("serial.log"), FileWatches(agent))
         link = GuestLink(machine, console, cast("list[ExecBackend]", [silent, answering]), agent)
         for _ in range(2):
             async with link.guest():

@@ -20,9 +20,9 @@ from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePla
 from noid.core.model import ProcessRef
 from noid.errors import BackendError, ConfigError, DependencyDown, NoidError, NoSpace
 from noid.hostfs import free_bytes, os_errors
+from noid_vmm_qemu import console_line
 from noid_vmm_qemu.capture import MEMORY_NAME
 from noid_vmm_qemu.command_line import (
-    CONSOLE_LOG,
     DEVICE_SETS,
     GENERATION_ID_MACHINES,
     MACHINES,
@@ -40,7 +40,6 @@ from noid_vmm_qemu.tsc import tsc_khz
 
 QMP_SOCKET = "qmp.sock"
 CHANNEL_SOCKET = "agent.sock"
-CONSOLE_SOCKET = "console.sock"
 LOG_NAME = "vmm.log"
 _ACCELERATORS = ("auto", "kvm", "tcg")
 _ADOPT_SECS = 5.0
@@ -196,13 +195,20 @@ class QemuBackend:
     ) -> QemuMachine:
         """Spawn QEMU and let *set_off* bring it to run. Whatever fails or is cancelled: no process is left."""
         log_path = plan.directory / LOG_NAME
-        with os_errors("starting QEMU"), _listening(plan.run_dir) as sockets:
+        console = plan.directory / console_line.CONSOLE_LOG, plan.run_dir / console_line.CONSOLE_INPUT
+        with (
+            os_errors("starting QEMU"),
+            _listening(plan.run_dir) as sockets,
+            console_line.opened(*console) as line,
+        ):
             logged_bytes = log_path.stat().st_size if log_path.exists() else 0
             inherited = dataclasses.astuple(sockets) + (() if state_fd is None else (state_fd,))
             try:
                 process = VmmProcess.spawn(
                     argv(sockets),
                     environment=self._environment(plan),
+                    stdin=line.stdin,
+                    stdout=line.stdout,
                     log_path=log_path,
                     pass_fds=inherited,
                 )
@@ -251,10 +257,10 @@ class QemuBackend:
             qmp=qmp,
             events=events,
             channel_path=str(plan.run_dir / CHANNEL_SOCKET),
-            console_path=str(plan.run_dir / CONSOLE_SOCKET),
             memory=memory,
             mem_mib=plan.mem_mib,
-            console=plan.directory / CONSOLE_LOG,
+            console_input=plan.run_dir / console_line.CONSOLE_INPUT,
+            console_log=plan.directory / console_line.CONSOLE_LOG,
             foreign=foreign,
         )
 
@@ -274,7 +280,7 @@ def _listening(run_dir: Path) -> Iterator[Descriptors]:
     """Make a machine's sockets, listening, for a process to inherit; our own copies close again."""
     with contextlib.ExitStack() as stack:
         numbers = []
-        for name in (QMP_SOCKET, CHANNEL_SOCKET, CONSOLE_SOCKET):
+        for name in (QMP_SOCKET, CHANNEL_SOCKET):
             path = run_dir / name
             path.unlink(missing_ok=True)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -282,7 +288,7 @@ def _listening(run_dir: Path) -> Iterator[Descriptors]:
             path.chmod(0o600)
             listener.listen(1)
             numbers.append(listener.fileno())
-        yield Descriptors(qmp=numbers[0], channel=numbers[1], console=numbers[2])
+        yield Descriptors(qmp=numbers[0], channel=numbers[1])
 
 
 def _make_sparse(path: Path, size_bytes: int) -> None:

@@ -19,7 +19,6 @@ from noid.errors import InvalidRequest, Unsupported
 DEVICE_SETS = {"microvm": "1", "q35": "2"}
 #: Machines that show a guest the VM generation id: it is in ACPI tables that microvm does not make.
 GENERATION_ID_MACHINES = frozenset({"q35"})
-CONSOLE_LOG = "serial.log"
 CONSOLE_DEVICE = "serial"
 DISK_DEVICE = "disk"
 DISK_NODE = "disk0"
@@ -50,7 +49,6 @@ class Descriptors:
 
     qmp: int
     channel: int
-    console: int
 
 
 def launch_argv(host: Host, plan: LaunchPlan, memory: Path, fds: Descriptors) -> list[str]:
@@ -154,9 +152,9 @@ def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> li
         *("-object", json.dumps(_memory(host, plan, memory))),
         *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
-        # Appending, so that nothing done to the file from outside makes QEMU write into the middle of it. The log has
-        # all that is printed, whether or not somebody is connected; who is and does not read stops the guest.
-        *("-chardev", f"socket,id={CONSOLE_DEVICE},fd={fds.console},server=on,wait=off,{_console_log(plan)}"),
+        # The serial line is what the process was started with: see `console_line`. A socket with a logfile= would do
+        # the same at first sight, but logs bytes twice whenever its client is slow.
+        *("-chardev", f"stdio,id={CONSOLE_DEVICE},signal=off"),
         *("-serial", f"chardev:{CONSOLE_DEVICE}"),
         *("-device", f"virtio-serial-{bus},max_ports=2"),
         *("-chardev", f"socket,id=agent,fd={fds.channel},server=on,wait=off"),
@@ -200,10 +198,6 @@ def _network(plan: MachinePlan, bus: str) -> list[str]:
     if lease.mac:
         device += f",mac={lease.mac}"
     return ["-netdev", "user,id=net0", "-device", device]
-
-
-def _console_log(plan: MachinePlan) -> str:
-    return f"logfile={_escaped(str(plan.directory / CONSOLE_LOG))},logappend=on"
 
 
 def _escaped(text: str) -> str:

@@ -19,8 +19,9 @@ from noid.core.backends import Capture, MachineExit
 from noid.core.model import ProcessRef
 from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoidError, NoSpace
 from noid.hostfs import os_errors
+from noid_vmm_qemu import console_line
 from noid_vmm_qemu.capture import STATE_NAME, reserve_memory, take
-from noid_vmm_qemu.command_line import CONSOLE_DEVICE, DISK_DEVICE, disk_node, file_node
+from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node, file_node
 from noid_vmm_qemu.console_log import shorten
 from noid_vmm_qemu.process import VmmProcess
 from noid_vmm_qemu.qmp import Qmp, QmpError, QmpEvent
@@ -30,8 +31,6 @@ _PIVOT_SECS = 10.0
 _CONSOLE_LOOK_SECS = 60.0
 _CONSOLE_LOOK_SOON_SECS = 5.0
 _FEED_SECS = 2.0
-_HANG_UP_SECS = 1.0
-_HANG_UP_STEP_SECS = 0.01
 _REASONS = {
     "guest-shutdown": "shutdown",
     "guest-reset": "reset",
@@ -109,10 +108,10 @@ class QemuMachine:
         qmp: Qmp,
         events: MachineEvents,
         channel_path: str,
-        console_path: str,
         memory: Path,
         mem_mib: int,
-        console: Path,
+        console_input: Path,
+        console_log: Path,
         foreign: str = "",
     ) -> None:
         self.ref: ProcessRef = process.ref
@@ -120,16 +119,15 @@ class QemuMachine:
         self._qmp = qmp
         self._events = events
         self._channel_path = channel_path
-        self._console_path = console_path
         self._memory = memory
         self._mem_mib = mem_mib
-        self._console = console
+        self._console_input = console_input
+        self._console_log = console_log
         self._foreign = foreign
         self._top_node: str | None = None
         self._spare: _Layer | None = None
         self._reserve: mmap.mmap | None = None
         self._channel: trio.SocketStream | None = None
-        self._line: trio.SocketStream | None = None
         events.guest_left = self._close_channel
         self._killed = False
         self._to_stay_paused = False
@@ -228,35 +226,10 @@ class QemuMachine:
         self._channel = await connected(self._channel_path)
         return self._channel
 
-    async def console(self) -> trio.abc.Stream:
-        """See `Machine.console`. QEMU would let a second connection wait without a word, so it is asked first."""
-        deadline = trio.current_time() + _HANG_UP_SECS
-        while (place := await self._serial_place()) == "taken":
-            # QEMU needs a moment to notice that the last connection, here or of an earlier agent, was closed.
-            ours = self._line is not None and self._line.socket.fileno() >= 0
-            if ours or trio.current_time() > deadline:
-                raise Conflict(
-                    "the serial console of this VM is in use by another program on this host, so nothing can be typed "
-                    "on it. End that program; what the guest prints can be read all the same."
-                )
-            await trio.sleep(_HANG_UP_STEP_SECS)
-        if place == "missing":
-            raise DependencyDown(
-                "nothing can be typed on the console of this VM, because an earlier version of noid started it. What "
-                "it prints can be read. Restore it from a checkpoint to get a console."
-            )
-        self._line = await connected(self._console_path)
-        return self._line
-
-    async def _serial_place(self) -> str:
-        """Return whether the place at the serial line is ``free``, ``taken`` or ``missing``."""
-        for device in await self._qmp.execute("query-chardev"):
-            if device["label"] == CONSOLE_DEVICE:
-                name = str(device["filename"])
-                if name.startswith("disconnected:"):
-                    return "free"
-                return "taken" if name.startswith("unix:") else "missing"
-        return "missing"
+    async def console(self) -> trio.abc.SendStream:
+        """See `Machine.console`."""
+        await trio.lowlevel.checkpoint()
+        return console_line.connected(self._console_input)
 
     async def wait(self) -> MachineExit:
         """See `Machine.wait`.
@@ -299,14 +272,12 @@ class QemuMachine:
         """See `Machine.aclose`."""
         if self._channel is not None:
             await trio.aclose_forcefully(self._channel)
-        if self._line is not None:
-            await trio.aclose_forcefully(self._line)
         self._process.close()
         await self._qmp.aclose()
 
     async def _shorten_console(self) -> bool:
         try:
-            return await trio.to_thread.run_sync(shorten, self._console)
+            return await trio.to_thread.run_sync(shorten, self._console_log)
         except NoidError as error:
             log.warning("%s It goes on growing.", error)
             return False

@@ -27,9 +27,16 @@ class VmmProcess:
 
     @classmethod
     def spawn(
-        cls, argv: Sequence[str], *, environment: Mapping[str, str], log_path: Path, pass_fds: Sequence[int]
+        cls,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log_path: Path,
+        pass_fds: Sequence[int],
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
     ) -> VmmProcess:
-        """Start *argv* in a session of its own, with its output appended to *log_path* and nothing on its input.
+        """Start *argv* in a session of its own, with its errors, and output without a *stdout*, added to *log_path*.
 
         Takes 0.2 ms, so it happens on the event loop: no cancellation can come between the process and its pidfd.
 
@@ -44,8 +51,8 @@ class VmmProcess:
                 list(argv),
                 env=dict(environment),
                 cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=log_fd,
+                stdin=stdin,
+                stdout=log_fd if stdout is None else stdout,
                 stderr=log_fd,
                 pass_fds=tuple(pass_fds),
                 start_new_session=True,
