@@ -140,6 +140,7 @@ class TarReader:
     def __iter__(self) -> Iterator[Entry]:
         """Yield the entries, until the archive's end."""
         extension: dict[bytes, bytes] = {}
+        held = 0  # bytes of headers since the last entry: what `extension` may have been made of
         while True:
             self._skip(self._left)
             self._left = 0
@@ -150,8 +151,9 @@ class TarReader:
                 return
             entry = _parsed(block)
             if entry.kind in (_PAX, _PAX_GLOBAL):
-                if entry.size > EXTENSION_BYTES_MAX:
-                    raise _broken(f"a header of {entry.size} bytes")
+                held += entry.size if entry.kind == _PAX else 0
+                if max(held, entry.size) > EXTENSION_BYTES_MAX:
+                    raise _broken(f"a header of {max(held, entry.size)} bytes")
                 records = _records(self._exactly(entry.size))
                 self._skip(-entry.size % BLOCK)
                 if entry.kind == _PAX:
@@ -160,7 +162,7 @@ class TarReader:
                     self.comments.append(shown(comment.removeprefix(_COMMENT)))
                 continue
             self._extend(entry, extension)
-            extension = {}
+            extension, held = {}, 0
             yield entry
 
     def data(self) -> Iterator[bytes]:
