@@ -123,14 +123,19 @@ async def end_machine(work: Work, facts: Facts) -> None:
 
 
 async def wake_guest(work: Work, facts: Facts) -> None:
-    """Make the guest its own before any user byte: clock, randomness, names, the image's hooks. Keeps the receipt."""
+    """Make a guest that was restored its own before any user byte."""
+    await wake_because(work, facts, _wake_reason(facts))
+
+
+async def wake_because(work: Work, facts: Facts, reason: WakeReason) -> None:
+    """Make the guest its own: clock, randomness, names, the image's hooks, which are told why. Keeps the receipt."""
     services, directory, machine = work.services, _directory(work, facts), given(work.machine)
     work.link = work.link or services.supervisor.link(machine, directory, given(work.source).manifest.exec)
     identity = new_identity(
         facts["name"],
         facts["vm_id"],
         work.lease,
-        reason=_wake_reason(facts),
+        reason=reason,
         # A machine that waits for the next create is nobody's yet: hooks run when it has become somebody's.
         hook_timeout_secs=services.config.hook_timeout_secs if work.user is not None else 0.0,
         vm_generation_id=services.vmm.features.vm_generation_id,
@@ -152,7 +157,10 @@ def _judge(name: str, identity: Identity, receipt: Receipt, *, strict: bool) -> 
     """Say what a guest may still share with its twins: to whoever waits, if that is not allowed, else to the log."""
     if not receipt.lacking:
         return
-    before = "The VM runs on as it was." if identity.reason is WakeReason.RESTORE else "No VM was made."
+    before = {
+        WakeReason.RESTORE: "The VM runs on as it was.",
+        WakeReason.BOOT: "The VM is stopped, its disk is as the boot has left it.",
+    }.get(identity.reason, "No VM was made.")
     items = "; ".join(f"{i.name} {i.status}" + (f" ({i.detail})" if i.detail else "") for i in receipt.lacking)
     if strict:
         raise NotUnique(

@@ -218,6 +218,7 @@ class WakeReason(enum.StrEnum):
     CREATE = "create"
     RESTORE = "restore"
     CLONE = "clone"
+    BOOT = "boot"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

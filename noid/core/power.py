@@ -15,8 +15,8 @@ from noid import hostfs
 from noid.core import deeds, processes
 from noid.core import manifest as manifests
 from noid.core.backends import LaunchPlan
-from noid.core.machines import end_machine, lease_network, wake_guest
-from noid.core.model import ExecRequest, ProcessExit, Vm, VmSpec, VmState
+from noid.core.machines import end_machine, lease_network, wake_because
+from noid.core.model import ExecRequest, ProcessExit, Vm, VmSpec, VmState, WakeReason
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.supervisor import Live
@@ -194,6 +194,11 @@ async def wait_for_guest(work: Work, facts: Facts) -> None:
         logger.warning("VM %s is not ready after %g s; it runs as it is", facts["name"], secs)
 
 
+async def wake_booted(work: Work, facts: Facts) -> None:
+    """Tell the guest who it is. It is who it was before; only what a boot forgets is new."""
+    await wake_because(work, facts, WakeReason.BOOT)
+
+
 def commit_started(work: Work, facts: Facts, tx: Tx) -> None:
     """The VM runs on its new machine."""
     tx.update_vm(
@@ -229,7 +234,7 @@ UP: tuple[Step[Work], ...] = (
     Step("lease", lease_network),  # a VM keeps its lease until it is destroyed
     Step("launch", launch_machine, end_launched),
     Step("boot", wait_for_guest),
-    Step("wake", wake_guest),
+    Step("wake", wake_booted),
 )
 
 STOP_VM: Saga[Work] = Saga("vm.stop", (DOWN,), commit_stopped, deadline_secs=GRACE_SECS_MAX + MARGIN_SECS)

@@ -23,6 +23,12 @@ pytestmark = pytest.mark.vm
 HOOKS = "/etc/noid/restore.d"
 LIMIT_SECS = 2.0
 TRUE = "/run/true"  # busybox goes by its name
+#: Stands in for OpenSSH's, which the tiny guest has not: makes a key, or shows the print of one.
+KEYGEN = """#!/bin/sh
+[ "$1" != -lf ] || { echo 256 "$(cat "$2")" comment; exit; }
+for file; do :; done
+echo secret > "$file"; echo "SHA256:$(head -c 9 /dev/urandom | base64)" > "$file.pub"
+"""
 
 
 @dataclass(slots=True)
@@ -31,6 +37,7 @@ class Sleeper:
 
     guest: AgentGuest
     generation: int = field(default=0)
+    machine_id: str = field(default="5e" * 16)
 
     async def sh(self, script: str) -> str:
         done = await run(self.guest, "sh", "-c", script)
@@ -46,7 +53,7 @@ class Sleeper:
     async def wake(self, limit_secs: float = LIMIT_SECS) -> dict[str, ReceiptItem]:
         self.generation += 1
         identity = Identity(
-            hostname="web", machine_id="5e" * 16, unix_ns=time.time_ns(), entropy=os.urandom(64),
+            hostname="web", machine_id=self.machine_id, unix_ns=time.time_ns(), entropy=os.urandom(64),
             generation=self.generation, lease=NetLease(kind="none"), reason=WakeReason.CLONE,
             hook_timeout_secs=limit_secs,
         )  # fmt: skip
@@ -128,6 +135,31 @@ async def test_hooks_run_in_order_of_their_names_and_none_of_them_can_hold_up_a_
     assert items["hooks"].status == "failed"
     await sleeper.forget()
     assert await sleeper.sh("ls -d /sys/fs/cgroup/noid-hook-* 2>/dev/null || echo none") == "none"
+
+
+@pytest.mark.deadline(100)
+async def test_host_keys_are_new_when_the_guest_is_another_machine_and_else_as_they_were(sleeper: Sleeper) -> None:
+    await sleeper.sh(f"printf '%s' {shlex.quote(KEYGEN)} > /usr/bin/ssh-keygen; chmod 755 /usr/bin/ssh-keygen")
+    await sleeper.sh("mkdir -p /etc/noid /etc/ssh; echo ed25519 > /etc/noid/ssh-host-keys")
+    await sleeper.sh("cd /etc/ssh; echo old > ssh_host_rsa_key; echo SHA256:old > ssh_host_rsa_key.pub")
+    first = (await sleeper.wake())["ssh-host-keys"]
+    key = await sleeper.sh("cat /etc/ssh/ssh_host_ed25519_key.pub")
+    assert (first.status, first.before, first.after, first.detail) == ("done", "SHA256:old", key, "")
+    assert await sleeper.sh("cd /etc/ssh; echo $(ls -A)") == "ssh_host_ed25519_key ssh_host_ed25519_key.pub"
+
+    assert "ssh-host-keys" not in await sleeper.wake()  # a boot, or a restore in place
+    assert await sleeper.sh("cat /etc/ssh/ssh_host_ed25519_key.pub") == key
+
+    sleeper.machine_id = "5f" * 16
+    clone = (await sleeper.wake())["ssh-host-keys"]
+    assert (clone.status, clone.before) == ("done", key)
+    assert clone.after == await sleeper.sh("cat /etc/ssh/ssh_host_ed25519_key.pub") != key
+
+    sleeper.machine_id = "60" * 16
+    await sleeper.sh("printf '#!/bin/sh\\nexit 1\\n' > /usr/bin/ssh-keygen")
+    failed = (await sleeper.wake())["ssh-host-keys"]
+    assert (failed.status, failed.after) == ("failed", "exit 1")
+    assert await sleeper.sh("cat /etc/ssh/ssh_host_ed25519_key.pub") == clone.after  # sshd is not left without
 
 
 async def ping(sleeper: Sleeper, answered: trio.Event) -> None:

@@ -293,6 +293,18 @@ def test_a_furnished_guest_has_a_user_a_console_and_no_identity(tmp_path: Path) 
     assert not (tree / "etc/resolv.conf").is_symlink()
     assert os.readlink(tree / "etc/systemd/system/systemd-networkd.service") == "/dev/null"  # noqa: PTH115  # as written
     assert (tree / "etc/systemd/system/multi-user.target.wants/noid-console.service").is_symlink()
+    assert not (tree / "etc/noid").exists()  # without sshd no host keys, and no time for them with every wake
+
+
+def test_a_guest_with_an_ssh_server_asks_for_host_keys_of_its_own(tmp_path: Path) -> None:
+    tree = bare_tree(tmp_path / "tree")
+    (tree / "usr/sbin").mkdir(parents=True)
+    (tree / "usr/sbin/sshd").touch()
+    furnish(tree, [], [])
+    assert (tree / "etc/noid/ssh-host-keys").read_text() == "ed25519\n"
+    unit = (tree / "etc/systemd/system/ssh.service.wants/noid-ssh-keys.service").readlink()
+    assert "Before=ssh.service" in (tree / unit.relative_to("/")).read_text()
+    assert list((tree / "etc/ssh").iterdir()) == []
 
 
 def test_a_tree_that_has_our_user_already_is_refused(tmp_path: Path) -> None:

@@ -11,11 +11,14 @@ import pytest
 
 House = Any  # see conftest.py
 pytestmark = pytest.mark.vm
+HOOKS = "/etc/noid/restore.d"
 
 
 def test_a_stopped_vm_starts_on_its_disk_also_with_what_was_never_synced(noid: House) -> None:
     noid.create("web")
     before = noid.guest("web", "echo kept > /root/word; echo $(hostname; cat /etc/machine-id)")
+    hook = "echo $NOID_REASON >> /root/reasons"
+    noid.guest("web", f"mkdir -p {HOOKS}; printf '#!/bin/sh\\n{hook}\\n' > {HOOKS}/10-why; chmod 755 {HOOKS}/10-why")
     assert noid.ok("stop", "web") == "VM 'web' is stopped (clean)"
     assert noid.machines() == {}
     assert "Ended:   stopped: clean" in noid.ok("info", "web")
@@ -28,6 +31,7 @@ def test_a_stopped_vm_starts_on_its_disk_also_with_what_was_never_synced(noid: H
     noid.guest("web", "echo memory > /dev/shm/word")
     noid.ok("restore", "web", noid.checkpoint("web"), "--as", "copy")  # its memory has no template behind it
     assert noid.guest("copy", "echo $(cat /root/word /dev/shm/word; hostname)") == "kept memory copy"
+    assert noid.guest("copy", "echo $(cat /root/reasons)") == "boot clone"
     assert noid.strays() == []
 
 

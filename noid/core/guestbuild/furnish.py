@@ -88,6 +88,19 @@ SendSIGHUP=yes
 WantedBy=multi-user.target
 """
 
+# Debian makes host keys when the package is installed, and those are not for an image. sshd does not start without.
+_SSH_KEYS_UNIT = """\
+[Unit]
+Description=SSH host keys where there are none
+Before=ssh.service ssh.socket
+ConditionPathExistsGlob=!/etc/ssh/ssh_host_*_key
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_key
+"""
+
 _FILES = {
     "etc/hostname": f"{_HOSTNAME}\n",
     "etc/hosts": f"127.0.0.1\tlocalhost\n127.0.1.1\t{_HOSTNAME}\n::1\tlocalhost ip6-localhost ip6-loopback\n",
@@ -136,6 +149,8 @@ def furnish(tree: Path, sources: Sequence[Source], apt_options: Sequence[str]) -
         _write(tree, "etc/apt/apt.conf.d/80noid-host", "\n".join(apt_options) + "\n")
     _quiet_terminal(tree)
     _mask(tree)
+    if (tree / "usr/sbin/sshd").exists():
+        _own_ssh_keys(tree)
     home = f"home/{USER}"
     for skeleton in (tree / "etc/skel").iterdir():
         shutil.copy(skeleton, tree / home / skeleton.name)
@@ -193,6 +208,16 @@ def _quiet_terminal(tree: Path) -> None:
     _write(tree, "etc/inputrc", f"{text}set enable-bracketed-paste off\n")
     _empty(tree / "etc/update-motd.d")
     _write(tree, "etc/motd", "")
+
+
+def _own_ssh_keys(tree: Path) -> None:
+    """Let each VM have host keys of its own. One type, because making an RSA key takes seconds under emulation."""
+    _write(tree, "etc/noid/ssh-host-keys", "ed25519\n")
+    _write(tree, "etc/systemd/system/noid-ssh-keys.service", _SSH_KEYS_UNIT)
+    for unit in ("ssh.service", "ssh.socket"):
+        wants = tree / f"etc/systemd/system/{unit}.wants"
+        wants.mkdir(exist_ok=True)
+        (wants / "noid-ssh-keys.service").symlink_to("/etc/systemd/system/noid-ssh-keys.service")
 
 
 def _mask(tree: Path) -> None:

@@ -97,10 +97,10 @@ static void add(const char *name) {
     count++;
 }
 
-static void find_hooks(void) {
+static void find_hooks(bool keys) {
     count = 0;
     too_many = false;
-    if (access(keys_flag, F_OK) == 0) hooks[count++] = (struct hook){0};
+    if (keys && access(keys_flag, F_OK) == 0) hooks[count++] = (struct hook){0};
     DIR *directory = opendir(hooks_directory);
     struct dirent *entry;
     while (directory && (entry = readdir(directory))) {
@@ -318,7 +318,7 @@ void hooks_begin(const struct hooks_request *request) {
     count = current = 0;
     too_many = false;
     if (!request->limit_ms) return;
-    find_hooks();
+    find_hooks(request->other);
     if (!count) return;
     reap_abandoned();
     remove_cgroups();

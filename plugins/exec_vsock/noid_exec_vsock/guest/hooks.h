@@ -8,9 +8,10 @@
 #include "wire.h"
 
 struct hooks_request {
-    const char *reason; // create, restore, clone: NOID_REASON
+    const char *reason; // create, restore, clone, boot: NOID_REASON
     const char *vm;     // NOID_VM
     uint64_t generation;
+    bool other;        // another machine than before: its host keys are somebody else's
     uint32_t limit_ms; // for all of them together; 0: none is run
 };
 

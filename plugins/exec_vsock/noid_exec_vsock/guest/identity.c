@@ -181,7 +181,8 @@ static void set_hostname(const struct wake *wake, struct item *item) {
     if (gethostname(item->after, sizeof item->after)) item->after[0] = 0;
 }
 
-static void set_machine_id(const struct wake *wake, struct item *item) {
+// True if the guest was another machine until now.
+static bool set_machine_id(const struct wake *wake, struct item *item) {
     static const char path[] = "/etc/machine-id", dbus[] = "/var/lib/dbus/machine-id";
     read_line(path, item->before, sizeof item->before);
     char line[40];
@@ -197,6 +198,7 @@ static void set_machine_id(const struct wake *wake, struct item *item) {
         snprintf(item->detail, sizeof item->detail, "%s", dbus);
     }
     read_line(path, item->after, sizeof item->after);
+    return strcmp(item->before, wake->machine_id) != 0;
 }
 
 void identity_boot_id(char *text, size_t capacity) { read_line(boot_id_path, text, capacity); }
@@ -278,16 +280,18 @@ static struct item *new_item(const char *name) {
 }
 
 // In this order: the clock gets worse by waiting, and who sees the generation grow may rely on all that comes before.
-static void become(const struct wake *wake) {
+// True if the guest was another machine until now.
+static bool become(const struct wake *wake) {
     struct item *randomness = new_item("randomness");
     set_clock(wake, new_item("clock"));
     seed_randomness(wake, randomness);
     set_hostname(wake, new_item("hostname"));
-    set_machine_id(wake, new_item("machine-id"));
+    bool other = set_machine_id(wake, new_item("machine-id"));
     set_boot_id(new_item("boot-id"));
     if (wake->network.wanted) set_network(wake, new_item("network"));
     if (wake->flags & WAKE_HAS_GENERATION_DEVICE) check_generation_device(new_item("vm-generation-id"));
     set_generation(wake, new_item("generation"));
+    return other;
 }
 
 static void refuse_all(const struct wake *wake) {
@@ -304,16 +308,18 @@ bool identity_wake(const uint8_t *body, size_t length, bool owns_machine) {
     static struct wake wake;
     if (!parse(body, length, &wake)) return false;
     item_count = 0;
+    bool other = false;
     if (owns_machine) {
         mkdir("/run", 0755);
         mkdir("/run/noid", 0755);
-        become(&wake);
+        other = become(&wake);
     } else {
         refuse_all(&wake);
     }
     hooks_begin(&(struct hooks_request){.reason = wake.reason,
                                         .vm = wake.hostname,
                                         .generation = wake.generation,
+                                        .other = other,
                                         .limit_ms = owns_machine ? wake.hooks_ms : 0});
     explicit_bzero(&wake, sizeof wake);
     return true;
