@@ -23,6 +23,7 @@ LETTERS = dict(zip(VmState, "crpRsdD", strict=True))
 MAY = {
     "checkpoint": "rp",
     "exec": "r",
+    "console": "rp",
     "restore": "rpsd",
     "destroy": "crpRsdD",
     "stop": "rpsd",
@@ -45,7 +46,8 @@ def test_an_action_passes_in_the_states_of_the_table_and_else_says_what_the_vm_i
         return
     with pytest.raises(Conflict) as refused:
         require(action, "web", state)
-    assert f"cannot {action} VM 'web': it is {state}." in str(refused.value)
+    verb = "open the console of" if action == "console" else action
+    assert f"cannot {verb} VM 'web': it is {state}." in str(refused.value)
     assert str(refused.value).count(".") >= 2, "the message ends without saying what to do"
 
 
