@@ -12,7 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlencode
 
 from wsproto.connection import Connection, ConnectionType
@@ -22,6 +22,7 @@ from wsproto.utilities import ProtocolError
 from noid.client import transport
 from noid.client.api import refusal
 from noid.client.errors import ConnectionFailed, ConnectionLost, ServerError
+from noid.client.kept_input import KeptInput
 from noid.client.settings import Endpoint
 from noid.core import wire
 from noid.core.model import ExecRequest, Gap
@@ -67,22 +68,25 @@ class Conversation:
     terminal: Terminal | None = None
     process: wire.Started | None = None
     offset: int = 0
-    typed: bool = False
+    input: KeptInput = field(default_factory=KeptInput)
     detached: bool = False
 
     @property
     def can_resume(self) -> bool:
-        """Whether another connection can go on where one was lost: not if input may have been lost with it."""
-        return self.process is not None and (not self.typed or self.terminal is not None)
+        """Whether another connection can go on where one was lost: not if input may have been lost with it.
+
+        Keys that were lost are seen to be, and typed again.
+        """
+        return self.process is not None and (self.input.is_complete or self.terminal is not None)
 
 
 def run(endpoint: Endpoint, name: str, request: ExecRequest, conversation: Conversation) -> wire.ExecResult | None:
     """Run *request* on the VM *name*. None when the user has detached from it.
 
     ``conversation.stdin_fd`` is forwarded until its end if the request says ``stdin``. A connection that is lost is
-    made again for `REATTACH_SECS`, and nothing of the output is lost or shown twice. Whatever else ends this early, an
-    exception from *on_output* or KeyboardInterrupt included, closes the connection, and the agent then ends the
-    process.
+    made again for `REATTACH_SECS`, and nothing of input and output is lost or comes twice. Whatever else ends this
+    early, an exception from *on_output* or KeyboardInterrupt included, closes the connection, and the agent then ends
+    the process.
 
     Raises:
         ConnectionFailed: nothing was run.
@@ -200,6 +204,9 @@ class _Exchange:
         self._endpoint = endpoint
         self._conversation = conversation
         self._stdin_fd = conversation.stdin_fd
+        # Where this goes on, the agent first says what of the input has arrived. A request is followed by it at once.
+        self._may_type = first is not None or conversation.process is None
+        self._end_sent = False
         self._keys = DetachKeys(conversation.terminal.keys if conversation.terminal else b"")
         self._ws = Connection(ConnectionType.CLIENT, trailing_data=leftover)
         self._unsent = bytearray(self._ws.send(TextMessage(data=first)) if first is not None else b"")
@@ -222,7 +229,9 @@ class _Exchange:
 
     def _step(self) -> None:
         reading: list[socket.socket | int] = [self._sock]
-        if self._stdin_fd is not None and len(self._unsent) < UNSENT_BYTES_MAX:
+        self._send_input()
+        kept = self._conversation.input
+        if self._stdin_fd is not None and self._may_type and len(self._unsent) < UNSENT_BYTES_MAX and kept.has_room:
             reading.append(self._stdin_fd)
         terminal = self._conversation.terminal
         wakeup_fd = None if terminal is None else terminal.wakeup_fd
@@ -253,6 +262,7 @@ class _Exchange:
                 # The agent may have ended the exec before it read all input: what it said last is still to be read.
                 self._unsent.clear()
                 self._stdin_fd = None
+                self._may_type = False
             return
         del self._unsent[:sent]
 
@@ -310,7 +320,14 @@ class _Exchange:
             case wire.ExecResult() as result:
                 self._result = result
             case wire.Started() as started:
+                if self._may_type:
+                    self._conversation.input.begin(told=started.stdin is not None)
+                elif not self._conversation.input.resume(started.stdin) and self._conversation.terminal is None:
+                    raise self._refused_input()
                 self._conversation.process, self._conversation.offset = started, started.offset
+                self._may_type = True
+            case wire.InputArrived(end=end):
+                self._conversation.input.arrived(end)
             case Gap(start=start, end=end):
                 self._conversation.offset = end
                 self._conversation.on_gap(end - start)
@@ -335,10 +352,21 @@ class _Exchange:
                 self._unsent += self._ws.send(TextMessage(data=wire.DETACH))
             if not data:
                 return
-        self._conversation.typed = True
-        self._unsent += self._ws.send(BytesMessage(data=wire.frame(wire.STDIN, data)))
+        self._conversation.input.add(data)
         if not data:
             self._stdin_fd = self._conversation.stdin_fd = None
+
+    def _send_input(self) -> None:
+        """Send of the input what this connection has not been given, as far as there is room."""
+        kept = self._conversation.input
+        while self._may_type and len(self._unsent) < UNSENT_BYTES_MAX and (data := kept.take(wire.CHUNK_BYTES)):
+            self._unsent += self._ws.send(BytesMessage(data=wire.frame(wire.STDIN, data)))
+        if self._may_type and kept.ended and not self._end_sent and kept.sent == kept.end:
+            self._end_sent = True
+            self._unsent += self._ws.send(BytesMessage(data=wire.frame(wire.STDIN, b"")))
+
+    def _refused_input(self) -> ConnectionLost:
+        return self._lost("it is attached again, but input between the connections is lost, or others gave some too")
 
     def _tell_size(self) -> None:
         if self._conversation.terminal is not None:

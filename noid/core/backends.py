@@ -347,14 +347,22 @@ class StorageBackend(Protocol):
 # --- exec ---------------------------------------------------------------------------------------------------------
 
 
+STDIN_IN_FLIGHT_BYTES = 256 << 10
+"""How much input may be on its way to a guest and not be there yet: more than any guest grants at once."""
+
+
 class Process(Protocol):
     """A process in a guest, attached to one reader. Output that is not read stops the process, not its neighbours.
 
     *id* is the process' for the life of its guest, where ``Guest.features`` has ``sessions``; else the connection's.
+    *stdin_taken* counts the input it has been given in its life, by whomever: what the guest had when this reader
+    attached, and what was sent since. Of the latest `STDIN_IN_FLIGHT_BYTES`, a lost connection may have lost some;
+    the next reader's count says how much.
     """
 
     id: int
     pid: int
+    stdin_taken: int
 
     async def receive(self) -> OutputChunk | Gap | ProcessExit:
         """Return the next output, or how the process ended; after the end, `ProcessExit` again and again.

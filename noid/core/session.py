@@ -23,6 +23,7 @@ from noid.errors import BackendError, DependencyDown, InvalidRequest, LineageEnd
 GRACE_SECS = 2.0
 END_BOUND_SECS = 5.0
 HELD_BYTES = 256 << 10
+TYPING_SECS = 5.0
 OFFSET_MAX = 1 << 62
 LABEL_ARGV_CHARACTERS = 1024
 
@@ -110,6 +111,8 @@ class Viewer:
         self.session = session
         self.offset = offset
         self.holds = holds
+        self.typing = trio.CancelScope()
+        """What its client types is typed in here. It is over when the client has come back over another connection."""
 
     async def next(self) -> list[OutputChunk | Gap] | ProcessExit:
         """Return what follows, waiting for it, or how the process ended. Cancelled, it has taken nothing.
@@ -169,6 +172,8 @@ class Session:
         self.scope = trio.CancelScope()
         self.process: Process | None = None
         self.is_attached = False
+        self.stdin_ended = False
+        self._typing = trio.StrictFIFOLock()
         self._holders: list[Viewer] = []
 
     @property
@@ -195,6 +200,8 @@ class Session:
         """Attach a reader at *offset*; None is the first byte that is kept. With *holds* it replaces the holder."""
         viewer = Viewer(self, self.log.start if offset is None else offset, holds=holds)
         if holds:
+            for replaced in self._holders:
+                replaced.typing.cancel()
             self._holders[:] = [viewer]
         self.viewers += 1
         self.owners += holds
@@ -226,21 +233,57 @@ class Session:
     async def send_stdin(self, data: bytes) -> None:
         """Write to the process' stdin; waits while it does not read. Ignored once it has ended or closed its stdin.
 
+        Writers take turns. Cancelled, a part was written: see `stdin_taken`.
+
         Raises:
             InvalidRequest: it was started without.
-            DependencyDown: the guest went away in the middle; an unknown part was written.
+            Conflict, DependencyDown: see `Viewer.next`.
         """
         if not self.stdin:
             raise InvalidRequest(f"process {self.name} takes no input: it was started without stdin.")
-        process = await self._attached()
-        if process is not None:
-            await process.send_stdin(data)
+        async with self._typing:
+            behind: int | None = None
+            while (process := await self._attached()) is not None:
+                if behind is None:
+                    behind = process.stdin_taken + len(data)
+                try:
+                    # Attached again after the connection to the guest was lost, this goes on where that broke off.
+                    await process.send_stdin(data[len(data) - max(behind - process.stdin_taken, 0) :])
+                except InvalidRequest:
+                    return  # it has closed its stdin
+                except NoidError:
+                    await self._until_replaced(process)
+                else:
+                    return
 
     async def close_stdin(self) -> None:
         """Let the process see the end of its input."""
-        process = await self._attached() if self.stdin else None
-        if process is not None:
-            await process.close_stdin()
+        if not self.stdin:
+            return
+        async with self._typing:
+            process = await self._attached()
+            self.stdin_ended = True
+            if process is not None:
+                await process.close_stdin()
+
+    async def stdin_taken(self) -> int | None:
+        """Return how much input the process has been given, None if it takes none (any more) or that is not known.
+
+        Waits until nobody is about to give it some, `TYPING_SECS` at most.
+        """
+        taken = None
+        if self.stdin:
+            with trio.move_on_after(TYPING_SECS):
+                async with self._typing:
+                    process = await self._attached()
+                    taken = None if process is None else process.stdin_taken
+        return taken
+
+    async def _until_replaced(self, process: Process) -> None:
+        """Wait until *process*, whose connection is broken, has a successor or none will come."""
+        while self.process is process and self.exit is None:
+            self.check()
+            await self.changed.park()
 
     async def signal(self, signo: int) -> None:
         """Send *signo* to the process' group. An ended one is not signalled."""

@@ -342,6 +342,8 @@ class VmSessions:
                         guest = current
                     session.is_attached = True
                     session.changed.unpark_all()
+                    if session.stdin_ended:
+                        await session.process.close_stdin()  # which may have been lost with the last connection
                     return await self._receive(session, session.process), None
             except NotFound as error:
                 return None, DependencyDown(f"{error} It was started again, perhaps: its processes are gone.")

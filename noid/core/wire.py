@@ -7,7 +7,9 @@ Shared by server and client. The format is the predecessor's (0.2), extended whe
     1  client -> server  text    ExecRequest  {"command": [...], "tty": false, "env": ["K=V"], ...}
     2  both              binary  first byte is the channel: 1 stdout, 2 stderr, 3 stdin, 4 resize; the rest is data
     2  client -> server  text    {"detach": true}: when this client leaves, the process shall run on
-    3  server -> client  text    {"process", "lineage", "pid", "offset"}: which process it is, before anything it wrote
+    3  server -> client  text    {"process", "lineage", "pid", "offset", "stdin"?}: which process it is, before anything
+                                 it wrote; to the client that speaks for it, how much input it has been given
+    3  server -> client  text    {"stdin": n}: input before its byte n has arrived for good
     4  server -> client  text    {"gap": {"start", "end"}}: bytes of its output that nobody has any more
     5  server -> client  text    ExecResult {"exit_code", "timed_out", "truncated", "signal"?} or {"error", "code"?}
     6  server -> client  close
@@ -74,12 +76,23 @@ class ExecResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """Which process one is attached to, and the *offset* in its output of the first byte that follows."""
+    """Which process one is attached to, and the *offset* in its output of the first byte that follows.
+
+    *stdin*: how much input it has been given, by whomever; None if it takes none, or one does not speak for it.
+    """
 
     process: str
     lineage: str
     pid: int
     offset: int
+    stdin: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputArrived:
+    """Input before byte *end* will never be asked for again."""
+
+    end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,11 +265,18 @@ def _timeout(value: object) -> float | None:
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def reply_to_json(reply: ExecResult | ErrorResponse | Started | Gap) -> str:
+Reply = ExecResult | ErrorResponse | Started | InputArrived | Gap
+
+
+def reply_to_json(reply: Reply) -> str:
     """Return *reply* as the text message it is; the first two end an exec."""
     fields: dict[str, Any]
     if isinstance(reply, Started):
         fields = {"process": reply.process, "lineage": reply.lineage, "pid": reply.pid, "offset": reply.offset}
+        if reply.stdin is not None:
+            fields["stdin"] = reply.stdin
+    elif isinstance(reply, InputArrived):
+        fields = {"stdin": reply.end}
     elif isinstance(reply, Gap):
         fields = {"gap": {"start": reply.start, "end": reply.end}}
     elif isinstance(reply, ErrorResponse):
@@ -270,7 +290,7 @@ def reply_to_json(reply: ExecResult | ErrorResponse | Started | Gap) -> str:
     return json.dumps(fields, separators=(",", ":"))
 
 
-def reply_from_json(text: str | bytes) -> ExecResult | ErrorResponse | Started | Gap | None:
+def reply_from_json(text: str | bytes) -> Reply | None:
     """Return what a text message from the server says, or None for a kind this version does not know."""
     try:
         fields = json.loads(text)
@@ -284,8 +304,11 @@ def reply_from_json(text: str | bytes) -> ExecResult | ErrorResponse | Started |
                 truncated=truncated,
                 signal=_integer(rest.get("signal")),
             )
-        case {"process": str(process), "lineage": str(lineage), "pid": int(pid), "offset": int(offset)}:
-            return Started(process=process, lineage=lineage, pid=pid, offset=offset)
+        case {"process": str(process), "lineage": str(lineage), "pid": int(pid), "offset": int(offset), **rest}:
+            stdin = _integer(rest.get("stdin"))
+            return Started(process=process, lineage=lineage, pid=pid, offset=offset, stdin=stdin)
+        case {"stdin": int(end)}:
+            return InputArrived(end=end)
         case {"gap": {"start": int(start), "end": int(end)}}:
             return Gap(start=start, end=end)
         case {"error": str(error), **rest}:

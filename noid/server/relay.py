@@ -13,6 +13,7 @@ import trio
 from quart import websocket
 
 from noid.core import wire
+from noid.core.backends import STDIN_IN_FLIGHT_BYTES
 from noid.core.model import Gap, ProcessExit, TerminalSize
 from noid.core.session import Session, Viewer
 from noid.core.waiting import plain_nursery
@@ -21,6 +22,7 @@ from noid.server.hardening import Transport
 from noid.server.websockets import watch_peer
 
 GOODBYE_SECS = 1.0
+ARRIVED_EVERY_BYTES = 128 << 10
 
 
 async def converse(viewer: Viewer, transport: Transport, *, writes: bool, limit_secs: float | None = None) -> bool:
@@ -33,7 +35,10 @@ async def converse(viewer: Viewer, transport: Transport, *, writes: bool, limit_
         Conflict, DependencyDown: see `Viewer.next`.
     """
     session = viewer.session
-    started = wire.Started(process=session.name, lineage=session.lineage, pid=session.pid, offset=viewer.offset)
+    taken = await session.stdin_taken() if viewer.holds else None
+    started = wire.Started(
+        process=session.name, lineage=session.lineage, pid=session.pid, offset=viewer.offset, stdin=taken
+    )
     await websocket.send(wire.reply_to_json(started))
     timed_out = told = False
     async with plain_nursery() as nursery:
@@ -79,7 +84,13 @@ async def _relay_input(viewer: Viewer, writes: bool, transport: Transport, conve
 
     A guest that fails here fails `Viewer.next` too, which is where that is told.
     """
-    session = viewer.session
+    with viewer.typing:
+        await _relay_messages(viewer, writes, transport, conversation)
+    conversation.cancel()  # its client is back over another connection, and was told there what has arrived of this
+
+
+async def _relay_messages(viewer: Viewer, writes: bool, transport: Transport, conversation: trio.CancelScope) -> None:
+    session, told = viewer.session, 0
     while True:
         message = await websocket.receive()
         if message == wire.DETACH and viewer.holds:
@@ -92,6 +103,11 @@ async def _relay_input(viewer: Viewer, writes: bool, transport: Transport, conve
             with contextlib.suppress(NoidError):
                 await _apply(session, channel, data)
             nursery.cancel_scope.cancel()
+        if channel == wire.STDIN and viewer.holds and session.process is not None:
+            arrived = session.process.stdin_taken - STDIN_IN_FLIGHT_BYTES
+            if arrived - told >= ARRIVED_EVERY_BYTES:
+                told = arrived
+                await websocket.send(wire.reply_to_json(wire.InputArrived(end=arrived)))
 
 
 async def _apply(session: Session, channel: int, data: bytes) -> None:

@@ -190,6 +190,7 @@ class SimulatedGuestLink:
             del self._processes[process_id]
             raise NotFound(f"the guest has no process {process_id:08x}.")
         process.pid, process.stdin_window = answer["pid"], process.stdin_window + answer["stdin_window"]
+        process.stdin_taken = answer["stdin_taken"]
         await self._faults.after("attach", self._pid)
         return process
 
@@ -279,6 +280,7 @@ class SimulatedProcess:
         self.id = process_id
         self.pid = 0
         self.stdin_window = 0
+        self.stdin_taken = 0
         self.end_: ProcessExit | None = None
         self.changed = trio.lowlevel.ParkingLot()
         self.dropped = False
@@ -342,6 +344,7 @@ class SimulatedProcess:
                 await self.changed.park()
                 continue
             self.stdin_window -= size
+            self.stdin_taken += size
             self._link.post({"op": "stdin", "id": self.id, "data": base64.b64encode(view[:size]).decode()})
             view = view[size:]
 

@@ -184,6 +184,10 @@ class SimulatedGuest:
         exit_: list[int | None] | None = self.memory.get(f"ended:{pid}", {}).get("exit")
         return exit_
 
+    def stdin_taken(self, pid: int) -> int:
+        """How much input a process has been given, 0 once it has ended."""
+        return int(self.memory.get(f"process:{pid}", {}).get("stdin_taken", 0))
+
     def stdin_window(self, pid: int) -> int:
         """Return how much more input a process can be given before it reads."""
         return max(0, STDIN_BUFFER_BYTES - len(self.memory.get(f"process:{pid}", {}).get("stdin", "")) * 3 // 4)
@@ -232,7 +236,9 @@ class SimulatedGuest:
                 self.events.append((pid, "stdin", len(data)))  # nobody will read it: it counts as read
             return
         held = base64.b64decode(process["stdin"]) + (data or b"")
-        process = self._page(pid, stdin=base64.b64encode(held).decode(), stdin_open=data is not None)
+        taken = process.get("stdin_taken", 0) + len(data or b"")
+        held_text = base64.b64encode(held).decode()
+        process = self._page(pid, stdin=held_text, stdin_open=data is not None, stdin_taken=taken)
         if process["now"]["kind"] == "read" and self._drain(pid):
             self._proceed(pid, status=0)
 

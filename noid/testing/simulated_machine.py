@@ -330,9 +330,8 @@ class SimulatedMachine:
         self.streams[pid] = _Stream(request["id"], start, request["credit"])
         self.guest.unsent[pid] = start
         window = self.guest.stdin_window(pid)
-        host.send(
-            {"event": "attached", "number": request["number"], "pid": pid, "start": start, "stdin_window": window}
-        )
+        answer = {"event": "attached", "number": request["number"], "pid": pid, "start": start}
+        host.send(answer | {"stdin_window": window, "stdin_taken": self.guest.stdin_taken(pid)})
 
     def _is_stubborn(self) -> bool:
         return self.disk.read("/etc/stubborn") is not None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from noid.server.serve import serve
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
 
 data_dir = pathlib.Path(sys.argv[1])
-give_default_image(data_dir)
+if not (data_dir / "noid.db").exists():
+    give_default_image(data_dir)
 
 async def main():
     config = simulated_config(data_dir)
@@ -32,21 +35,51 @@ trio.run(main)
 """
 
 
-@pytest.fixture
-def server(offline_noid: Any, data_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with (data_dir / "agent.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(data_dir)], env=offline_noid.env, stdout=subprocess.PIPE, stderr=log
-        )
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == b"ready\n", (data_dir / "agent.log").read_text()
-        offline_noid.env["NOID_DATA_DIR"] = str(data_dir)
-        yield process
-    finally:
+class RealServer:
+    """The server's process, which can be killed and started again."""
+
+    def __init__(self, data_dir: Path, env: dict[str, str]) -> None:
+        self._data_dir = data_dir
+        self._env = env
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with (self._data_dir / "agent.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", SERVER, str(self._data_dir)], env=self._env, stdout=subprocess.PIPE, stderr=log
+            )
+        assert process.stdout is not None
+        if process.stdout.readline() != b"ready\n":
+            self._end(process)
+            raise AssertionError((self._data_dir / "agent.log").read_text())
+        return process
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
         process.terminate()
         process.wait(PATIENCE_SECS)
+        assert process.stdout is not None
         process.stdout.close()
+
+    def send_signal(self, signo: signal.Signals) -> None:
+        self.process.send_signal(signo)
+
+    def is_killed_and_another_started(self) -> None:
+        self.process.kill()
+        self._end(self.process)
+        self.process = self._start()
+
+    def close(self) -> None:
+        self._end(self.process)
+
+
+@pytest.fixture
+def server(offline_noid: Any, data_dir: Path) -> Iterator[RealServer]:
+    server = RealServer(data_dir, offline_noid.env)
+    offline_noid.env["NOID_DATA_DIR"] = str(data_dir)
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture
@@ -136,3 +169,24 @@ def test_the_server_going_down_in_the_middle_of_a_command_is_125(noid: Any, serv
         assert running.stdout.readline() == b"begun\n"
         server.send_signal(signal.SIGTERM)
         assert running.wait(PATIENCE_SECS) == 125
+
+
+def test_input_and_output_go_on_where_they_were_when_the_server_is_killed(
+    noid: Any, server: Any, data_dir: Path
+) -> None:
+    ok(noid("create", "web", "--mem", "256"))
+    noid.env["NOID_URL"] = f"unix://{data_dir}/run/agent.sock"  # a client that starts no agent of its own meanwhile
+    data = random.Random(1).randbytes(3_000_000)  # noqa: S311  # that it can be told apart is enough
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        with noid.start("exec", "web", "-i", "--", "cat", stdin=file, stdout=subprocess.PIPE) as running:
+            assert running.stdout is not None
+            received = running.stdout.read(700_000)
+            server.is_killed_and_another_started()
+            received += running.stdout.read(1_200_000)
+            server.is_killed_and_another_started()
+            received += running.stdout.read()
+            assert running.wait(PATIENCE_SECS) == 0
+    assert len(received) == len(data)
+    assert received == data

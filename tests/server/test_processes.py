@@ -114,3 +114,36 @@ async def test_what_a_process_wrote_can_be_read_after_its_machine_has_died(web: 
         output, reply, _ = await Exec(ws).result()
     assert output == {1: b"last words\n"}
     assert isinstance(reply, wire.ErrorResponse)
+
+
+@pytest.mark.parametrize("server", [{"exec_reattach_secs": 30.0}], indirect=True)
+async def test_a_client_that_comes_back_is_told_how_much_input_arrived_and_what_it_sent_before_is_dropped(
+    web: Server,
+) -> None:
+    command = '{"command": ["sh", "-c", "sleep 1; cat"], "resume": true, "stdin": true}'  # reads nothing at first
+    async with web.exec() as run, trio.open_nursery() as nursery:
+        await run.ws.send_message(command)
+        lost = wire.reply_from_json(await run.ws.get_message())
+        assert isinstance(lost, wire.Started)
+        assert lost.stdin == 0
+        for _ in range(6):  # more than the process' buffer takes: the rest waits in the server
+            nursery.start_soon(run.feed, b"x" * 60_000)
+        session = await (await web.agent.sessions(web.agent.local_user(), "web")).get(lost.process)
+        with trio.fail_after(10):
+            while session.process is None or session.process.stdin_taken < 60_001:  # noqa: ASYNC110  # over a socket
+                await trio.sleep(0.01)
+        path = f"{BASE}/{lost.process}/attach?offset=0&lineage={lost.lineage}&resume=1"
+        stream = await trio.open_unix_socket(str(web.config.socket_path))
+        async with open_ws(stream, path, {}) as ws:  # the first connection is still there: nobody has noticed
+            again = Exec(ws)
+            attached_again = wire.reply_from_json(await ws.get_message())
+            assert isinstance(attached_again, wire.Started)
+            arrived = attached_again.stdin
+            assert arrived is not None
+            assert 0 < arrived < 360_000
+            await again.feed(b"y" * 60_000)
+            await again.feed(b"")
+            output, reply, _ = await again.result()
+        nursery.cancel_scope.cancel()
+    assert reply == wire.ExecResult(exit_code=0)
+    assert output[1] == b"x" * arrived + b"y" * 60_000

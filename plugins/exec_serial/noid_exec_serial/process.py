@@ -50,6 +50,7 @@ class SerialProcess:
     def __init__(self, number: int, request: ExecRequest, console: ConsolePort) -> None:
         self.id = number
         self.pid = 0
+        self.stdin_taken = 0
         self.begun = trio.Event()
         self.scope = trio.CancelScope()
         self.done = trio.Event()

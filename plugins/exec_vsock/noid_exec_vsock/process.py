@@ -52,7 +52,7 @@ class GuestProcess:
     Attributes:
         id: Names the process for the life of its guest, in checkpoints and clones too.
         pid: Its process id in the guest, once started.
-        stdin_taken: How many bytes its stdin had had when it was attached to.
+        stdin_taken: How many bytes its stdin had had when it was attached to, and has been sent since.
         released: The guest was asked to forget it.
     """
 
@@ -121,6 +121,7 @@ class GuestProcess:
             piece = data[at : at + min(self._stdin_credit, CHUNK_BYTES_MAX)]
             self._stdin_credit -= len(piece)
             at += len(piece)
+            self.stdin_taken += len(piece)
             self._sender.post_bulk(Message.STDIN, self.id, piece)
 
     async def close_stdin(self) -> None:
