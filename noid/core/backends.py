@@ -347,7 +347,7 @@ class StorageBackend(Protocol):
 # --- exec ---------------------------------------------------------------------------------------------------------
 
 
-STDIN_IN_FLIGHT_BYTES = 256 << 10
+STDIN_IN_FLIGHT_BYTES = 512 << 10
 """How much input may be on its way to a guest and not be there yet: more than any guest grants at once."""
 
 

@@ -320,6 +320,13 @@ class Session:
 
     # --- what its pump does -------------------------------------------------------------------------------------------
 
+    async def attached(self, process: Process) -> None:
+        """Note that *process* is the guest's again, over another connection perhaps."""
+        self.is_attached = True
+        self.changed.unpark_all()
+        if self.stdin_ended:
+            await process.close_stdin()  # the end may have been lost with the last connection
+
     async def room(self) -> None:
         """Wait while whoever holds the process back has not read what there is."""
         while any(self.log.end - holder.offset > HELD_BYTES for holder in self._holders):

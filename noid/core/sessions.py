@@ -340,10 +340,7 @@ class VmSessions:
                         with trio.fail_after(CONNECT_SECS):
                             session.process = await current.attach(session.id, session.log.end)
                         guest = current
-                    session.is_attached = True
-                    session.changed.unpark_all()
-                    if session.stdin_ended:
-                        await session.process.close_stdin()  # which may have been lost with the last connection
+                    await session.attached(session.process)
                     return await self._receive(session, session.process), None
             except NotFound as error:
                 return None, DependencyDown(f"{error} It was started again, perhaps: its processes are gone.")

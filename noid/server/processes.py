@@ -19,7 +19,7 @@ from noid.server.hardening import App, Transport
 from noid.server.interim import still_working
 from noid.server.relay import await_goodbye, converse
 from noid.server.rest import read_body
-from noid.server.streams import start
+from noid.server.streams import leave, start
 from noid.server.websockets import WebSockets, flag, whole_number
 
 WAIT_SECS = 30.0
@@ -60,7 +60,7 @@ class ProcessRoutes:
         call = wire.call_from_json(await request.get_data())
         async with still_working():
             session = await start(self._agent, current_user(), checked_name(name), call.request, detached=True)
-        await session.owner.leave(session, goodbye=True)
+        await leave(session, goodbye=True)
         return json_reply(process_fields(session), 201)
 
     async def one(self, name: str, process: str) -> Response:
@@ -115,11 +115,11 @@ class ProcessRoutes:
             transport = Transport.of(websocket.scope)
             try:
                 with session.view(offset, holds=resumes) as viewer:
-                    if await converse(viewer, transport, writes=writes) and resumes:
+                    if await converse(viewer, transport, writes=writes, resumes=resumes) and resumes:
                         await await_goodbye()
             finally:
                 if resumes:
-                    await session.owner.leave(session, goodbye=transport.said_goodbye)
+                    await leave(session, goodbye=transport.said_goodbye)
 
         await self._websockets.hold(relay)
 

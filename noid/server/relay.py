@@ -25,24 +25,26 @@ GOODBYE_SECS = 1.0
 ARRIVED_EVERY_BYTES = 128 << 10
 
 
-async def converse(viewer: Viewer, transport: Transport, *, writes: bool, limit_secs: float | None = None) -> bool:
+async def converse(
+    viewer: Viewer, transport: Transport, *, writes: bool, resumes: bool, limit_secs: float | None = None
+) -> bool:
     """Relay output, and input if the client *writes*, until the process has ended, and say how; return whether it was.
 
-    After *limit_secs* the process is ended, and what it still wrote is relayed before the result says so. Nothing is
-    said to a client that turned out to be gone.
+    A client that *resumes* is told how much of its input has arrived. After *limit_secs* the process is ended, and what
+    it still wrote is relayed before the result says so. Nothing is said to a client that turned out to be gone.
 
     Raises:
         Conflict, DependencyDown: see `Viewer.next`.
     """
     session = viewer.session
-    taken = await session.stdin_taken() if viewer.holds else None
+    taken = await session.stdin_taken() if resumes else None
     started = wire.Started(
         process=session.name, lineage=session.lineage, pid=session.pid, offset=viewer.offset, stdin=taken
     )
     await websocket.send(wire.reply_to_json(started))
     timed_out = told = False
     async with plain_nursery() as nursery:
-        nursery.start_soon(_relay_input, viewer, writes, transport, nursery.cancel_scope)
+        nursery.start_soon(_relay_input, viewer, writes, resumes, transport, nursery.cancel_scope)
         ended: ProcessExit | None = None
         with trio.CancelScope() as relaying:
 
@@ -79,17 +81,21 @@ async def _relay_output(viewer: Viewer) -> ProcessExit:
     return events
 
 
-async def _relay_input(viewer: Viewer, writes: bool, transport: Transport, conversation: trio.CancelScope) -> None:
+async def _relay_input(
+    viewer: Viewer, writes: bool, resumes: bool, transport: Transport, conversation: trio.CancelScope
+) -> None:
     """Read the WebSocket for as long as the process lives: that is also how a leaving client is noticed.
 
     A guest that fails here fails `Viewer.next` too, which is where that is told.
     """
     with viewer.typing:
-        await _relay_messages(viewer, writes, transport, conversation)
+        await _relay_messages(viewer, writes, resumes, transport, conversation)
     conversation.cancel()  # its client is back over another connection, and was told there what has arrived of this
 
 
-async def _relay_messages(viewer: Viewer, writes: bool, transport: Transport, conversation: trio.CancelScope) -> None:
+async def _relay_messages(
+    viewer: Viewer, writes: bool, resumes: bool, transport: Transport, conversation: trio.CancelScope
+) -> None:
     session, told = viewer.session, 0
     while True:
         message = await websocket.receive()
@@ -103,7 +109,7 @@ async def _relay_messages(viewer: Viewer, writes: bool, transport: Transport, co
             with contextlib.suppress(NoidError):
                 await _apply(session, channel, data)
             nursery.cancel_scope.cancel()
-        if channel == wire.STDIN and viewer.holds and session.process is not None:
+        if channel == wire.STDIN and resumes and session.process is not None:
             arrived = session.process.stdin_taken - STDIN_IN_FLIGHT_BYTES
             if arrived - told >= ARRIVED_EVERY_BYTES:
                 told = arrived

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -27,9 +28,12 @@ from noid.server.interim import still_working
 from noid.server.relay import await_goodbye, converse
 from noid.server.websockets import WebSockets
 
+logger = logging.getLogger(__name__)
+
 OUTPUT_BYTES_MAX = 1 << 20
 FIRST_MESSAGE_SECS = 10.0
 START_SECS = 30.0
+LEAVE_SECS = 20.0
 
 
 class ExecRoutes:
@@ -92,7 +96,7 @@ class ExecRoutes:
         try:
             yield session
         finally:
-            await session.owner.leave(session, goodbye=True)
+            await leave(session, goodbye=True)
 
     # --- WebSocket ---------------------------------------------------------------------------------------------------
 
@@ -121,10 +125,11 @@ class ExecRoutes:
             with session.view(0, holds=True) as viewer:
                 limit_secs = call.request.timeout_secs
                 writes = call.request.stdin or session.tty
-                if await converse(viewer, transport, writes=writes, limit_secs=limit_secs) and call.resume:
+                relayed = await converse(viewer, transport, writes=writes, resumes=call.resume, limit_secs=limit_secs)
+                if relayed and call.resume:
                     await await_goodbye()
         finally:
-            await session.owner.leave(session, goodbye=transport.said_goodbye or not call.resume)
+            await leave(session, goodbye=transport.said_goodbye or not call.resume)
 
 
 async def start(agent: Agent, user: User, name: str, command: ExecRequest, *, detached: bool) -> Session:
@@ -142,6 +147,14 @@ async def start(agent: Agent, user: User, name: str, command: ExecRequest, *, de
             f"the guest of VM {name!r} did not start the command within {START_SECS:g} s. The VM still runs; it may be "
             "overloaded. Try again, or restore it from a checkpoint."
         ) from error
+
+
+async def leave(session: Session, *, goodbye: bool) -> None:
+    """Leave *session*, which one has started or spoken for, whatever ends the request. Bounded: see `Owner.leave`."""
+    with trio.move_on_after(LEAVE_SECS, shield=True) as bound:
+        await session.owner.leave(session, goodbye=goodbye)
+    if bound.cancelled_caught:
+        logger.warning("process %s was not ended within %g s", session.name, LEAVE_SECS)
 
 
 async def _collect(viewer: Viewer, output: Output) -> None:
