@@ -409,15 +409,14 @@ class Agent:
         return not held and self._operations.holder(vm.owner, vm.name) is not None
 
     def _with_busy(self, vm: Vm) -> Vm:
-        holder = self._operations.holder(vm.owner, vm.name)
+        return dataclasses.replace(self._with_health(vm), busy=self._operations.holder(vm.owner, vm.name))
+
+    def _with_health(self, vm: Vm) -> Vm:
         live = self.services.supervisor.find(vm.id)
-        health = None if live is None or live.instance != vm.instance else live.link.health
-        return dataclasses.replace(
-            vm,
-            busy=holder,
-            responding=None if health is None else health.responding,
-            unresponsive_since=None if health is None else health.unresponsive_since,
-        )
+        if live is None or live.instance != vm.instance:
+            return vm
+        health = live.link.health
+        return dataclasses.replace(vm, responding=health.responding, unresponsive_since=health.unresponsive_since)
 
     async def _run(
         self,
@@ -448,7 +447,7 @@ class Agent:
                         await replaced.machine.aclose()
             vm = None
             with contextlib.suppress(NotFound):
-                vm = self._store.vm(user.id, vm_names[0])
+                vm = self._with_health(self._store.vm(user.id, vm_names[0]))
             logger.info("%s %s", what, vm_names[0], extra={"op": table.kind, "owner": user.id, "vm": vm_names[0]})
             self._tell(Event(kind=table.kind, owner=user.id, vm=vm_names[0]))
             return Outcome(vm=vm, timings=timings)

@@ -145,6 +145,7 @@ async def wake_because(work: Work, facts: Facts, reason: WakeReason) -> None:
         with trio.fail_after(secs):
             async with until_it_ends(machine, directory), work.link.guest() as guest:
                 work.receipt = judged(await guest.wake(identity), identity)
+                work.link.health.heard()
     except trio.TooSlowError as error:
         raise DeadlineExceeded(
             f"the guest of VM {facts['name']!r} did not answer within {secs:g} s.{console_tail(directory)} Try again "

@@ -55,6 +55,7 @@ async def test_a_vm_from_create_to_destroy(server: Server) -> None:
     assert (vm["name"], vm["state"], vm["cpus"], vm["mem_mib"], vm["busy"]) == ("web", "running", 1, 128, None)
     assert vm["created_at"][:10] == now().date().isoformat()
     assert {item["name"]: item["status"] for item in vm["receipt"]}["randomness"] == "done"
+    assert (vm["responding"], vm["unresponsive_since"], vm["ended"]) == (True, None, None)
 
     assert (await server.ask("GET", "/v1/vms/web")).json() == vm
     assert (await server.ask("GET", "/v1/vms/web/")).json() == vm
