@@ -33,6 +33,11 @@ class Line(Protocol):
         """When the guest said something last on the connection that is open, on trio's clock. None: none is open."""
         ...
 
+    @property
+    def is_seen(self) -> bool:
+        """Whether a question would be seen by the guest's users: typed on its console, for want of an agent."""
+        ...
+
     def guest(self) -> AbstractAsyncContextManager[Guest]:
         """Yield the guest, connected."""
         ...
@@ -58,7 +63,7 @@ class Health:
         self.responding, self.unresponsive_since = True, None
 
     async def watch(self, line: Line) -> None:
-        """Ask the guest now and then, for ever."""
+        """Ask the guest now and then, for ever. One that would see the question is not asked, only heard."""
         # Machines that were adopted together are not asked together.
         await trio.sleep(random.uniform(0, PING_EVERY_SECS))  # noqa: S311  # no secret
         while True:
@@ -67,7 +72,8 @@ class Health:
             if idle_secs < PING_EVERY_SECS:
                 self.heard()
             else:
-                await self.ask(line, ANSWER_SECS)
+                if not line.is_seen:
+                    await self.ask(line, ANSWER_SECS)
                 idle_secs = 0.0
             await trio.sleep(PING_EVERY_SECS - idle_secs)
 

@@ -64,6 +64,11 @@ class GuestLink:
         """When the guest said something last on the connection that is open, on trio's clock. None: none is open."""
         return None if self._guest is None else self._guest.heard_at
 
+    @property
+    def is_seen(self) -> bool:
+        """Whether a question would be typed on the guest's console: it has no agent, or it is not known yet."""
+        return not all(backend.needs_agent for backend in self._backends)
+
     def drop(self) -> None:
         """Close the connection, also one that is being opened. The next `guest` opens a new one."""
         if self._scope is not None:

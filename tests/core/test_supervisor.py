@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from noid.core import health
 from noid.core.backends import ExecBackend, Machine, MachineExit
 from noid.core.console import Console
 from noid.core.filewatch import FileWatches
@@ -112,6 +113,20 @@ async def test_of_several_ways_in_the_first_that_reaches_the_guest_stays(
         assert trio.current_time() < 2 * TRY_SECS  # the second time nobody waited for the silent one
         agent.cancel_scope.cancel()
     assert (silent.opened, answering.opened, answering.open) == (0, 2, 0)
+
+
+@pytest.mark.parametrize("needs_agent", [True, False])
+async def test_only_a_guest_with_an_agent_is_asked_whether_it_answers_when_nobody_else_talks_to_it(
+    needs_agent: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    backend = Backend()
+    backend.needs_agent = needs_agent
+    async with trio.open_nursery() as agent:
+        link = link_of(backend, agent)
+        agent.start_soon(link.health.watch, link)
+        await trio.sleep(10 * health.PING_EVERY_SECS)
+        assert link.health.responding is (False if needs_agent else None)  # nobody answers who is asked
+        agent.cancel_scope.cancel()
 
 
 async def test_without_a_usable_way_in_the_link_says_what_to_configure() -> None:
