@@ -69,6 +69,8 @@ def test_a_guest_without_an_agent_is_created_frozen_and_forked_through_its_conso
     assert (echoed.code, len(echoed.out), echoed.out, echoed.err) == (0, 250, b"\0\x03\x04\r\n" * 50, b""), (
         (house.directory("web") / "serial.log").read_bytes().decode().replace("\n", "~").replace("\r", "")[-900:]
     )
+    numbers = house("exec", "web", "--", "seq", "1", "4000")  # longer than what the host reads of the console at once
+    assert numbers.out == b"".join(b"%d\n" % number for number in range(1, 4001))
     assert house.guest("web", "hostname; echo before >/tmp/file; cat /etc/machine-id").split("\n")[0] == "web"
 
     checkpoint = house.checkpoint("web")
