@@ -124,7 +124,7 @@ def test_the_wheel_has_a_guest_agent_for_each_architecture(wheel: Path) -> None:
         program = contents[f"noid_exec_vsock/guest/bin/noid-agent-{architecture}"]
         assert program[:5] == b"\x7fELF\x02"
         assert struct.unpack_from("<H", program, 18) == (machine,)
-        assert len(program) < 200_000
+        assert len(program) < 250_000, "every guest carries it in memory"
     bundled = {name.rpartition("/")[2] for name in contents if "/guest/bin/" in name}
     assert bundled == {f"noid-agent-{architecture}" for architecture in ELF_MACHINES}
 

@@ -145,7 +145,8 @@ def verify(directory: Path, manifest: Manifest, fingerprint: Mapping[str, str], 
         Incompatible: names the field that differs and both values.
         Damaged: names the file.
     """
-    for what in sorted(manifest.fingerprint.keys() | fingerprint.keys()):
+    # In the VMM's own order: what it names first explains what follows.
+    for what in (*fingerprint, *sorted(manifest.fingerprint.keys() - fingerprint.keys())):
         theirs, ours = manifest.fingerprint.get(what), fingerprint.get(what)
         if theirs != ours:
             raise Incompatible(
