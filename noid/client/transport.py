@@ -118,6 +118,8 @@ def exchange(
             for piece in content:
                 if select.select([sock], [], [], 0)[0]:
                     break
+                if not piece:
+                    continue  # as a chunk it would say that the body ends here
                 sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             else:
                 if chunked:

@@ -20,6 +20,9 @@ import trio
 from noid_exec_vsock import guest_binary
 from noid_exec_vsock.guest import AgentGuest, connect
 
+from noid.client.copying import Copying
+from noid.client.files import GuestPath
+from noid.client.settings import Endpoint
 from noid.core.backends import BackendSpec, ConsolePort, ExecBackend, Guest, Machine, Process
 from noid.core.model import FileTransfer
 from noid.core.plugins import Plugins
@@ -407,3 +410,19 @@ async def test_a_tree_goes_in_as_a_tar_and_what_leads_out_of_it_does_not(web: Se
     assert not Path("/tmp/noid-absolute").exists()
     broken = await web.ask("PUT", at(tmp_path / "tree"), stream[:700], headers={"content-type": TAR})
     assert (broken.status, broken.json()["code"]) == (400, "invalid")
+
+
+async def test_the_client_s_trees_arrive_whatever_the_sizes_of_their_files_are(web: Server, tmp_path: Path) -> None:
+    here, there, back = tmp_path / "here", tmp_path / "there", tmp_path / "back"
+    here.mkdir()
+    contents = {f"{size:06}": os.urandom(size) for size in (0, 1, 511, 512, 513, 1024, 262_144, 262_145)}
+    for name, content in contents.items():
+        (here / name).write_bytes(content)
+    endpoint, guest = Endpoint(socket_path=web.config.socket_path), GuestPath(vm="web", path=str(there))
+    with trio.fail_after(PATIENCE_SECS):
+        into, out = Copying(endpoint=endpoint), Copying(endpoint=endpoint)
+        await trio.to_thread.run_sync(into.into_guest, str(here), guest)
+        await trio.to_thread.run_sync(out.out_of_guest, guest, str(back))
+    for place in (there, back):
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == contents
+    assert into.done.left_out == out.done.left_out == []
