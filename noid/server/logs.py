@@ -124,7 +124,7 @@ class _Body(ResponseBody):
     async def __aexit__(self, *_: object) -> None:
         self._held.close()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncIterator[bytes]:  # noqa: ASYNC900  # what it holds, __aexit__ frees
         changes = self._held.enter_context(self._log.changes()) if self._stop is None else None
         reader = LogReader(self._log, self._start, changes)
         while self._stop is None or reader.offset < self._stop:

@@ -119,7 +119,7 @@ class ProcessRoutes:
                         await await_goodbye()
             finally:
                 if resumes:
-                    await leave(session, goodbye=transport.said_goodbye)
+                    await leave(session, goodbye=transport.said_goodbye)  # noqa: ASYNC102  # shields itself
 
         await self._websockets.hold(relay)
 
