@@ -1,7 +1,8 @@
 """A client in a process of its own: what it costs must not be taken from the server it measures.
 
 Reads one JSON object a line, ``{"vm", "argv", "stdin_bytes"}``, runs the command through the API, as ``noid exec`` does
-but without starting a program for each, and answers with ``{"secs", "bytes", "exit_code"}``.
+but without starting a program for each, and answers with ``{"secs", "own_secs", "bytes", "exit_code"}``: *own_secs* is
+the CPU time the client itself has taken of that.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ def main() -> None:
             received += len(data)
 
         request = ExecRequest(argv=tuple(task["argv"]), stdin=input_fd is not None)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         conversation = exec_stream.Conversation(on_output=count, stdin_fd=input_fd)
         result = exec_stream.run(endpoint, task["vm"], request, conversation)
-        secs = time.perf_counter() - started
+        secs, own_secs = time.perf_counter() - started, time.process_time() - used
         if input_fd is not None:
             os.close(input_fd)
-        print(json.dumps({"secs": secs, "bytes": received, "exit_code": result and result.exit_code}), flush=True)
+        answer = {"secs": secs, "own_secs": own_secs, "bytes": received, "exit_code": result and result.exit_code}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
