@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import select
 
 import click
 
 from noid.cli import terminal
 from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_vm
 from noid.cli.output import show
+from noid.cli.streams import write
 from noid.client import api, exec_stream
 from noid.client.errors import ConnectionFailed
+from noid.client.terminal import Terminal
 from noid.core import wire
 from noid.core.model import ExecRequest, TerminalSize, checked_argv, checked_env
 
-STDIN_FD, STDOUT_FD, STDERR_FD = 0, 1, 2
 TIMED_OUT = 124
 INTERRUPTED = 130
 
@@ -55,6 +55,7 @@ noid exec web -d -- make all   then: noid ps web, noid attach web PROCESS
 @click.option("-w", "--workdir", metavar="DIR", help="Run in this directory; the user's home if not given.")
 @click.option("-i", "--interactive", is_flag=True, help="Forward standard input, from a pipe or as it is typed.")
 @click.option("-t", "--tty", is_flag=True, help="Give it this terminal; implies -i.")
+@terminal.with_detach_keys("ctrl-p,ctrl-q", help_text="What leaves it running, with -t.")
 @click.option("-d", "--detach", is_flag=True, help="Start it, print its id and let it run on.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECS", help="End it after that long.")
 @with_json
@@ -69,6 +70,7 @@ def exec_(
     workdir: str | None,
     interactive: bool,
     tty: bool,
+    keys: bytes,
     detach: bool,
     timeout: float | None,
 ) -> int:
@@ -111,8 +113,8 @@ def exec_(
             conversation = exec_stream.Conversation(
                 on_output=collect if as_json else write,
                 on_gap=tell_gap,
-                stdin_fd=STDIN_FD if interactive or tty else None,
-                terminal=exec_stream.Terminal(size=terminal.size, wakeup_fd=wakeup_fd) if tty else None,
+                stdin_fd=terminal.STDIN_FD if interactive or tty else None,
+                terminal=Terminal(size=terminal.size, wakeup_fd=wakeup_fd, keys=keys) if tty else None,
             )
             result = exec_stream.run(call().endpoint, vm, request, conversation)
     except ConnectionFailed as error:
@@ -165,14 +167,3 @@ def _as_fields(result: wire.ExecResult, collected: dict[int, bytearray]) -> dict
         "stdout": collected[wire.STDOUT].decode("utf-8", "replace"),
         "stderr": collected[wire.STDERR].decode("utf-8", "replace"),
     }
-
-
-def write(channel: int, data: bytes) -> None:
-    """Write *data* at once and completely. Waiting for a slow reader is what slows the guest's process down, too."""
-    descriptor = STDOUT_FD if channel == wire.STDOUT else STDERR_FD
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(descriptor, view) :]
-        except BlockingIOError:  # somebody who shares this terminal or pipe has made it non-blocking
-            select.select([], [descriptor], [])

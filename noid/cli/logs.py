@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import select
-
 import click
 
 from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_name_option
 from noid.cli.output import show
+from noid.cli.streams import write
 from noid.client import log_stream
-from noid.core import wire
 
-STDOUT_FD, STDERR_FD = 1, 2
 END_OFFSET = 1 << 59  # beyond every end, which is where reading then begins: minus 0 would be the beginning
 INTERRUPTED = 130
 
@@ -69,14 +65,3 @@ def logs(name: str | None, log: str, name_option: str | None, follow: bool, tail
         text = b"".join(texts).decode("utf-8", "replace")
         show({"log": log, "start": start, "end": end, "gaps": gaps, "text": text}, "")
     return 0
-
-
-def write(channel: int, data: bytes) -> None:
-    """Write *data* at once and completely."""
-    descriptor = STDOUT_FD if channel == wire.STDOUT else STDERR_FD
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(descriptor, view) :]
-        except BlockingIOError:  # somebody who shares this terminal or pipe has made it non-blocking
-            select.select([], [descriptor], [])

@@ -7,11 +7,13 @@ import os
 import click
 
 from noid.cli import terminal
-from noid.cli.exec import INTERRUPTED, Failed, exit_code, tell_gap, write
+from noid.cli.exec import INTERRUPTED, Failed, exit_code, tell_gap
 from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_name_option, with_vm
 from noid.cli.output import show, table
+from noid.cli.streams import write
 from noid.client import api, exec_stream
 from noid.client.errors import ConnectionFailed
+from noid.client.terminal import Terminal
 
 WAIT_SECS = 60.0
 ARGV_CHARACTERS = 60
@@ -51,11 +53,14 @@ def _vm_and_process(words: tuple[str, ...], name_option: str | None) -> tuple[st
 @click.argument("words", nargs=-1, metavar="[NAME] PROCESS")
 @with_name_option
 @click.option("-i", "--interactive", is_flag=True, help="Forward standard input, if the process takes any.")
-@click.option("-t", "--tty", is_flag=True, help="Be its terminal; implies -i. Leave with ctrl-p ctrl-q.")
+@click.option("-t", "--tty", is_flag=True, help="Be its terminal; implies -i.")
+@terminal.with_detach_keys("ctrl-p,ctrl-q", help_text="What leaves it running, with -t.")
 @click.option("--from-start", is_flag=True, help="Say so when the beginning of its output is gone.")
 @with_json
 @with_endpoint
-def attach(words: tuple[str, ...], name_option: str | None, interactive: bool, tty: bool, from_start: bool) -> int:
+def attach(
+    words: tuple[str, ...], name_option: str | None, interactive: bool, tty: bool, keys: bytes, from_start: bool
+) -> int:
     """Show what a process has written and writes, until it ends. Its exit code is ours; Ctrl+C leaves it alone."""
     vm, process = _vm_and_process(words, name_option)
     if tty and not os.isatty(terminal.STDIN_FD):
@@ -66,7 +71,7 @@ def attach(words: tuple[str, ...], name_option: str | None, interactive: bool, t
                 on_output=write,
                 on_gap=tell_gap,
                 stdin_fd=terminal.STDIN_FD if interactive or tty else None,
-                terminal=exec_stream.Terminal(size=terminal.size, wakeup_fd=wakeup_fd) if tty else None,
+                terminal=Terminal(size=terminal.size, wakeup_fd=wakeup_fd, keys=keys) if tty else None,
             )
             result = exec_stream.attach(call().endpoint, vm, process, conversation, from_start=from_start)
     except ConnectionFailed as error:

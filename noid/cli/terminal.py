@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
+
+import click
 
 STDIN_FD, STDOUT_FD = 0, 1
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_KEY = re.compile(r"ctrl-([a-z@\[\\\]^_])|(.)", re.ASCII | re.IGNORECASE)
 
 
 def size() -> tuple[int, int]:
@@ -37,28 +42,66 @@ def raw(is_terminal: bool) -> Iterator[int | None]:
         yield None
         return
     before = termios.tcgetattr(STDIN_FD)
-    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    handlers = {signo: signal.signal(signo, _end) for signo in _ENDING}
+
+    def set_raw() -> None:
+        with contextlib.suppress(termios.error):  # it hung up
+            tty.setraw(STDIN_FD, termios.TCSANOW)  # what was typed ahead is not thrown away
+
+    def restore() -> None:
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(STDIN_FD, termios.TCSANOW, before)
+
+    def end(signo: int, _: FrameType | None) -> None:
+        restore()  # here too: a second signal may interrupt the ``finally`` that the first one leads to
+        raise SystemExit(128 + signo)  # by way of every ``finally``, with the code a shell shows for a signal
 
     def resume(_: int, __: FrameType | None) -> None:
-        tty.setraw(STDIN_FD)  # the shell that had the terminal meanwhile has set its own mode
+        set_raw()  # the shell that had the terminal meanwhile has set its own mode
 
-    handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, resume)
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    handlers = {signo: signal.signal(signo, end) for signo in _ENDING}
     handlers[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: None)
+    continued = signal.signal(signal.SIGCONT, resume)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        tty.setraw(STDIN_FD)
+        set_raw()
         yield reader
     finally:
-        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGCONT, continued)
+        restore()
         for signo, handler in handlers.items():
             signal.signal(signo, handler)
-        with contextlib.suppress(termios.error):  # it hung up
-            termios.tcsetattr(STDIN_FD, termios.TCSANOW, before)
+        signal.set_wakeup_fd(wakeup)
         os.close(reader)
         os.close(writer)
 
 
-def _end(signo: int, _: FrameType | None) -> None:
-    """Leave by way of every ``finally``, with the exit code a shell shows for a signal."""
-    raise SystemExit(128 + signo)
+def with_detach_keys(default: str, *, help_text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the option ``--detach-keys``, the parameter ``keys`` of a command: the bytes a terminal sends for them."""
+    return click.option(
+        "--detach-keys", "keys", type=_Keys(), default=default, show_default=True, metavar="KEYS", help=help_text
+    )
+
+
+def spelled(keys: bytes) -> str:
+    """Return *keys* as they are named to a person."""
+    return ", ".join(f"Ctrl+{chr(key | 0x40)}" if key < 0x20 else repr(chr(key)) for key in keys)
+
+
+class _Keys(click.ParamType[bytes]):
+    """Keys as people write them: ``ctrl-]``, ``ctrl-p,ctrl-q``, ``~,.``; nothing at all for none."""
+
+    name = "keys"
+
+    def convert(self, value: str | bytes, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        """Return the bytes a terminal sends for them."""
+        if isinstance(value, bytes):
+            return value
+        keys = bytearray()
+        for word in value.split(",") if value else ():
+            found = _KEY.fullmatch(word)
+            if found is None or not word.isascii():
+                self.fail(f"{word!r} is no key. Write single characters or ctrl-X, separated by commas.", param, ctx)
+            control, plain = found.groups()
+            keys += bytes((ord(control.upper()) & 0x1F,)) if control else plain.encode()
+        return bytes(keys)

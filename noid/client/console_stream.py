@@ -8,11 +8,11 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from urllib.parse import urlencode
 
 from noid.client.errors import ServerError
 from noid.client.settings import Endpoint
+from noid.client.terminal import DetachKeys, Terminal
 from noid.client.websocket import WebSocket
 from noid.core import wire
 from noid.errors import DependencyDown
@@ -21,87 +21,53 @@ AFTER_INPUT_SECS = 1.0
 """How long after the end of its input and the last output a console that is fed by a pipe stays attached."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terminal:
-    """What is attached: where typing is read (None: nothing is typed), and what it says beside the guest's output.
-
-    *size* returns columns and rows, or None where there is no terminal; *wakeup_fd* becomes readable when it changed.
-    """
-
-    input_fd: int | None
-    on_output: Callable[[bytes], None]
-    on_notice: Callable[[str], None]
-    size: Callable[[], tuple[int, int] | None]
-    wakeup_fd: int | None = None
-
-
-class DetachKeys:
-    """Finds the keys that detach in what is typed; what could be their beginning is held back until it is not."""
-
-    def __init__(self, keys: bytes) -> None:
-        self._keys = keys
-        self._matched = 0
-
-    def feed(self, data: bytes) -> tuple[bytes, bool]:
-        """Return what is to be typed of *data*, and whether the keys were pressed, after which nothing is."""
-        typed = bytearray()
-        for byte in data:
-            if not self._keys:
-                typed.append(byte)
-                continue
-            while self._matched and byte != self._keys[self._matched]:
-                shorter = self._shorter()
-                typed += self._keys[: self._matched - shorter]
-                self._matched = shorter
-            if byte != self._keys[self._matched]:
-                typed.append(byte)
-                continue
-            self._matched += 1
-            if self._matched == len(self._keys):
-                return bytes(typed), True
-        return bytes(typed), False
-
-    def _shorter(self) -> int:
-        """Return how much of the end of what was matched is a beginning of the keys again."""
-        matched = self._keys[: self._matched]
-        return next(n for n in range(self._matched - 1, -1, -1) if matched.endswith(self._keys[:n]))
-
-
 def attach(
     endpoint: Endpoint,
     name: str,
-    terminal: Terminal,
     *,
-    keys: bytes,
-    history: int | None = None,
+    input_fd: int | None,
+    terminal: Terminal | None,
+    on_output: Callable[[bytes], None],
+    on_notice: Callable[[str], None],
     on_attached: Callable[[], None],
+    history: int | None = None,
 ) -> None:
-    """Show the console of the VM *name* and type what is typed, until the detach *keys* or the end of the input.
+    """Show the console of the VM *name* and type what is typed, until the detach keys or the end of the input.
 
-    *on_attached* is called once it is. Ctrl+C and other exceptions detach; the VM never notices.
+    *input_fd* is where typing is read; None only watches. *terminal* is None where there is none, as in a pipe.
+    *on_notice* gets what is said beside the guest's output. *on_attached* is called once it is. Ctrl+C and other
+    exceptions detach; the VM never notices.
 
     Raises:
         ConnectionFailed, ServerError: it could not be attached to, or was detached by the agent, which says why.
         ConnectionLost: the connection to the agent ended.
     """
     wanted: dict[str, str] = {} if history is None else {"history": str(history)}
-    if terminal.input_fd is None:
+    if input_fd is None:
         wanted["readonly"] = "1"
     query = f"?{urlencode(wanted)}" if wanted else ""
     ws = WebSocket(endpoint, f"/v1/vms/{name}/console{query}")
     try:
         on_attached()
-        _Attached(ws, terminal, keys).run()
+        _Attached(ws, input_fd, terminal, on_output, on_notice).run()
     finally:
         ws.close()
 
 
 class _Attached:
-    def __init__(self, ws: WebSocket, terminal: Terminal, keys: bytes) -> None:
+    def __init__(
+        self,
+        ws: WebSocket,
+        input_fd: int | None,
+        terminal: Terminal | None,
+        on_output: Callable[[bytes], None],
+        on_notice: Callable[[str], None],
+    ) -> None:
         self._ws = ws
+        self._input_fd = input_fd
         self._terminal = terminal
-        self._input_fd = terminal.input_fd
-        self._keys = DetachKeys(keys)
+        self._on_output, self._on_notice = on_output, on_notice
+        self._keys = DetachKeys(terminal.keys if terminal else b"")
         self._detached = False
         self._quiet_at: float | None = None
 
@@ -111,7 +77,7 @@ class _Attached:
             self._step()
 
     def _step(self) -> None:
-        ws, wakeup_fd = self._ws, self._terminal.wakeup_fd
+        ws, wakeup_fd = self._ws, None if self._terminal is None else self._terminal.wakeup_fd
         if ws.has_early:
             self._receive()
             return
@@ -140,7 +106,7 @@ class _Attached:
             if isinstance(message, str):
                 self._hear(message)
             elif message[:1] == bytes((wire.STDOUT,)):
-                self._terminal.on_output(message[1:])
+                self._on_output(message[1:])
                 self._stay()
         if self._ws.is_closed:
             raise DependencyDown("the agent ended the console without saying why. The VM is not affected.")
@@ -148,9 +114,9 @@ class _Attached:
     def _hear(self, text: str) -> None:
         match json.loads(text):
             case {"gap": {"start": int(start), "end": int(end)}}:
-                self._terminal.on_notice(f"{end - start} bytes of the console are no longer kept")
+                self._on_notice(f"{end - start} bytes of the console are no longer kept")
             case {"dropped": {"why": str(why)}}:
-                self._terminal.on_notice(why)
+                self._on_notice(why)
             case {"error": str(error), **rest}:
                 raise ServerError(error, status=0, code=str(rest.get("code", "internal")))
 
@@ -175,6 +141,5 @@ class _Attached:
             self._quiet_at = time.monotonic() + AFTER_INPUT_SECS
 
     def _tell_size(self) -> None:
-        size = self._terminal.size()
-        if size is not None:
-            self._ws.send(wire.resize_frame(*size))
+        if self._terminal is not None:
+            self._ws.send(wire.resize_frame(*self._terminal.size()))

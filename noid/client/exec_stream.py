@@ -24,30 +24,19 @@ from noid.client.api import refusal
 from noid.client.errors import ConnectionFailed, ConnectionLost, ServerError
 from noid.client.kept_input import KeptInput
 from noid.client.settings import Endpoint
+from noid.client.terminal import DetachKeys, Terminal
 from noid.core import wire
 from noid.core.model import ExecRequest, Gap
-from noid.errors import DependencyDown, LineageEnded
+from noid.errors import DeadlineExceeded, DependencyDown, LineageEnded
 
 RESULT_GRACE_SECS = 10.0
 """How much later than the request's own limit the result may come, before we stop believing in a server-side limit."""
 REATTACH_SECS = 10.0
 RETRY_SECS = 0.2
-DETACH_KEYS = b"\x10\x11"
-"""Ctrl+P, Ctrl+Q."""
+DETACH_SECS = 10.0
+"""How long the agent may take to say that a process runs on without us."""
 UNSENT_BYTES_MAX = 4 * wire.CHUNK_BYTES
 TEXT_CHARACTERS_MAX = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terminal:
-    """A terminal in front of the guest's: *wakeup_fd* becomes readable when *size* (columns, rows) may have changed.
-
-    *keys*, typed one after the other, detach.
-    """
-
-    size: Callable[[], tuple[int, int]]
-    wakeup_fd: int | None
-    keys: bytes = DETACH_KEYS
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,6 +49,7 @@ class Conversation:
         process: Which one it is, once the agent has said so.
         offset: That of the next byte of output.
         detached: Whether the user has left it on purpose.
+        detach_keys: What of them has been typed, whichever connection there was.
     """
 
     on_output: Callable[[int, bytes], None]
@@ -70,6 +60,10 @@ class Conversation:
     offset: int = 0
     input: KeptInput = field(default_factory=KeptInput)
     detached: bool = False
+    detach_keys: DetachKeys = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.detach_keys = DetachKeys(self.terminal.keys if self.terminal else b"")
 
     @property
     def can_resume(self) -> bool:
@@ -165,29 +159,6 @@ def _open(endpoint: Endpoint, path: str) -> tuple[socket.socket, bytes]:
     return upgraded
 
 
-class DetachKeys:
-    """Finds the keys that detach in what is typed; what could be their beginning is held back until it is not."""
-
-    def __init__(self, keys: bytes) -> None:
-        self._keys = keys
-        self._held = b""
-
-    def feed(self, data: bytes) -> tuple[bytes, bool]:
-        """Return what is to be typed of *data*, and whether the keys were pressed, after which nothing is."""
-        data = self._held + data
-        self._held = b""
-        if not self._keys:
-            return data, False
-        before, found, _ = data.partition(self._keys)
-        if found:
-            return before, True
-        for length in range(min(len(self._keys) - 1, len(data)), 0, -1):
-            if self._keys.startswith(data[-length:]):
-                self._held = data[-length:]
-                return data[:-length], False
-        return data, False
-
-
 class _Exchange:
     """The state of one connection: what is still to be sent, what has been understood."""
 
@@ -207,7 +178,6 @@ class _Exchange:
         # Where this goes on, the agent first says what of the input has arrived. A request is followed by it at once.
         self._may_type = first is not None or conversation.process is None
         self._end_sent = False
-        self._keys = DetachKeys(conversation.terminal.keys if conversation.terminal else b"")
         self._ws = Connection(ConnectionType.CLIENT, trailing_data=leftover)
         self._unsent = bytearray(self._ws.send(TextMessage(data=first)) if first is not None else b"")
         self._channel = 0  # of the binary message that is being received
@@ -215,13 +185,14 @@ class _Exchange:
         self._text: list[str] = []
         self._result: wire.ExecResult | None = None
         self._deadline = deadline
+        self._leave_by: float | None = None  # since the user wants to leave
         self._tell_size()
 
     def run(self) -> wire.ExecResult | None:
         self._sock.setblocking(False)
         try:
             self._understand()  # what came with the handshake's answer
-            while self._result is None and not (self._conversation.detached and not self._unsent):
+            while self._result is None and not self._conversation.detached:
                 self._step()
         finally:
             self._say_goodbye()
@@ -242,6 +213,7 @@ class _Exchange:
         if left is not None and left <= 0:
             self._result = wire.ExecResult(exit_code=None, timed_out=True)
             return
+        left = self._time_to_leave(left)
         # select, not poll or epoll: it takes regular files and terminals everywhere, and there are two descriptors.
         readable, writable, _ = select.select(reading, writing, [], left)
         if writable:
@@ -253,6 +225,20 @@ class _Exchange:
             self._tell_size()
         if self._stdin_fd in readable and self._result is None:
             self._forward_input()
+
+    def _time_to_leave(self, left: float | None) -> float | None:
+        """Return for how long to wait at most, if that is *left* for another reason."""
+        if self._leave_by is None:
+            return left
+        until = self._leave_by - time.monotonic()
+        if until <= 0:
+            raise ServerError(
+                f"the agent did not say within {DETACH_SECS:g} s that the process runs on; what was typed before may "
+                "not be read. Whether it does, `noid ps` says.",
+                status=0,
+                code=DeadlineExceeded.code,
+            )
+        return until if left is None else min(left, until)
 
     def _send(self) -> None:
         try:
@@ -328,6 +314,8 @@ class _Exchange:
                 self._may_type = True
             case wire.InputArrived(end=end):
                 self._conversation.input.arrived(end)
+            case wire.Detached():
+                self._conversation.detached = True
             case Gap(start=start, end=end):
                 self._conversation.offset = end
                 self._conversation.on_gap(end - start)
@@ -345,16 +333,17 @@ class _Exchange:
             return
         except OSError:
             data = b""  # a terminal that went away: the same to the guest as the end of the input
-        if data:
-            data, detached = self._keys.feed(data)
-            if detached:
-                self._stdin_fd, self._conversation.detached = None, True
-                self._unsent += self._ws.send(TextMessage(data=wire.DETACH))
-            if not data:
-                return
-        self._conversation.input.add(data)
         if not data:
+            self._conversation.input.add(b"")
             self._stdin_fd = self._conversation.stdin_fd = None
+            return
+        typed, leaving = self._conversation.detach_keys.feed(data)
+        if typed:
+            self._conversation.input.add(typed)
+        if leaving:
+            self._send_input()  # what was typed before comes before
+            self._stdin_fd, self._leave_by = None, time.monotonic() + DETACH_SECS
+            self._unsent += self._ws.send(TextMessage(data=wire.DETACH))
 
     def _send_input(self) -> None:
         """Send of the input what this connection has not been given, as far as there is room."""

@@ -10,6 +10,7 @@ Shared by server and client. The format is the predecessor's (0.2), extended whe
     3  server -> client  text    {"process", "lineage", "pid", "offset", "stdin"?}: which process it is, before anything
                                  it wrote; to the client that speaks for it, how much input it has been given
     3  server -> client  text    {"stdin": n}: input before its byte n has arrived for good
+    3  server -> client  text    {"detached": true}: it will run on, the client may leave
     4  server -> client  text    {"gap": {"start", "end"}}: bytes of its output that nobody has any more
     5  server -> client  text    ExecResult {"exit_code", "timed_out", "truncated", "signal"?} or {"error", "code"?}
     6  server -> client  close
@@ -48,7 +49,7 @@ STDIN = 3
 RESIZE = 4
 
 DETACH = '{"detach":true}'
-"""The message of a client that is about to leave its process running."""
+"""The message of a client that wants to leave its process running; it stays until the answer `Detached`."""
 
 CHUNK_BYTES = 65536
 """How much data a frame carries at most, by convention; receivers take any size up to their message limit."""
@@ -93,6 +94,11 @@ class InputArrived:
     """Input before byte *end* will never be asked for again."""
 
     end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detached:
+    """The process runs on without this client: the answer to `DETACH`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,7 +271,7 @@ def _timeout(value: object) -> float | None:
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-Reply = ExecResult | ErrorResponse | Started | InputArrived | Gap
+Reply = ExecResult | ErrorResponse | Started | InputArrived | Gap | Detached
 
 
 def reply_to_json(reply: Reply) -> str:
@@ -277,6 +283,8 @@ def reply_to_json(reply: Reply) -> str:
             fields["stdin"] = reply.stdin
     elif isinstance(reply, InputArrived):
         fields = {"stdin": reply.end}
+    elif isinstance(reply, Detached):
+        fields = {"detached": True}
     elif isinstance(reply, Gap):
         fields = {"gap": {"start": reply.start, "end": reply.end}}
     elif isinstance(reply, ErrorResponse):
@@ -309,6 +317,8 @@ def reply_from_json(text: str | bytes) -> Reply | None:
             return Started(process=process, lineage=lineage, pid=pid, offset=offset, stdin=stdin)
         case {"stdin": int(end)}:
             return InputArrived(end=end)
+        case {"detached": True}:
+            return Detached()
         case {"gap": {"start": int(start), "end": int(end)}}:
             return Gap(start=start, end=end)
         case {"error": str(error), **rest}:

@@ -99,8 +99,10 @@ async def _relay_messages(
     session, told = viewer.session, 0
     while True:
         message = await websocket.receive()
-        if message == wire.DETACH and viewer.holds:
-            await session.owner.detach(session)
+        if message == wire.DETACH:
+            if viewer.holds:
+                await session.owner.detach(session)
+            await websocket.send(wire.reply_to_json(wire.Detached()))
         if not writes or not isinstance(message, bytes):
             continue
         channel, data = wire.split_frame(message)

@@ -230,6 +230,8 @@ class SimulatedGuest:
 
     def feed(self, pid: int, data: bytes | None) -> None:
         """Give a process input; None ends it."""
+        if data and b"\x03" in data and self.memory.get(f"process:{pid}", {}).get("tty"):
+            self.signal(pid, signal.SIGINT)  # as the kernel does for a terminal's foreground
         process = self.memory.get(f"process:{pid}")
         if process is None or not process["stdin_open"]:
             if data:
@@ -237,8 +239,7 @@ class SimulatedGuest:
             return
         held = base64.b64decode(process["stdin"]) + (data or b"")
         taken = process.get("stdin_taken", 0) + len(data or b"")
-        held_text = base64.b64encode(held).decode()
-        process = self._page(pid, stdin=held_text, stdin_open=data is not None, stdin_taken=taken)
+        process = self._page(pid, stdin=base64.b64encode(held).decode(), stdin_open=data is not None, stdin_taken=taken)
         if process["now"]["kind"] == "read" and self._drain(pid):
             self._proceed(pid, status=0)
 
@@ -430,8 +431,7 @@ class SimulatedGuest:
             case "ticker", []:
                 self._page(pid, now={"kind": "ticker", "due": uptime, "ticks": 0})
             case "stty", ["size"]:
-                columns, rows = process["tty"] or (0, 0)
-                return self._out(pid, target, f"{rows} {columns}\n".encode())
+                return self._out(pid, target, "{1} {0}\n".format(*process["tty"] or (0, 0)).encode())
             case _:
                 return self._say(pid, f"{argv[0]}: not found", 127)
         reads = self.memory[f"process:{pid}"]["now"]["kind"] == "read"

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import pty
+import select
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,3 +241,54 @@ def noid(offline_noid: Noid, agent: ScriptedAgent) -> Noid:
     """The command line of somebody who uses the scripted agent."""
     offline_noid.env |= {"NOID_URL": agent.url, "NOID_TOKEN": TOKEN}
     return offline_noid
+
+
+class Person:
+    """Somebody at a terminal of 100 by 30 in which ``noid`` runs with *arguments*."""
+
+    def __init__(self, noid: Noid, *arguments: str) -> None:
+        self.terminal, self._theirs = pty.openpty()
+        self.resize(100, 30)
+        self.before = termios.tcgetattr(self._theirs)
+        fd = self._theirs
+        self.running = noid.start(*arguments, stdin=fd, stdout=fd, stderr=fd, start_new_session=True)
+        self.seen = b""
+
+    def sees(self, wanted: bytes) -> bytes:
+        """Wait for *wanted* and return everything up to it."""
+        deadline = time.monotonic() + PATIENCE_SECS
+        while wanted not in self.seen:
+            assert select.select([self.terminal], [], [], max(deadline - time.monotonic(), 0))[0], self.seen
+            self.seen += os.read(self.terminal, 4096)
+        found, _, self.seen = self.seen.partition(wanted)
+        return found
+
+    def types(self, keys: bytes) -> None:
+        os.write(self.terminal, keys)
+
+    def resize(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+    def has_the_terminal_back(self) -> bool:
+        return termios.tcgetattr(self._theirs) == self.before
+
+    def close(self) -> None:
+        self.running.kill()
+        self.running.wait(PATIENCE_SECS)
+        os.close(self._theirs)
+        os.close(self.terminal)
+
+
+@contextlib.contextmanager
+def _at_a_terminal(noid: Noid, *arguments: str) -> Iterator[Person]:
+    someone = Person(noid, *arguments)
+    try:
+        yield someone
+    finally:
+        someone.close()
+
+
+@pytest.fixture
+def person() -> Callable[..., contextlib.AbstractContextManager[Person]]:
+    """Put somebody in front of a terminal in which the command runs with the arguments given."""
+    return _at_a_terminal

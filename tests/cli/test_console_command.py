@@ -2,71 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import pty
-import select
 import signal
 import struct
 import subprocess
-import termios
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from noid.client.console_stream import DetachKeys
+from noid.client.terminal import DetachKeys
 
 PATIENCE_SECS = 20.0
 ESCAPE = b"\x1d"
-
-
-class Person:
-    """Somebody at a terminal of 100 by 30 in which ``noid console web`` runs."""
-
-    def __init__(self, noid: Any, *options: str) -> None:
-        self.terminal, self._theirs = pty.openpty()
-        self.resize(100, 30)
-        self.before = termios.tcgetattr(self._theirs)
-        fd = self._theirs
-        self.running = noid.start("console", "web", *options, stdin=fd, stdout=fd, stderr=fd, start_new_session=True)
-        self.seen = b""
-
-    def sees(self, wanted: bytes) -> bytes:
-        """Wait for *wanted* and return everything up to it."""
-        deadline = time.monotonic() + PATIENCE_SECS
-        while wanted not in self.seen:
-            assert select.select([self.terminal], [], [], max(deadline - time.monotonic(), 0))[0], self.seen
-            self.seen += os.read(self.terminal, 4096)
-        found, _, self.seen = self.seen.partition(wanted)
-        return found
-
-    def types(self, keys: bytes) -> None:
-        os.write(self.terminal, keys)
-
-    def resize(self, columns: int, rows: int) -> None:
-        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
-
-    def has_the_terminal_back(self) -> bool:
-        return termios.tcgetattr(self._theirs) == self.before
-
-    def close(self) -> None:
-        self.running.kill()
-        self.running.wait(PATIENCE_SECS)
-        os.close(self._theirs)
-        os.close(self.terminal)
-
-
-@contextlib.contextmanager
-def person(noid: Any, *options: str) -> Iterator[Person]:
-    someone = Person(noid, *options)
-    try:
-        yield someone
-    finally:
-        someone.close()
 
 
 def echoing(exchange: Any) -> None:
@@ -80,9 +28,11 @@ def echoing(exchange: Any) -> None:
             exchange.send(1, b"{%d,%d}" % struct.unpack("!HH", data))
 
 
-def test_every_key_goes_to_the_guest_until_the_detach_key_and_the_terminal_is_given_back(noid: Any, agent: Any) -> None:
+def test_every_key_goes_to_the_guest_until_the_detach_key_and_the_terminal_is_given_back(
+    person: Any, noid: Any, agent: Any
+) -> None:
     agent.runs(echoing)
-    with person(noid) as someone:
+    with person(noid, "console", "web") as someone:
         assert someone.sees(b"\r\n") == b"Attached to the serial console of 'web'. Leave with Ctrl+]."
         someone.sees(b"login: ")
         someone.sees(b"{100,30}")
@@ -97,9 +47,9 @@ def test_every_key_goes_to_the_guest_until_the_detach_key_and_the_terminal_is_gi
     assert agent.requests[0].path == "/v1/vms/web/console"
 
 
-def test_a_window_that_changes_its_size_is_told_to_the_guest(noid: Any, agent: Any) -> None:
+def test_a_window_that_changes_its_size_is_told_to_the_guest(person: Any, noid: Any, agent: Any) -> None:
     agent.runs(echoing)
-    with person(noid) as someone:
+    with person(noid, "console", "web") as someone:
         someone.sees(b"{100,30}")
         someone.resize(132, 43)
         os.kill(someone.running.pid, signal.SIGWINCH)  # a terminal without a session leader tells nobody by itself
@@ -107,21 +57,23 @@ def test_a_window_that_changes_its_size_is_told_to_the_guest(noid: Any, agent: A
 
 
 @pytest.mark.parametrize("signo", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_the_terminal_is_given_back_when_the_command_is_ended(noid: Any, agent: Any, signo: signal.Signals) -> None:
+def test_the_terminal_is_given_back_when_the_command_is_ended(
+    person: Any, noid: Any, agent: Any, signo: signal.Signals
+) -> None:
     agent.runs(echoing)
-    with person(noid) as someone:
+    with person(noid, "console", "web") as someone:
         someone.sees(b"{100,30}")
         os.kill(someone.running.pid, signo)
         assert someone.running.wait(PATIENCE_SECS) == 128 + signo
         assert someone.has_the_terminal_back()
 
 
-def test_the_terminal_is_given_back_when_the_agent_goes_away_or_detaches(noid: Any, agent: Any) -> None:
+def test_the_terminal_is_given_back_when_the_agent_goes_away_or_detaches(person: Any, noid: Any, agent: Any) -> None:
     def leaving(exchange: Any) -> None:
         exchange.receive()
 
     agent.runs(leaving)
-    with person(noid) as someone:
+    with person(noid, "console", "web") as someone:
         someone.sees(b"it closed the connection. The VM is not affected.")
         assert someone.running.wait(PATIENCE_SECS) == 1
         assert someone.has_the_terminal_back()
@@ -131,16 +83,16 @@ def test_the_terminal_is_given_back_when_the_agent_goes_away_or_detaches(noid: A
         exchange.send_json(error="nothing was typed for an hour", code="deadline")
 
     agent.runs(detaching)
-    with person(noid) as someone:
+    with person(noid, "console", "web") as someone:
         someone.sees(b"[the guest does not read]")
         someone.sees(b"Error: nothing was typed for an hour")
         assert someone.running.wait(PATIENCE_SECS) == 1
         assert someone.has_the_terminal_back()
 
 
-def test_detach_keys_may_be_others_and_a_half_of_them_is_typed(noid: Any, agent: Any) -> None:
+def test_detach_keys_may_be_others_and_a_half_of_them_is_typed(person: Any, noid: Any, agent: Any) -> None:
     agent.runs(echoing)
-    with person(noid, "--detach-keys", "ctrl-p,ctrl-q") as someone:
+    with person(noid, "console", "web", "--detach-keys", "ctrl-p,ctrl-q") as someone:
         assert b"Leave with Ctrl+P, Ctrl+Q." in someone.sees(b"login: ")
         someone.types(ESCAPE)
         someone.sees(b"<" + ESCAPE + b">")
@@ -177,9 +129,9 @@ def test_a_watcher_types_nothing_and_leaves_with_ctrl_c(noid: Any, agent: Any) -
     assert agent.requests[0].path == "/v1/vms/web/console?readonly=1"
 
 
-def test_a_refusal_is_one_line_and_leaves_the_terminal_alone(noid: Any, agent: Any) -> None:
+def test_a_refusal_is_one_line_and_leaves_the_terminal_alone(person: Any, noid: Any, agent: Any) -> None:
     agent.answers("GET", "/v1/vms/web/console", 409, {"error": "cannot open the console of VM 'web': it is dead."})
-    with person(noid) as someone:
+    with person(noid, "console", "web") as someone:
         someone.sees(b"Error: server error (409): cannot open the console of VM 'web': it is dead.")
         assert someone.running.wait(PATIENCE_SECS) == 1
         assert someone.has_the_terminal_back()

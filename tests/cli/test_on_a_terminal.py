@@ -1,14 +1,19 @@
-"""What a person at a terminal sees and a pipe does not: progress."""
+"""What a person at a terminal sees and a pipe does not: progress, and ``exec -t``."""
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
+import signal
+import struct
 import subprocess
 import threading
 import time
 from typing import Any
+
+import pytest
 
 PATIENCE_SECS = 20.0
 VM = {"name": "web", "state": "running", "cpus": 1, "mem_mib": 512, "created_at": "2026-01-02 03:04:05"}
@@ -63,3 +68,74 @@ def test_with_i_what_is_typed_reaches_the_guest_and_ctrl_d_ends_it(noid: Any, ag
     finally:
         os.close(theirs)
         os.close(terminal)
+
+
+# --- exec -t and attach -t -------------------------------------------------------------------------------------------
+
+CTRL_P, CTRL_Q = b"\x10", b"\x11"
+STARTED = {"process": "8f0a12bc", "lineage": "1", "pid": 7, "offset": 0, "stdin": 0}
+
+
+def keys_and_sizes(exchange: Any) -> None:
+    """A program in a terminal of the guest that shows every key and every size, and ends with q."""
+    exchange.send_json(**STARTED)
+    while (received := exchange.receive())[0] in ("binary", "text"):
+        if received[0] == "text":
+            asked = json.loads(received[1])
+            if asked == {"detach": True}:
+                exchange.send_json(detached=True)
+                return
+            assert (asked["tty"], asked["columns"], asked["rows"]) == (True, 100, 30)
+            continue
+        channel, data = received[1][0], received[1][1:]
+        if data == b"q":
+            exchange.end(7)
+            return
+        exchange.send(1, b"{%d,%d}" % struct.unpack("!HH", data) if channel == 4 else b"<" + data + b">")
+
+
+def test_a_command_gets_the_terminal_its_size_and_every_key(person: Any, noid: Any, agent: Any) -> None:
+    agent.runs(keys_and_sizes)
+    with person(noid, "exec", "web", "-t", "--", "vi") as someone:
+        someone.sees(b"{100,30}")
+        assert not someone.has_the_terminal_back()
+        for keys in (b"x", b"\x03", b"\x04", b"\x1a", b"\x1c", b"\r", b"\x1b[A", b"\x1d"):
+            someone.types(keys)
+            someone.sees(b"<" + keys + b">")
+        someone.resize(132, 43)
+        os.kill(someone.running.pid, signal.SIGWINCH)  # a terminal without a session leader tells nobody by itself
+        someone.sees(b"{132,43}")
+        someone.types(b"q")
+        assert someone.running.wait(PATIENCE_SECS) == 7
+        assert someone.has_the_terminal_back()
+
+
+@pytest.mark.parametrize("command", [("exec", "web", "-t", "--", "vi"), ("attach", "web", "8f0a12bc", "-t")])
+@pytest.mark.parametrize("signo", [signal.SIGTERM, signal.SIGHUP])
+def test_the_terminal_is_given_back_when_the_client_is_ended(
+    person: Any, noid: Any, agent: Any, command: tuple[str, ...], signo: signal.Signals
+) -> None:
+    agent.runs(keys_and_sizes)
+    with person(noid, *command) as someone:
+        someone.sees(b"{100,30}")
+        assert not someone.has_the_terminal_back()
+        os.kill(someone.running.pid, signo)
+        assert someone.running.wait(PATIENCE_SECS) == 128 + signo
+        assert someone.has_the_terminal_back()
+
+
+def test_the_keys_that_leave_a_command_may_be_others(person: Any, noid: Any, agent: Any) -> None:
+    agent.runs(keys_and_sizes)
+    for command in (("exec", "web", "-t", "--detach-keys", "ctrl-],.", "--", "vi"),
+                    ("attach", "web", "8f0a12bc", "-t", "--detach-keys", "ctrl-],.")):  # fmt: skip
+        with person(noid, *command) as someone:
+            someone.sees(b"{100,30}")
+            someone.types(CTRL_P + CTRL_Q)
+            someone.sees(b"<" + CTRL_P + CTRL_Q + b">")
+            someone.types(b"\x1d")
+            someone.types(b"a")
+            someone.sees(b"<\x1da>")  # half of them, held back until it was clear
+            someone.types(b"\x1d.")
+            someone.sees(b"Detached; it runs on.")
+            assert someone.running.wait(PATIENCE_SECS) == 0
+            assert someone.has_the_terminal_back()

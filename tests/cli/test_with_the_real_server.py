@@ -190,3 +190,26 @@ def test_input_and_output_go_on_where_they_were_when_the_server_is_killed(
             assert running.wait(PATIENCE_SECS) == 0
     assert len(received) == len(data)
     assert received == data
+
+
+def test_a_command_with_a_terminal_is_left_gone_back_to_and_interrupted(person: Any, noid: Any) -> None:
+    ok(noid("create", "web", "--mem", "256"))
+    with person(noid, "exec", "web", "-t", "--", "stty", "size") as someone:
+        someone.sees(b"30 100\r\n")
+        assert someone.running.wait(PATIENCE_SECS) == 0
+
+    with person(noid, "exec", "web", "-t", "--", "ticker") as someone:
+        someone.sees(b"\n")
+        someone.types(b"\x10\x11")
+        someone.sees(b"Detached; it runs on. Go back with: noid attach web ")
+        process = someone.sees(b"\r\n").decode()
+        assert someone.running.wait(PATIENCE_SECS) == 0
+        assert someone.has_the_terminal_back()
+    [found] = json.loads(ok(noid("ps", "web", "--json")))
+    assert (found["id"], found["state"]) == (process, "running")
+
+    with person(noid, "attach", "web", process, "-t") as someone:
+        someone.sees(b"\n")
+        someone.types(b"\x03")
+        assert someone.running.wait(PATIENCE_SECS) == 128 + signal.SIGINT
+        assert someone.has_the_terminal_back()
