@@ -14,12 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-from noid.client.settings import Endpoint
-from noid.core import paths, processes
-from noid.core.layout import Layout
 from noid_bench.endurance import Endurance
 from noid_bench.rig import image_to_use, link_image, scratch_directory
 from noid_bench.run import agent_process
+
+from noid.client.settings import Endpoint
+from noid.core import paths, processes
+from noid.core.layout import Layout
 
 WARM_UP = 200
 MEM_MIB = 256
