@@ -212,8 +212,10 @@ class ProcessLog:
                         break
                     joined += following.data
                     at += 1
-                segment.note(event.offset, segment.size + len(raw))
-                raw += _HEADER.pack(event.offset, event.stream, len(joined)) + joined
+                for start in range(0, len(joined), RECORD_BYTES_MAX):  # what reading counts on to get a whole one
+                    piece = joined[start : start + RECORD_BYTES_MAX]
+                    segment.note(event.offset + start, segment.size + len(raw))
+                    raw += _HEADER.pack(event.offset + start, event.stream, len(piece)) + piece
             with segment.path.open("ab") as file:
                 file.write(raw)
             segment.size += len(raw)
