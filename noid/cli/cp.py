@@ -77,7 +77,7 @@ def cp(
     for line in done.left_out:
         click.echo(f"left out: {printable(line)}", err=True)
     if end != "-":
-        things = "1 file" if done.sha256 else f"{done.entries} entries"
+        things = "1 file" if done.sha256 else "1 entry" if done.entries == 1 else f"{done.entries} entries"
         digest = f", SHA-256 {done.sha256}" if done.sha256 else ""
         show(dataclasses.asdict(done), f"Copied {things}, {done.size} bytes{digest}")
     return PARTIAL if done.left_out else 0

@@ -102,17 +102,17 @@ class Copying:
             return
         found = files.look(self.endpoint, source, with_sum=True)
         with files.download(self.endpoint, source, tar=False) as pieces:
-            self._finish(
-                files.upload(
-                    self.endpoint,
-                    place,
-                    self._counted(pieces, found.size),
-                    size=found.size,
-                    mode=found.mode,
-                    mtime_ns=found.mtime_ns,
-                    sha256=found.sha256 or "",
-                )
+            put = files.upload(
+                self.endpoint,
+                place,
+                self._counted(pieces, found.size),
+                size=found.size,
+                mode=found.mode,
+                mtime_ns=found.mtime_ns,
+                sha256=found.sha256 or "",
             )
+        self._finish(put)
+        self.done.sha256 = put.sha256
 
     def stream_into_guest(self, pieces: Iterable[bytes], target: GuestPath) -> None:
         """Write a tar stream into a directory of a VM."""
