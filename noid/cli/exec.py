@@ -92,7 +92,7 @@ def exec_(
         _require(not as_json, "-t shows a terminal, which --json cannot.")
     request = ExecRequest(
         argv=checked_argv(argv),
-        env=checked_env(env),
+        env=_with_terminal_name(checked_env(env)) if tty else checked_env(env),
         cwd=workdir,
         user=user,
         stdin=interactive or tty,
@@ -151,6 +151,12 @@ def exit_code(result: wire.ExecResult, vm: str) -> int:
 def tell_gap(size: int) -> None:
     """Say on stderr that output is missing."""
     click.echo(f"[{size} bytes of output are no longer kept]", err=True)
+
+
+def _with_terminal_name(env: dict[str, str]) -> dict[str, str]:
+    """Tell the guest's programs which terminal this is, as ssh does, unless the user says what it shall be."""
+    name = os.environ.get("TERM")
+    return {"TERM": name, **env} if name else env
 
 
 def _require(condition: bool, otherwise: str) -> None:
