@@ -233,7 +233,11 @@ def offline_noid(tmp_path: Path) -> Noid:
     home.mkdir()
     cwd.mkdir()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return Noid(home, cwd, {"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": path, "LANG": "C.UTF-8"})
+    return Noid(
+        home,
+        cwd,
+        {"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": path, "LANG": "C.UTF-8", "TERM": "noid-test"},
+    )
 
 
 @pytest.fixture

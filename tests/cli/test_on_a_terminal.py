@@ -86,6 +86,7 @@ def keys_and_sizes(exchange: Any) -> None:
                 exchange.send_json(detached=True)
                 return
             assert (asked["tty"], asked["columns"], asked["rows"]) == (True, 100, 30)
+            assert asked["env"] == ["TERM=noid-test"]
             continue
         channel, data = received[1][0], received[1][1:]
         if data == b"q":
