@@ -1,4 +1,4 @@
-"""What commands in guests cost: through the API, over the bare agent, over a port that carries nothing but bytes."""
+"""What commands and copies cost: through the API, over the bare agent, over a port that carries nothing but bytes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import Any
 
 import trio
 from noid_exec_vsock.guest import connect
@@ -61,7 +62,7 @@ async def commands(rig: Rig, rounds: int) -> list[Figure]:
             for runner in (api.run, raw.run):
                 await runner("true")  # each reads its program once
             figures = await _round_trips(api, raw, rounds)
-            figures += await _throughput(api.run, raw, plain, rounds)
+            figures += await _throughput(api, raw, plain, rounds)
             figures.append(await _answers_beside_a_flood(raw.guest, rounds))
             figures += await _agent(raw)
     await rig.agent.destroy_vm(rig.user, vm.name)
@@ -97,14 +98,17 @@ async def _round_trips(api: _Api, raw: _Raw, rounds: int) -> list[Figure]:
     ]
 
 
-async def _throughput(api: Runner, raw: _Raw, plain: Callable[[], Awaitable[float]], rounds: int) -> list[Figure]:
-    by_api, by_agent, by_port, input_api, input_agent = [], [], [], [], []
+async def _throughput(api: _Api, raw: _Raw, plain: Callable[[], Awaitable[float]], rounds: int) -> list[Figure]:
+    by_api, by_agent, by_port, input_api, input_agent, copied_in, copied_out = [], [], [], [], [], [], []
     for _ in range(rounds):
-        by_api.append(await api(*_WRITE))
+        by_api.append(await api.run(*_WRITE))
         by_agent.append(await raw.run(*_WRITE))
         by_port.append(await plain())
-        input_api.append(await api(*_SWALLOW, stdin_bytes=OUTPUT_BYTES))
+        input_api.append(await api.run(*_SWALLOW, stdin_bytes=OUTPUT_BYTES))
         input_agent.append(await raw.run(*_SWALLOW, stdin_bytes=OUTPUT_BYTES))
+        into, out = await api.copy()
+        copied_in.append(into)
+        copied_out.append(out)
     return [
         Figure(
             name="32 MiB of output through the agent",
@@ -131,6 +135,24 @@ async def _throughput(api: Runner, raw: _Raw, plain: Callable[[], Awaitable[floa
             floor=in_ms(input_agent),
             floor_name="the same over the bare agent",
             note=_rates(api=input_api, agent=input_agent),
+        ),
+        Figure(
+            name="a file of 32 MiB copied into a VM",
+            unit="ms",
+            samples=in_ms(copied_in),
+            floor=in_ms(input_agent),
+            floor_name="32 MiB of input over the bare agent",
+            must=1.5,
+            note=_rates(copy=copied_in, agent=input_agent),
+        ),
+        Figure(
+            name="a file of 32 MiB copied out of a VM",
+            unit="ms",
+            samples=in_ms(copied_out),
+            floor=in_ms(by_agent),
+            floor_name="32 MiB of output over the bare agent",
+            must=1.5,
+            note=_rates(copy=copied_out, agent=by_agent),
         ),
     ]
 
@@ -219,20 +241,29 @@ class _Api:
 
     async def run(self, *argv: str, stdin_bytes: int = 0) -> float:
         """Run a command and return the seconds its client waited."""
-        assert self.client.stdin is not None  # noqa: S101  # made with pipes
-        assert self.client.stdout is not None  # noqa: S101
-        task = {"vm": self.vm, "argv": argv, "stdin_bytes": stdin_bytes}
-        await self.client.stdin.send_all(json.dumps(task).encode() + b"\n")
-        line = b""
-        while not line.endswith(b"\n"):
-            received = await self.client.stdout.receive_some()
-            if not received:
-                raise BackendError("the bench's client ended early")
-            line += received
-        answer = json.loads(line)
+        (answer,) = await self._ask({"argv": argv, "stdin_bytes": stdin_bytes}, 1)
         _checked(argv, answer["exit_code"], answer["bytes"])
         self.own_secs = float(answer["own_secs"])
         return float(answer["secs"])
+
+    async def copy(self) -> tuple[float, float]:
+        """Copy a file into the VM and out again, and return the seconds of each."""
+        into, out = await self._ask({"copy": OUTPUT_BYTES}, 2)
+        if (into["bytes"], out["bytes"]) != (OUTPUT_BYTES, OUTPUT_BYTES):
+            raise BackendError(f"the bench copied {into['bytes']} bytes into the VM and {out['bytes']} out of it")
+        return float(into["secs"]), float(out["secs"])
+
+    async def _ask(self, task: dict[str, object], answers: int) -> list[dict[str, Any]]:
+        assert self.client.stdin is not None  # noqa: S101  # made with pipes
+        assert self.client.stdout is not None  # noqa: S101
+        await self.client.stdin.send_all(json.dumps({"vm": self.vm, **task}).encode() + b"\n")
+        said = b""
+        while said.count(b"\n") < answers:
+            received = await self.client.stdout.receive_some()
+            if not received:
+                raise BackendError("the bench's client ended early")
+            said += received
+        return [json.loads(line) for line in said.splitlines()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
