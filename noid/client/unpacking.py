@@ -5,7 +5,7 @@ Whoever wrote the stream is not trusted:
 - a path is entered component by component, relative to its parent's descriptor, and no link is ever followed;
 - absolute paths, ``..``, devices and pipes are left out, and so are symlinks that lead out of the directory, because
   what follows them later would not know where they came from;
-- set-user-id bits are dropped, and owners too unless they were asked for by root;
+- set-user-id and set-group-id bits are dropped, and owners too unless they were asked for by root;
 - entries, bytes (holes count) and depth have limits; what is kept in memory is bounded (`noid.client.tarstream`);
 - a file appears under its name when it is complete, by a rename: no transfer that breaks leaves half of one there, and
   nothing that was there before is written into.
@@ -24,7 +24,7 @@ from noid.client.tarstream import DIRECTORY, FILE, HARD_LINK, SYMLINK, Entry, Ta
 from noid.errors import BackendError, NoidError, NoSpace, TooLarge
 
 DEPTH_MAX = 256
-_PERMISSIONS = 0o777
+_PERMISSIONS = 0o1777  # with the sticky bit, which gives nobody anything; without the set-id bits, which do
 _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 _ENTER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

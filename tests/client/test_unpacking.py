@@ -103,7 +103,15 @@ def test_whatever_a_stream_says_nothing_outside_changes_and_no_link_leads_there(
                 assert os.path.realpath(path).startswith(str(top / "inside")), path.readlink()
             else:
                 assert path.is_file() or path.is_dir()
-                assert not path.stat().st_mode & 0o7000
+                assert not path.stat().st_mode & 0o6000
+
+
+def test_modes_are_kept_but_for_what_would_lend_somebody_the_owner_s_rights(inside: Path) -> None:
+    shared = Entry(kind=DIRECTORY, path=b"shared", mode=0o3777)
+    program = Entry(kind=FILE, path=b"program", mode=0o6755)
+    assert unpack(iter([stream_of([shared, program])]), inside) == []
+    assert (inside / "shared").stat().st_mode & 0o7777 == 0o1777
+    assert (inside / "program").stat().st_mode & 0o7777 == 0o755
 
 
 @pytest.mark.parametrize("segments", [None, [((1 << 50), 0)]])
