@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from noid_vmm_qemu.console_log import BEGINNING_BYTES, END_BYTES, OCCUPIED_BYTES_MAX, shorten
+from noid_vmm_qemu.console_log import BEGINNING_BYTES, END_BYTES, OCCUPIED_BYTES_MAX, is_long, shorten
 
 
 def test_a_long_log_gives_its_middle_back_and_keeps_beginning_end_and_length(tmp_path: Path) -> None:
@@ -13,7 +13,9 @@ def test_a_long_log_gives_its_middle_back_and_keeps_beginning_end_and_length(tmp
     content = b"0123456789abcdef" * ((OCCUPIED_BYTES_MAX + (1 << 20)) // 16)
     path.write_bytes(content)
 
+    assert is_long(path)
     assert shorten(path)
+    assert not is_long(path)
 
     facts = path.stat()
     assert facts.st_size == len(content)
@@ -28,6 +30,7 @@ def test_a_long_log_gives_its_middle_back_and_keeps_beginning_end_and_length(tmp
 
 def test_a_short_or_missing_log_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "serial.log"
+    assert not is_long(path)
     assert not shorten(path)
     path.write_bytes(b"login: ")
 

@@ -23,6 +23,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
+def is_long(path: Path) -> bool:
+    """Return whether *path* occupies more than `OCCUPIED_BYTES_MAX`. Takes microseconds."""
+    try:
+        return path.stat().st_blocks * 512 > OCCUPIED_BYTES_MAX
+    except OSError:
+        return False
+
+
 def shorten(path: Path) -> bool:
     """If *path* occupies more than `OCCUPIED_BYTES_MAX`, free all but its beginning and its end. Blocks.
 

@@ -22,14 +22,13 @@ from noid.hostfs import os_errors
 from noid_vmm_qemu import console_line
 from noid_vmm_qemu.capture import STATE_NAME, reserve_memory, take
 from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node, file_node
-from noid_vmm_qemu.console_log import shorten
+from noid_vmm_qemu.console_log import is_long, shorten
 from noid_vmm_qemu.process import VmmProcess
 from noid_vmm_qemu.qmp import Qmp, QmpError, QmpEvent
 
 _STATE_ROOM_BYTES = 1 << 20
 _PIVOT_SECS = 10.0
-_CONSOLE_LOOK_SECS = 60.0
-_CONSOLE_LOOK_SOON_SECS = 5.0
+_CONSOLE_LOOK_SECS = 5.0
 _FEED_SECS = 2.0
 _REASONS = {
     "guest-shutdown": "shutdown",
@@ -238,14 +237,12 @@ class QemuMachine:
             NotFound: `aclose` was called meanwhile.
         """
         over = False
-        look_secs = _CONSOLE_LOOK_SECS
         while not over:
             # Whoever waits for the end looks after console and disk meanwhile: there is always somebody who waits.
-            with trio.move_on_after(look_secs) as scope:
+            with trio.move_on_after(_CONSOLE_LOOK_SECS) as scope:
                 over = await self._qmp.drained(or_until=lambda: self._events.starved)
             if scope.cancelled_caught:
-                # A guest that printed so much since the last look may go on like that.
-                look_secs = _CONSOLE_LOOK_SOON_SECS if await self._shorten_console() else _CONSOLE_LOOK_SECS
+                await self._shorten_console()
             if not over:
                 await self._feed()
         await self._process.wait()
@@ -275,12 +272,13 @@ class QemuMachine:
         self._process.close()
         await self._qmp.aclose()
 
-    async def _shorten_console(self) -> bool:
+    async def _shorten_console(self) -> None:
+        if not is_long(self._console_log):  # one stat: a thread for each machine every few seconds would be dearer
+            return
         try:
-            return await trio.to_thread.run_sync(shorten, self._console_log)
+            await trio.to_thread.run_sync(shorten, self._console_log)
         except NoidError as error:
             log.warning("%s It goes on growing.", error)
-            return False
 
     async def _add_layer(self, path: Path) -> _Layer:
         """Open a layer's file without what it lies on."""
