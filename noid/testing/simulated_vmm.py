@@ -141,7 +141,8 @@ class SimulatedVmm:
         with os_errors(f"preparing the {step} of {plan.instance}"):
             (plan.run_dir / "end.json").unlink(missing_ok=True)
             reader, writer = os.pipe2(os.O_CLOEXEC)
-        async with trio.lowlevel.FdStream(reader) as report:
+        report = trio.lowlevel.FdStream(reader)
+        try:
             try:
                 with os_errors(f"starting the simulated VMM of {plan.instance}"):
                     pid = await trio.to_thread.run_sync(_start_process, plan, config, writer)
@@ -159,6 +160,8 @@ class SimulatedVmm:
             except BaseException:
                 await machine.end_now()  # noqa: ASYNC102  # shields itself
                 raise
+        finally:
+            report.close()  # aclose() would be one more place for a cancellation, with nobody left to end the process
         return machine
 
 

@@ -48,6 +48,8 @@ class Expected:
             }[op]
             if op == "checkpoint" and event == "done":
                 self.checkpoints[line["id"]] = set(now)
+            if op == "write" and event == "begin":
+                after.add(UNWRITTEN)  # a program killed between opening its file and writing it leaves an empty one
             self.vms[line["name"]] = set(after) if event == "done" else now | after
 
 
