@@ -32,7 +32,7 @@ def new_identity(
         machine_id=vm_id.replace("-", ""),
         unix_ns=time.time_ns(),
         entropy=secrets.token_bytes(ENTROPY_BYTES),
-        generation=time.time_ns() // 1_000_000,
+        generation=time.time_ns(),  # not coarser: of a thousand clones, two woke in one millisecond
         lease=lease,
         reason=reason,
         hook_timeout_secs=hook_timeout_secs,

@@ -47,3 +47,8 @@ def test_one_failure_counts_beside_any_number_of_successes() -> None:
 def test_what_only_some_machines_have_is_reported_and_not_required() -> None:
     last = judged(Receipt(items=tuple(honest())), WHO).items[-1]
     assert (last.name, last.status, last.required) == ("vm-generation-id", "not_possible", False)
+
+
+def test_no_two_wakes_have_one_generation_and_later_ones_have_greater() -> None:
+    generations = [new_identity("web", "0" * 32, None).generation for _ in range(2000)]
+    assert generations == sorted(set(generations))
