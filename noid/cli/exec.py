@@ -100,7 +100,7 @@ def exec_(
         tty=TerminalSize(**dict(zip(("columns", "rows"), terminal.size(), strict=True))) if tty else None,
     )
     if detach:
-        process = api.start_process(call().endpoint, vm, request)
+        process = api.start_process(call().endpoint, vm, wire.request_to_json(request))
         show(process, process["id"])
         return 0
     collected = {wire.STDOUT: bytearray(), wire.STDERR: bytearray()}

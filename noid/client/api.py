@@ -11,8 +11,6 @@ from typing import Any, NotRequired, TypedDict, TypeVar, cast
 from noid.client.errors import ConnectionFailed, ServerError
 from noid.client.settings import Endpoint
 from noid.client.transport import Reply, request
-from noid.core.model import ExecRequest
-from noid.core.wire import request_to_json
 
 RAW_TEXT_MAX = 200
 
@@ -161,10 +159,9 @@ def processes(endpoint: Endpoint, name: str) -> list[ProcessInfo]:
     return _many(endpoint, _ask(endpoint, "GET", f"/v1/vms/{name}/processes"), ProcessInfo)
 
 
-def start_process(endpoint: Endpoint, name: str, request: ExecRequest) -> ProcessInfo:
-    """Start a process that runs on without a client."""
-    body = json.loads(request_to_json(request))
-    reply = _ask(endpoint, "POST", f"/v1/vms/{name}/processes", body, quick=False)
+def start_process(endpoint: Endpoint, name: str, command: str) -> ProcessInfo:
+    """Start a process that runs on without a client. *command* is `noid.core.wire.request_to_json` of it."""
+    reply = _ask(endpoint, "POST", f"/v1/vms/{name}/processes", json.loads(command), quick=False)
     return _one(endpoint, reply, ProcessInfo)
 
 
