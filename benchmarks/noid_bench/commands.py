@@ -69,9 +69,6 @@ async def commands(rig: Rig, rounds: int) -> list[Figure]:
     return figures
 
 
-Runner = Callable[..., Awaitable[float]]
-
-
 async def _round_trips(api: _Api, raw: _Raw, rounds: int) -> list[Figure]:
     samples, floor, own = [], [], []
     for _ in range(rounds * ROUND_TRIPS):

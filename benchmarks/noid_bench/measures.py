@@ -193,11 +193,6 @@ async def idle_agent(pid: int, vmm_pids: list[int]) -> list[Figure]:
     ]
 
 
-def present_origin(vm: Vm) -> str:
-    """Return what *vm* was restored from."""
-    return vm.origin or ""
-
-
 async def settled(rig: Rig) -> None:
     """Wait until a machine waits in the pool: making it keeps the processors busy, which is not what is measured."""
     with trio.fail_after(_POOL_SECS):
