@@ -56,6 +56,17 @@ class VmState(enum.StrEnum):
     DESTROYING = "destroying"
 
 
+class Scope(enum.StrEnum):
+    """What a token allows. Each includes none of the others; a token has a set of them."""
+
+    READ = "read"
+    """Look: VMs, checkpoints, operations, events, and what the server can do."""
+    EXEC = "exec"
+    """Be in a guest: processes, console, files, logs."""
+    MANAGE = "manage"
+    """Change what there is: VMs, checkpoints, tokens."""
+
+
 def checked_name(name: str, what: str = "VM name") -> str:
     """Return *name* if it is a legal name, 1 to 64 of ``A-Z a-z 0-9 _ - .``, not beginning with ``.`` or ``-``.
 

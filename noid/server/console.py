@@ -17,11 +17,12 @@ from noid.core import wire
 from noid.core.agent import Agent
 from noid.core.console import Console
 from noid.core.logs import LogReader
-from noid.core.model import Gap, TerminalSize, User, checked_name
+from noid.core.model import Gap, Scope, TerminalSize, User, checked_name
 from noid.core.waiting import plain_nursery
 from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest, NoidError
 from noid.server.guard import current_user, upgrade_required
-from noid.server.hardening import App, Transport
+from noid.server.hardening import Transport
+from noid.server.table import WS, Route
 from noid.server.websockets import WebSockets, flag, watch_peer, whole_number
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,13 @@ class ConsoleRoutes:
         self._agent = agent
         self._websockets = websockets
 
-    def add_to(self, app: App) -> None:
-        """Add the routes."""
-        rule = "/v1/vms/<name>/console"
-        app.add_url_rule(rule, f"GET {rule}", self.upgrade_required, methods=["GET"])
-        app.add_websocket(rule, f"WS {rule}", self.stream)
+    def routes(self) -> list[Route]:
+        """Return the lines of the table."""
+        path = "/v1/vms/<name>/console"
+        return [
+            Route(method="GET", path=path, handler=self.upgrade_required, scope=Scope.EXEC),
+            Route(method=WS, path=path, handler=self.stream, scope=Scope.EXEC),
+        ]
 
     async def upgrade_required(self, name: str) -> Response:
         """Say that GET is for WebSockets: 426."""

@@ -26,11 +26,12 @@ from noid.core import files
 from noid.core.agent import Agent
 from noid.core.backends import Guest
 from noid.core.files import FileStatus, Reading
-from noid.core.model import FileTransfer, checked_name
+from noid.core.model import FileTransfer, Scope, checked_name
 from noid.core.waiting import plain_nursery
 from noid.errors import InvalidRequest, NoidError, NotFound, Unsupported
 from noid.server.guard import current_user, json_reply
-from noid.server.hardening import App, BrokenOff, Transport, upload
+from noid.server.hardening import BrokenOff, Transport, upload
+from noid.server.table import Route
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,13 @@ class FileRoutes:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
 
-    def add_to(self, app: App) -> None:
-        """Add the routes."""
-        rule = "/v1/vms/<name>/files"
-        app.add_url_rule(rule, f"GET {rule}", self.get, methods=["GET", "HEAD"])
-        app.add_url_rule(rule, f"PUT {rule}", self.put, methods=["PUT"])
+    def routes(self) -> list[Route]:
+        """Return the lines of the table."""
+        path = "/v1/vms/<name>/files"
+        return [
+            Route(method="GET", path=path, handler=self.get, scope=Scope.EXEC, head=True),
+            Route(method="PUT", path=path, handler=self.put, scope=Scope.EXEC),
+        ]
 
     async def get(self, name: str) -> Response:
         """Send a file; a directory, or with ``Accept: application/x-tar`` anything, as a tar stream.

@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,10 +21,10 @@ from noid.core.config import Config
 from noid.core.model import Credentials, User
 from noid.errors import NoidError, TooManyRequests, Unauthenticated
 from noid.server.hardening import App, Transport
+from noid.server.table import Route
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/healthz", "/version"})
 FAILURES_PER_TOKEN = 10
 FAILURES_PER_ADDRESS = 100
 FAILURE_WINDOW_SECS = 60.0
@@ -131,9 +132,11 @@ class Guard:
         self._authenticator = authenticator
         self._config = config
         self._limiter = FailureLimiter()
+        self._routes: Mapping[str, Route] = {}
 
-    def protect(self, app: App) -> None:
-        """Put the guard before *app*."""
+    def protect(self, app: App, routes: Mapping[str, Route]) -> None:
+        """Put the guard before *app*, whose *routes* say by their endpoints what each needs."""
+        self._routes = routes
         app.before_request(self._admit_request)
         app.before_websocket(self._admit_websocket)
         app.after_request(self._finish)
@@ -149,7 +152,8 @@ class Guard:
     def _admit(self, call: Any) -> None:
         transport = Transport.of(call.scope)
         g.visit = here = Visit(id=secrets.token_hex(4), began=time.monotonic(), address=self._address(call))
-        if call.path in OPEN_PATHS:
+        route = self._routes[call.url_rule.endpoint] if call.url_rule is not None else None
+        if route is not None and route.scope is None:
             return
         if transport.peer_uid is not None and transport.peer_uid in (os.geteuid(), 0):
             here.user, here.is_local = self._authenticator.local_user(), True

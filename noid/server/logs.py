@@ -18,11 +18,11 @@ from quart.wrappers.response import ResponseBody
 from noid.core import wire
 from noid.core.agent import Agent
 from noid.core.logs import PIECE_BYTES, Log, LogExtent, LogReader
-from noid.core.model import Gap, checked_name
+from noid.core.model import Gap, Scope, checked_name
 from noid.core.vmlogs import LogInfo
 from noid.errors import DeadlineExceeded
 from noid.server.guard import current_user, json_reply
-from noid.server.hardening import App
+from noid.server.table import WS, Route
 from noid.server.websockets import WebSockets, flag, whole_number
 
 GAP_HEADER = "Noid-Log-Gap"
@@ -37,13 +37,14 @@ class LogRoutes:
         self._agent = agent
         self._websockets = websockets
 
-    def add_to(self, app: App) -> None:
-        """Add the routes."""
-        rule = "/v1/vms/<name>/logs"
-        app.add_url_rule(rule, f"GET {rule}", self.infos, methods=["GET"])
-        rule = "/v1/vms/<name>/logs/<log>"
-        app.add_url_rule(rule, f"GET {rule}", self.read, methods=["GET"])
-        app.add_websocket(rule, f"WS {rule}", self.stream)
+    def routes(self) -> list[Route]:
+        """Return the lines of the table."""
+        logs = "/v1/vms/<name>/logs"
+        return [
+            Route(method="GET", path=logs, handler=self.infos, scope=Scope.EXEC),
+            Route(method="GET", path=f"{logs}/<log>", handler=self.read, scope=Scope.EXEC),
+            Route(method=WS, path=f"{logs}/<log>", handler=self.stream, scope=Scope.EXEC),
+        ]
 
     async def infos(self, name: str) -> Response:
         """List the VM's logs."""

@@ -6,20 +6,12 @@ from quart import Response
 
 from noid.core import power
 from noid.core.agent import Agent
-from noid.core.model import checked_name
+from noid.core.model import Scope, checked_name
 from noid.errors import InvalidRequest
 from noid.server.guard import current_user
-from noid.server.hardening import App
 from noid.server.interim import still_working
 from noid.server.rest import Body, read_body, vm_reply
-
-
-def add_routes(app: App, agent: Agent) -> None:
-    """Add the routes."""
-    routes = PowerRoutes(agent)
-    for verb, handler in (("stop", routes.stop), ("start", routes.start), ("reboot", routes.reboot)):
-        rule = f"/v1/vms/<name>/{verb}"
-        app.add_url_rule(rule, f"POST {rule}", handler, methods=["POST"])
+from noid.server.table import Route
 
 
 class PowerRoutes:
@@ -27,6 +19,14 @@ class PowerRoutes:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
+
+    def routes(self) -> list[Route]:
+        """Return the lines of the table."""
+        verbs = {"stop": self.stop, "start": self.start, "reboot": self.reboot}
+        return [
+            Route(method="POST", path=f"/v1/vms/<name>/{verb}", handler=handler, scope=Scope.MANAGE)
+            for verb, handler in verbs.items()
+        ]
 
     async def stop(self, name: str) -> Response:
         """Let the guest shut down; ``how`` in the answer says whether it did, or had to be killed."""

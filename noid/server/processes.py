@@ -11,15 +11,16 @@ from quart import Response, request, websocket
 
 from noid.core import wire
 from noid.core.agent import Agent
-from noid.core.model import checked_name
+from noid.core.model import Scope, checked_name
 from noid.core.session import Session
 from noid.errors import InvalidRequest, NoidError
 from noid.server.guard import current_user, json_reply, upgrade_required
-from noid.server.hardening import App, Transport
+from noid.server.hardening import Transport
 from noid.server.interim import still_working
 from noid.server.relay import await_goodbye, converse
 from noid.server.rest import read_body
 from noid.server.streams import leave, start
+from noid.server.table import WS, Route
 from noid.server.websockets import WebSockets, flag, whole_number
 
 WAIT_SECS = 30.0
@@ -34,21 +35,23 @@ class ProcessRoutes:
         self._agent = agent
         self._websockets = websockets
 
-    def add_to(self, app: App) -> None:
-        """Add the routes."""
+    def routes(self) -> list[Route]:
+        """Return the lines of the table."""
         processes = "/v1/vms/<name>/processes"
         process = f"{processes}/<process>"
-        for method, rule, handler in (
-            ("GET", processes, self.all),
-            ("POST", processes, self.start),
-            ("GET", process, self.one),
-            ("DELETE", process, self.end),
-            ("GET", f"{process}/wait", self.wait),
-            ("POST", f"{process}/signal", self.signal),
-            ("GET", f"{process}/attach", self.upgrade_required),
-        ):
-            app.add_url_rule(rule, f"{method} {rule}", handler, methods=[method])
-        app.add_websocket(f"{process}/attach", f"WS {process}/attach", self.attach)
+        return [
+            Route(method=method, path=path, handler=handler, scope=Scope.EXEC)
+            for method, path, handler in (
+                ("GET", processes, self.all),
+                ("POST", processes, self.start),
+                ("GET", process, self.one),
+                ("DELETE", process, self.end),
+                ("GET", f"{process}/wait", self.wait),
+                ("POST", f"{process}/signal", self.signal),
+                ("GET", f"{process}/attach", self.upgrade_required),
+                (WS, f"{process}/attach", self.attach),
+            )
+        ]
 
     async def all(self, name: str) -> Response:
         """List the VM's processes, oldest first."""

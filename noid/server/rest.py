@@ -17,6 +17,7 @@ from noid.core.model import (
     DEFAULT_MEM_MIB,
     NAME_LENGTH_MAX,
     Checkpoint,
+    Scope,
     Vm,
     VmSpec,
     checked_name,
@@ -25,38 +26,35 @@ from noid.core.model import (
 from noid.core.wire import API_VERSION
 from noid.errors import InvalidRequest
 from noid.server.guard import current_user, json_reply
-from noid.server.hardening import App
 from noid.server.interim import still_working
 from noid.server.streams import OUTPUT_BYTES_MAX
+from noid.server.table import Route
 
 _MISSING = object()
 
 
-def add_routes(app: App, agent: Agent) -> None:
-    """Add every route that answers with JSON, except exec's (`noid.server.streams`)."""
-    routes = Routes(agent)
-    for method, rule, handler in (
-        ("GET", "/healthz", routes.healthz),
-        ("GET", "/version", routes.version),
-        ("GET", "/v1/whoami", routes.whoami),
-        ("GET", "/v1/capabilities", routes.capabilities),
-        ("POST", "/v1/vms", routes.create),
-        ("GET", "/v1/vms", routes.vms),
-        ("GET", "/v1/vms/<name>", routes.vm),
-        ("DELETE", "/v1/vms/<name>", routes.destroy),
-        ("POST", "/v1/vms/<name>/checkpoints", routes.checkpoint),
-        ("GET", "/v1/vms/<name>/checkpoints", routes.checkpoints),
-        ("POST", "/v1/vms/<name>/restore", routes.restore),
-    ):
-        app.add_url_rule(rule, f"{method} {rule}", handler, methods=[method])
-    app.before_request(_refuse_no_name)
-
-
-class Routes:
-    """Handlers, one per route. Names in paths are checked here: a bad one is 400, an unknown one 404."""
+class VmRoutes:
+    """What the server is, its VMs and their checkpoints. Names in paths are checked: a bad one is 400, not 404."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
+
+    def routes(self) -> list[Route]:
+        """Return the lines of the table."""
+        vms, vm = "/v1/vms", "/v1/vms/<name>"
+        return [
+            Route(method="GET", path="/healthz", handler=self.healthz, scope=None),
+            Route(method="GET", path="/version", handler=self.version, scope=None),
+            Route(method="GET", path="/v1/whoami", handler=self.whoami),
+            Route(method="GET", path="/v1/capabilities", handler=self.capabilities),
+            Route(method="POST", path=vms, handler=self.create, scope=Scope.MANAGE),
+            Route(method="GET", path=vms, handler=self.vms),
+            Route(method="GET", path=vm, handler=self.vm),
+            Route(method="DELETE", path=vm, handler=self.destroy, scope=Scope.MANAGE),
+            Route(method="POST", path=f"{vm}/checkpoints", handler=self.checkpoint, scope=Scope.MANAGE),
+            Route(method="GET", path=f"{vm}/checkpoints", handler=self.checkpoints),
+            Route(method="POST", path=f"{vm}/restore", handler=self.restore, scope=Scope.MANAGE),
+        ]
 
     async def healthz(self) -> Response:
         """Say that requests are answered."""
@@ -187,7 +185,7 @@ def vm_reply(outcome: Outcome, status: int) -> Response:
     return json_reply(vm_fields(outcome.vm) | {"timings": dict(outcome.timings)} | how, status)
 
 
-async def _refuse_no_name() -> None:
+async def refuse_no_name() -> None:
     """Refuse ``/v1/vms/``, which would otherwise be the list. After the guard, which was registered before."""
     if request.path == "/v1/vms/":
         raise InvalidRequest("missing VM name in path")

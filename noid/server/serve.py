@@ -16,15 +16,17 @@ from hypercorn.utils import wrap_app
 
 from noid.core.agent import Agent
 from noid.core.config import Config
-from noid.server import power, rest
 from noid.server.console import ConsoleRoutes
 from noid.server.files import FileRoutes
 from noid.server.guard import Guard
 from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
 from noid.server.listening import tcp_listeners, unix_listener
 from noid.server.logs import LogRoutes
+from noid.server.power import PowerRoutes
 from noid.server.processes import ProcessRoutes
+from noid.server.rest import VmRoutes, refuse_no_name
 from noid.server.streams import ExecRoutes
+from noid.server.table import Route, add_routes
 from noid.server.websockets import WebSockets
 
 logger = logging.getLogger(__name__)
@@ -85,16 +87,22 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     guard = Guard(agent, config)
-    guard.protect(app)
-    rest.add_routes(app, agent)
-    power.add_routes(app, agent)
-    websockets = WebSockets(config, guard, stopping)
-    ExecRoutes(agent, websockets).add_to(app)
-    ConsoleRoutes(agent, websockets).add_to(app)
-    LogRoutes(agent, websockets).add_to(app)
-    ProcessRoutes(agent, websockets).add_to(app)
-    FileRoutes(agent).add_to(app)
+    guard.protect(app, add_routes(app, all_routes(agent, WebSockets(config, guard, stopping))))
+    app.before_request(refuse_no_name)
     return app
+
+
+def all_routes(agent: Agent, websockets: WebSockets) -> list[Route]:
+    """Return everything a server answers, as a table."""
+    return [
+        *VmRoutes(agent).routes(),
+        *PowerRoutes(agent).routes(),
+        *ExecRoutes(agent, websockets).routes(),
+        *ProcessRoutes(agent, websockets).routes(),
+        *ConsoleRoutes(agent, websockets).routes(),
+        *LogRoutes(agent, websockets).routes(),
+        *FileRoutes(agent).routes(),
+    ]
 
 
 async def _stop_on_signal(signals: AsyncIterator[int], stopping: trio.Event, everything: trio.CancelScope) -> None:

@@ -19,13 +19,14 @@ from quart import Response, request, websocket
 
 from noid.core import wire
 from noid.core.agent import Agent
-from noid.core.model import ExecRequest, OutputChunk, ProcessExit, User, checked_name
+from noid.core.model import ExecRequest, OutputChunk, ProcessExit, Scope, User, checked_name
 from noid.core.session import Session, Viewer
 from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest
 from noid.server.guard import current_user, json_reply, upgrade_required
-from noid.server.hardening import App, Transport
+from noid.server.hardening import Transport
 from noid.server.interim import still_working
 from noid.server.relay import await_goodbye, converse
+from noid.server.table import WS, Route
 from noid.server.websockets import WebSockets
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,14 @@ class ExecRoutes:
         self._agent = agent
         self._websockets = websockets
 
-    def add_to(self, app: App) -> None:
-        """Add the routes."""
-        rule = "/v1/vms/<name>/exec"
-        app.add_url_rule(rule, f"POST {rule}", self.collect, methods=["POST"])
-        app.add_url_rule(rule, f"GET {rule}", self.upgrade_required, methods=["GET"])
-        app.add_websocket(rule, f"WS {rule}", self.stream)
+    def routes(self) -> list[Route]:
+        """Return the lines of the table."""
+        path = "/v1/vms/<name>/exec"
+        return [
+            Route(method="POST", path=path, handler=self.collect, scope=Scope.EXEC),
+            Route(method="GET", path=path, handler=self.upgrade_required, scope=Scope.EXEC),
+            Route(method=WS, path=path, handler=self.stream, scope=Scope.EXEC),
+        ]
 
     async def upgrade_required(self, name: str) -> Response:
         """Say that GET is for WebSockets: 426."""
