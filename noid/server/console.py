@@ -20,9 +20,10 @@ from noid.core.logs import LogReader
 from noid.core.model import Gap, Scope, TerminalSize, User, checked_name
 from noid.core.waiting import plain_nursery
 from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest, NoidError
-from noid.server.guard import current_user, upgrade_required
+from noid.server.answers import upgrade_required
 from noid.server.hardening import Transport
 from noid.server.table import WS, Route
+from noid.server.visit import current_user
 from noid.server.websockets import WebSockets, flag, watch_peer, whole_number
 
 logger = logging.getLogger(__name__)

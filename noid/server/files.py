@@ -29,9 +29,10 @@ from noid.core.files import FileStatus, Reading
 from noid.core.model import FileTransfer, Scope, checked_name
 from noid.core.waiting import plain_nursery
 from noid.errors import InvalidRequest, NoidError, NotFound, Unsupported
-from noid.server.guard import current_user, json_reply
+from noid.server.answers import json_reply
 from noid.server.hardening import BrokenOff, Transport, upload
 from noid.server.table import Route
+from noid.server.visit import current_user
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,9 @@ from noid.core.logs import PIECE_BYTES, Log, LogExtent, LogReader
 from noid.core.model import Gap, Scope, checked_name
 from noid.core.vmlogs import LogInfo
 from noid.errors import DeadlineExceeded
-from noid.server.guard import current_user, json_reply
+from noid.server.answers import json_reply
 from noid.server.table import WS, Route
+from noid.server.visit import current_user
 from noid.server.websockets import WebSockets, flag, whole_number
 
 GAP_HEADER = "Noid-Log-Gap"

@@ -8,10 +8,10 @@ from noid.core import power
 from noid.core.agent import Agent
 from noid.core.model import Scope, checked_name
 from noid.errors import InvalidRequest
-from noid.server.guard import current_user
 from noid.server.interim import still_working
 from noid.server.rest import Body, read_body, vm_reply
 from noid.server.table import Route
+from noid.server.visit import current_user
 
 
 class PowerRoutes:

@@ -14,13 +14,14 @@ from noid.core.agent import Agent
 from noid.core.model import Scope, checked_name
 from noid.core.session import Session
 from noid.errors import InvalidRequest, NoidError
-from noid.server.guard import current_user, json_reply, upgrade_required
+from noid.server.answers import json_reply, upgrade_required
 from noid.server.hardening import Transport
 from noid.server.interim import still_working
 from noid.server.relay import await_goodbye, converse
 from noid.server.rest import read_body
 from noid.server.streams import leave, start
 from noid.server.table import WS, Route
+from noid.server.visit import current_user
 from noid.server.websockets import WebSockets, flag, whole_number
 
 WAIT_SECS = 30.0

@@ -25,10 +25,11 @@ from noid.core.model import (
 )
 from noid.core.wire import API_VERSION
 from noid.errors import InvalidRequest
-from noid.server.guard import current_user, json_reply
+from noid.server.answers import json_reply
 from noid.server.interim import still_working
 from noid.server.streams import OUTPUT_BYTES_MAX
 from noid.server.table import Route
+from noid.server.visit import current_user
 
 _MISSING = object()
 

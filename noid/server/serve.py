@@ -16,6 +16,7 @@ from hypercorn.utils import wrap_app
 
 from noid.core.agent import Agent
 from noid.core.config import Config
+from noid.server.answers import Answers
 from noid.server.console import ConsoleRoutes
 from noid.server.files import FileRoutes
 from noid.server.guard import Guard
@@ -24,6 +25,7 @@ from noid.server.listening import tcp_listeners, unix_listener
 from noid.server.logs import LogRoutes
 from noid.server.power import PowerRoutes
 from noid.server.processes import ProcessRoutes
+from noid.server.requestlog import log_requests
 from noid.server.rest import VmRoutes, refuse_no_name
 from noid.server.streams import ExecRoutes
 from noid.server.table import Route, add_routes
@@ -86,9 +88,12 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
     )
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
-    guard = Guard(agent, config)
-    guard.protect(app, add_routes(app, all_routes(agent, WebSockets(config, guard, stopping))))
+    answers = Answers(config)
+    log_requests(app)
+    routes = add_routes(app, all_routes(agent, WebSockets(config, answers, stopping)))
+    Guard(agent, config).protect(app, routes)
     app.before_request(refuse_no_name)
+    app.register_error_handler(Exception, answers.answer)
     return app
 
 

@@ -22,11 +22,12 @@ from noid.core.agent import Agent
 from noid.core.model import ExecRequest, OutputChunk, ProcessExit, Scope, User, checked_name
 from noid.core.session import Session, Viewer
 from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest
-from noid.server.guard import current_user, json_reply, upgrade_required
+from noid.server.answers import json_reply, upgrade_required
 from noid.server.hardening import Transport
 from noid.server.interim import still_working
 from noid.server.relay import await_goodbye, converse
 from noid.server.table import WS, Route
+from noid.server.visit import current_user
 from noid.server.websockets import WebSockets
 
 logger = logging.getLogger(__name__)

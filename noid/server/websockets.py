@@ -10,7 +10,7 @@ from quart import websocket
 from noid.core import wire
 from noid.core.config import Config
 from noid.errors import DependencyDown, InvalidRequest, NoidError
-from noid.server.guard import Guard
+from noid.server.answers import Answers
 from noid.server.hardening import Transport, hold_websocket
 
 GONE_CHECK_SECS = 1.0
@@ -19,9 +19,9 @@ GONE_CHECK_SECS = 1.0
 class WebSockets:
     """At most ``max_ws_sessions`` at a time, each counted from its upgrade on. Setting *stopping* ends all of them."""
 
-    def __init__(self, config: Config, guard: Guard, stopping: trio.Event) -> None:
+    def __init__(self, config: Config, answers: Answers, stopping: trio.Event) -> None:
         self._config = config
-        self._guard = guard
+        self._answers = answers
         self._stopping = stopping
         self._sessions = 0
 
@@ -43,7 +43,7 @@ class WebSockets:
             self._sessions -= 1
 
     def _last_words(self, error: NoidError) -> str:
-        return wire.reply_to_json(wire.ErrorResponse(error=self._guard.public_text(error), code=error.code))
+        return wire.reply_to_json(wire.ErrorResponse(error=self._answers.public_text(error), code=error.code))
 
 
 async def watch_peer(transport: Transport, session: trio.CancelScope) -> None:

@@ -12,8 +12,8 @@ from trio.testing import MockClock
 from trio_websocket import ConnectionRejected
 
 from noid.errors import TooManyRequests
-from noid.server import guard
-from noid.server.guard import FailureLimiter
+from noid.server import limiter
+from noid.server.limiter import FailureLimiter
 
 Server = Any  # see conftest.py
 WRONG = "noid_tok_" + "0" * 64
@@ -121,7 +121,7 @@ async def test_a_replaced_token_is_worth_nothing_at_once(server: Server) -> None
 
 async def test_a_token_that_failed_too_often_is_429_and_others_are_not(server: Server) -> None:
     token = await server.add_user("alice")
-    for _ in range(guard.FAILURES_PER_TOKEN):
+    for _ in range(limiter.FAILURES_PER_TOKEN):
         assert (await server.refused("GET", "/v1/vms", token=WRONG))[0] == 401
     client = await server.tcp()
     answer = await client.ask("GET", "/v1/vms", headers={"authorization": f"Bearer {WRONG}"})
@@ -133,7 +133,7 @@ async def test_a_token_that_failed_too_often_is_429_and_others_are_not(server: S
 async def test_an_address_that_failed_too_often_hears_429_but_a_valid_token_passes(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "FAILURES_PER_ADDRESS", 5)
+    monkeypatch.setattr(limiter, "FAILURES_PER_ADDRESS", 5)
     token = await server.add_user("alice")
     tokens = [f"noid_tok_{n:016}{0:048}" for n in range(7)]
     statuses = [(await server.refused("GET", "/v1/vms", token=wrong))[0] for wrong in tokens]
@@ -144,7 +144,7 @@ async def test_an_address_that_failed_too_often_hears_429_but_a_valid_token_pass
 @pytest.mark.parametrize(("server", "expected"), [({"trust_forwarded_for": True}, 401), ({}, 429)], indirect=["server"])
 async def test_the_address_a_proxy_forwards_counts_only_where_it_is_trusted(server: Server, expected: int) -> None:
     for address in ("192.0.2.1", "192.0.2.2"):
-        for _ in range(guard.FAILURES_PER_TOKEN // 2 + 1):
+        for _ in range(limiter.FAILURES_PER_TOKEN // 2 + 1):
             forwarded = {"x-forwarded-for": f"198.51.100.7, {address}"}
             status = (await server.refused("GET", "/v1/vms", token=WRONG, headers=forwarded))[0]
     assert status == expected
@@ -152,28 +152,28 @@ async def test_the_address_a_proxy_forwards_counts_only_where_it_is_trusted(serv
 
 def test_the_limiter_remembers_a_bounded_number_of_failures() -> None:
     async def flood() -> None:
-        limiter = FailureLimiter()
-        for number in range(guard.FAILURE_KEYS_MAX + 500):
-            limiter.failed(f"address {number}", f"{number:030}")
-        assert len(limiter._failures) <= guard.FAILURE_KEYS_MAX
-        for _ in range(guard.FAILURES_PER_TOKEN):
-            limiter.failed("late", WRONG)
+        counts = FailureLimiter()
+        for number in range(limiter.FAILURE_KEYS_MAX + 500):
+            counts.failed(f"address {number}", f"{number:030}")
+        assert len(counts._failures) <= limiter.FAILURE_KEYS_MAX
+        for _ in range(limiter.FAILURES_PER_TOKEN):
+            counts.failed("late", WRONG)
         with pytest.raises(TooManyRequests):
-            limiter.check("late", WRONG)
+            counts.check("late", WRONG)
 
     trio.run(flood)
 
 
 async def test_failures_are_forgotten_after_their_window(autojump_clock: MockClock) -> None:
-    limiter = FailureLimiter()
-    for _ in range(guard.FAILURES_PER_TOKEN):
-        limiter.failed("there", WRONG)
+    counts = FailureLimiter()
+    for _ in range(limiter.FAILURES_PER_TOKEN):
+        counts.failed("there", WRONG)
     with pytest.raises(TooManyRequests):
-        limiter.check("there", WRONG)
-    await trio.sleep(guard.FAILURE_WINDOW_SECS + 1)
-    limiter.check("there", WRONG)
-    limiter.failed("there", WRONG)
-    limiter.check("there", WRONG)
+        counts.check("there", WRONG)
+    await trio.sleep(limiter.FAILURE_WINDOW_SECS + 1)
+    counts.check("there", WRONG)
+    counts.failed("there", WRONG)
+    counts.check("there", WRONG)
 
 
 # --- what is not yours -----------------------------------------------------------------------------------------------

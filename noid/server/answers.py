@@ -1,0 +1,73 @@
+"""What a client hears: JSON bodies, and of every error its status, its code and the words that are its business."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from quart import Response
+from werkzeug.exceptions import HTTPException
+
+from noid.core.config import Config
+from noid.errors import NoidError, TooManyRequests, Unauthenticated
+from noid.server.limiter import FAILURE_WINDOW_SECS
+from noid.server.visit import visit
+
+logger = logging.getLogger(__name__)
+
+
+def json_reply(body: Any, status: int = 200) -> Response:
+    """Return *body* as compact JSON. Lone surrogates, which UTF-8 cannot carry, become the JSON escapes they are."""
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
+    return Response(text.encode("utf-8", "backslashreplace"), status, content_type="application/json")
+
+
+def upgrade_required(text: str) -> Response:
+    """Return the answer to a plain GET where a WebSocket is: 426."""
+    reply = json_reply({"error": text}, 426)
+    reply.headers["Upgrade"] = "websocket"
+    return reply
+
+
+class Answers:
+    """Turns errors into replies. Host directories are only the local user's business."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    async def answer(self, error: Exception) -> Response:
+        """Return what the client hears of *error*. The one place where errors become statuses."""
+        here = visit()
+        if isinstance(error, HTTPException):
+            return self._http_answer(error)
+        if not isinstance(error, NoidError):
+            logger.error("[%s] request failed", here.id, exc_info=error)
+            text = f"internal error; the server's log says more under {here.id}"
+            return json_reply({"error": text, "code": NoidError.code}, NoidError.status)
+        if error.status >= 500:
+            logger.warning("[%s] %s: %s", here.id, error.code, error, exc_info=error.__cause__)
+        reply = json_reply({"error": self.public_text(error), "code": error.code}, error.status)
+        if isinstance(error, Unauthenticated):
+            reply.headers["WWW-Authenticate"] = "Bearer"
+        if isinstance(error, TooManyRequests):
+            reply.headers["Retry-After"] = str(int(FAILURE_WINDOW_SECS))
+        return reply
+
+    def public_text(self, error: NoidError) -> str:
+        """Return the message of *error* for whoever asked: host directories are only the local user's business."""
+        text = str(error)
+        if not visit().is_local:
+            for directory, stand_in in ((self._config.run_dir, "RUN_DIR"), (self._config.data_dir, "DATA_DIR")):
+                text = text.replace(str(directory), stand_in)
+        return text
+
+    def _http_answer(self, error: HTTPException) -> Response:
+        """Translate the framework's own errors. A wrong method is 404, as it always was in this protocol."""
+        status, code, text = {
+            404: (404, "not_found", "not found"),
+            405: (404, "not_found", "not found"),
+            408: (408, "deadline", "the request's body did not arrive in time"),
+            413: (413, "too_large", "the request's body is over 1 MiB"),
+        }.get(error.code or 500, (error.code or 500, "invalid", error.name.lower()))
+        return json_reply({"error": text, "code": code}, status)

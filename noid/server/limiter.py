@@ -1,0 +1,58 @@
+"""How often somebody may try: failed authentications are counted by address and token, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import trio
+
+from noid.errors import TooManyRequests
+
+FAILURES_PER_TOKEN = 10
+FAILURES_PER_ADDRESS = 100
+FAILURE_WINDOW_SECS = 60.0
+FAILURE_KEYS_MAX = 10_000
+
+_TOKEN_PREFIX = slice(0, 25)  # "noid_tok_" and 16 digits: tells tokens apart without holding one
+
+
+class FailureLimiter:
+    """Counts failed authentications per address and token, and per address, within a window; bounded in memory.
+
+    A token that failed `FAILURES_PER_TOKEN` times from one address is not even looked up. An address that failed
+    `FAILURES_PER_ADDRESS` times with whatever tokens hears 429 for further failures; a valid token still passes,
+    because behind one address there may be many users. (Guessing is hopeless either way: a token has 256 bits.)
+    """
+
+    def __init__(self) -> None:
+        self._failures: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
+
+    def check(self, address: str, token: str) -> None:
+        """Raise if *token* failed too often from *address*.
+
+        Raises:
+            TooManyRequests: it did.
+        """
+        if self._count(address, token[_TOKEN_PREFIX]) >= FAILURES_PER_TOKEN:
+            raise TooManyRequests("too many authentication failures, try again later")
+
+    def failed(self, address: str, token: str) -> None:
+        """Remember that *token* failed from *address*.
+
+        Raises:
+            TooManyRequests: *address* has failed too often.
+        """
+        exceeded = self._count(address, "") >= FAILURES_PER_ADDRESS
+        for key in ((address, token[_TOKEN_PREFIX]), (address, "")):
+            began, count = self._failures.pop(key, (trio.current_time(), 0))
+            if trio.current_time() - began > FAILURE_WINDOW_SECS:
+                began, count = trio.current_time(), 0
+            self._failures[key] = (began, count + 1)
+        while len(self._failures) > FAILURE_KEYS_MAX:
+            self._failures.popitem(last=False)
+        if exceeded:
+            raise TooManyRequests("too many authentication failures, try again later")
+
+    def _count(self, address: str, prefix: str) -> int:
+        began, count = self._failures.get((address, prefix), (0.0, 0))
+        return count if trio.current_time() - began <= FAILURE_WINDOW_SECS else 0
