@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from noid.core import checkpointing, lifecycle, power, saga, states
+from noid.core import checkpointing, lifecycle, pausing, power, saga, states
 from noid.core.backends import (
     AuthBackend,
     Event,
@@ -243,6 +243,36 @@ class Agent:
         vm = self._store.vm(user.id, checked_name(name))
         states.require("reboot", name, vm.state)
         return await self._reboot(user, vm, grace_secs)
+
+    async def pause_vm(self, user: User, name: str) -> Outcome:
+        """Stop the VM's CPUs. Memory, disk, connections and its place on the host stay; a paused VM is fine.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it does not run.
+        """
+        vm = self.vm(user, name)
+        states.require("pause", name, vm.state)
+        if vm.state is VmState.PAUSED and vm.busy is None:
+            return Outcome(vm=vm)
+        return await self._run(
+            pausing.PAUSE_VM, "pause", user, (name,), pausing.facts_of_pause(vm), self._work(user, vm=vm)
+        )
+
+    async def resume_vm(self, user: User, name: str) -> Outcome:
+        """Let the CPUs of a paused VM go on where they stood. A VM that runs is fine.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it is neither paused nor running.
+        """
+        vm = self.vm(user, name)
+        states.require("resume", name, vm.state)
+        if vm.state is VmState.RUNNING and vm.busy is None:
+            return Outcome(vm=vm)
+        return await self._run(
+            pausing.RESUME_VM, "resume", user, (name,), pausing.facts_of_pause(vm), self._work(user, vm=vm)
+        )
 
     async def boot_again(self, vm: Vm) -> None:
         """Start a VM again whose guest has reset its machine."""

@@ -15,7 +15,7 @@ from noid.core.backends import FreezePlan
 from noid.core.ids import new_checkpoint_id
 from noid.core.machines import GOLDEN
 from noid.core.manifest import Manifest
-from noid.core.model import Checkpoint, Vm, now
+from noid.core.model import Checkpoint, Vm, VmState, now
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.work import Work, given
@@ -54,9 +54,10 @@ async def abandon_freeze(work: Work, facts: Facts) -> None:
 
 
 async def capture_machine(work: Work, facts: Facts) -> dict[str, Any]:
-    """The pause. The guest runs again when this returns or raises."""
+    """The pause. The guest runs again when this returns or raises, unless it was paused before: then it stays so."""
     machine, plan, into = given(work.machine), given(work.freeze_plan), _partial(work, facts)
-    work.frozen = await freezing.freeze(machine, work.services.storage, plan, into, resume=True)
+    resume = given(work.vm).state is not VmState.PAUSED
+    work.frozen = await freezing.freeze(machine, work.services.storage, plan, into, resume=resume)
     return {"pause_secs": work.frozen.pause_secs, "changed_bytes": work.frozen.capture.changed_bytes}
 
 

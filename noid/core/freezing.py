@@ -31,7 +31,8 @@ class Pause:
 async def paused(machine: Machine, *, resume: bool = True) -> AsyncIterator[Pause]:
     """Pause *machine* for the block. It runs again afterwards, whatever failed and whoever was cancelled.
 
-    Resuming has its own shield and deadline. With *resume* false the machine stays paused: it is about to be ended.
+    Resuming has its own shield and deadline. With *resume* false the machine stays paused: it was before, or is
+    about to be ended.
 
     Raises:
         DependencyDown: the machine did not resume; it has ended or hangs.

@@ -55,9 +55,21 @@ class Health:
         self.responding: bool | None = None
         self.unresponsive_since: datetime | None = None
         self._name = name
+        self._suspended = False
+
+    def suspend(self) -> None:
+        """Ask nothing, and know nothing: the guest is about to be paused, and its silence means nothing."""
+        self._suspended = True
+        self.responding = self.unresponsive_since = None
+
+    def go_on(self) -> None:
+        """Look after the guest again: its CPUs run."""
+        self._suspended = False
 
     def heard(self) -> None:
         """Take notice that the guest has just answered somebody."""
+        if self._suspended:
+            return  # that was before
         if self.responding is False:
             logger.warning("machine %s answers again", self._name)
         self.responding, self.unresponsive_since = True, None
@@ -72,7 +84,7 @@ class Health:
             if idle_secs < PING_EVERY_SECS:
                 self.heard()
             else:
-                if not line.is_seen:
+                if not line.is_seen and not self._suspended:
                     await self.ask(line, ANSWER_SECS)
                 idle_secs = 0.0
             await trio.sleep(PING_EVERY_SECS - idle_secs)
@@ -90,6 +102,8 @@ class Health:
             else:
                 self.heard()
                 return True
+        if self._suspended:  # meanwhile
+            return False
         if self.responding is not False:
             logger.warning("machine %s does not answer: %s", self._name, problem)
             self.unresponsive_since = asked_at

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from noid import hostfs
-from noid.core import deeds, processes
+from noid.core import deeds, pausing, processes
 from noid.core import manifest as manifests
 from noid.core.backends import LaunchPlan
 from noid.core.machines import end_machine, lease_network, wake_because
@@ -84,8 +84,9 @@ async def settle(work: Work, facts: Facts) -> None:
     Also after a crash, when recovery has found no machine and called the VM dead.
     """
     services = work.services
-    if _has_machine(work, facts):
-        return  # if it was asked to end and does so later, its end is written down then
+    if _has_machine(work, facts):  # if it was asked to end and does so later, its end is written down then
+        await _stand_still_again(work, facts)
+        return
     await trio.to_thread.run_sync(processes.end_instance, services.config.data_dir, facts["instance"])
 
     def change(tx: Tx) -> None:
@@ -94,6 +95,13 @@ async def settle(work: Work, facts: Facts) -> None:
             tx.update_vm(vm, state=VmState.STOPPED, process=None, ended=_ended(facts))
 
     await services.store.write(change)
+
+
+async def _stand_still_again(work: Work, facts: Facts) -> None:
+    """Pause the machine of a paused VM, which was let go so that its guest could hear that it shall end."""
+    vm = next((vm for vm in work.services.store.all_vms() if vm.id == facts["vm_id"]), None)
+    if vm is not None and vm.state is VmState.PAUSED:
+        await pausing.if_it_lives(work, facts, pausing.stand_still)
 
 
 async def end_launched(work: Work, facts: Facts) -> None:

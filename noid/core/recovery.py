@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from noid import hostfs
-from noid.core import checkpointing, deeds, lifecycle, power, processes, saga
+from noid.core import checkpointing, deeds, lifecycle, pausing, power, processes, saga
 from noid.core import manifest as manifests
 from noid.core.backends import Machine, MachinePlan
 from noid.core.model import Checkpoint, User, Vm, VmState, now
@@ -47,6 +47,8 @@ SAGAS: dict[str, Saga[Work]] = {
         power.STOP_VM,
         power.START_VM,
         power.REBOOT_VM,
+        pausing.PAUSE_VM,
+        pausing.RESUME_VM,
     )
 }
 
@@ -136,8 +138,10 @@ async def _take_hold(services: Services, vm: Vm) -> None:
             machine = await services.vmm.adopt(vm.process, plan, directory / "memory")
             if vm.state is VmState.RUNNING:
                 await machine.resume()  # the last agent may have died inside a pause
+            else:
+                await machine.pause()  # or while it let go of one
     except (NoidError, trio.TooSlowError) as error:
-        why = str(error) or f"it does not resume within {ADOPT_SECS:g} s"
+        why = str(error) or f"it does not become {vm.state} within {ADOPT_SECS:g} s"
         logger.warning("VM %s (%s) is dead: %s", vm.name, vm.instance, why, extra={"vm": vm.name, "owner": vm.owner})
         if machine is not None:
             await machine.aclose()
@@ -146,6 +150,8 @@ async def _take_hold(services: Services, vm: Vm) -> None:
         await services.store.write(lambda tx: tx.update_vm(vm, state=VmState.DEAD, process=None, ended=why))
         return
     link = services.supervisor.link(machine, directory, await trio.to_thread.run_sync(_reached_by, directory))
+    if vm.state is VmState.PAUSED:
+        link.health.suspend()
     services.supervisor.hold(vm.id, vm.instance, machine, link)
     logger.info("adopted VM %s (%s)", vm.name, vm.instance, extra={"vm": vm.name, "owner": vm.owner})
 

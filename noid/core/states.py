@@ -38,13 +38,15 @@ ALLOWED: dict[str, frozenset[VmState]] = {
     "stop": frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DEAD}),
     "start": frozenset({_S.RUNNING, _S.STOPPED, _S.DEAD}),
     "reboot": frozenset({_S.RUNNING, _S.PAUSED}),
+    "pause": frozenset({_S.RUNNING, _S.PAUSED}),
+    "resume": frozenset({_S.RUNNING, _S.PAUSED}),
 }
 
 _HINTS = {
     _S.DEAD: "Its machine has ended: boot its disk with `noid start {name}`, restore it from a checkpoint, or destroy "
     "it.",
     _S.STOPPED: "Start it with `noid start {name}`, restore it from a checkpoint, or destroy it.",
-    _S.PAUSED: "Resume it first.",
+    _S.PAUSED: "Resume it with `noid resume {name}`.",
     _S.CREATING: "Wait until it is there.",
     _S.DESTROYING: "It is being destroyed; `noid destroy` again finishes that.",
     _S.RESTORING: "Wait until the restore has ended.",

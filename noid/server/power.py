@@ -1,4 +1,4 @@
-"""The routes that stop, start and reboot a VM. Each returns when that has happened, with how long its steps took."""
+"""The routes that stop, start, reboot, pause and resume a VM. Each returns when that is done, with its steps' times."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ from noid.server.visit import current_user
 
 
 class PowerRoutes:
-    """``/v1/vms/<name>/stop``, ``/start`` and ``/reboot``: 200 with the VM as it is then. Bodies may be missing."""
+    """``/v1/vms/<name>/stop``, ``/start``, ``/reboot``, ``/pause``, ``/resume``: 200 with the VM as it is then.
+
+    Bodies may be missing.
+    """
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
 
     def routes(self) -> list[Route]:
         """Return the lines of the table."""
-        verbs = {"stop": self.stop, "start": self.start, "reboot": self.reboot}
+        verbs = {
+            "stop": self.stop,
+            "start": self.start,
+            "reboot": self.reboot,
+            "pause": self.pause,
+            "resume": self.resume,
+        }
         return [
             Route(method="POST", path=f"/v1/vms/<name>/{verb}", handler=handler, scope=Scope.MANAGE)
             for verb, handler in verbs.items()
@@ -49,6 +58,20 @@ class PowerRoutes:
         grace_secs = _grace_secs(await read_body(may_be_empty=True))
         async with still_working():
             outcome = await self._agent.reboot_vm(current_user(), name, grace_secs)
+        return vm_reply(outcome, 200)
+
+    async def pause(self, name: str) -> Response:
+        """Stop the VM's CPUs; everything else of it stays."""
+        checked_name(name)
+        async with still_working():
+            outcome = await self._agent.pause_vm(current_user(), name)
+        return vm_reply(outcome, 200)
+
+    async def resume(self, name: str) -> Response:
+        """Let the CPUs of a paused VM go on."""
+        checked_name(name)
+        async with still_working():
+            outcome = await self._agent.resume_vm(current_user(), name)
         return vm_reply(outcome, 200)
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import trio
 
-from noid.core import checkpointing, lifecycle, power
+from noid.core import checkpointing, lifecycle, pausing, power
 from noid.core import saga as engine
 from noid.core.saga import Facts, Saga, Step
 from noid.core.work import Work
@@ -34,6 +34,8 @@ SAGAS: Mapping[str, tuple[ModuleType, str]] = {
     "stop": (power, "STOP_VM"),
     "start": (power, "START_VM"),
     "reboot": (power, "REBOOT_VM"),
+    "pause": (pausing, "PAUSE_VM"),
+    "resume": (pausing, "RESUME_VM"),
 }
 
 #: How a step is broken. ``killed in undo``: the last step fails, and the agent is killed right after this one's undo.
@@ -71,6 +73,8 @@ CALLS: Mapping[str, tuple[str, ...]] = {
     "stop": ("power_off",),
     "start": ("launch", "connect", "start", "wake"),
     "reboot": ("reboot", "launch", "connect", "start", "wake"),
+    "pause": ("pause",),
+    "resume": ("resume",),
 }
 
 _SENSELESS = {
@@ -80,6 +84,8 @@ _SENSELESS = {
     ("checkpoint", "capture"): ("VMM dies",),
     ("checkpoint", "capture.finish"): ("VMM dies",),
     ("checkpoint", "resume"): ("VMM dies", "refuses before"),
+    ("pause", "pause"): ("VMM dies",),
+    ("resume", "resume"): ("VMM dies",),
     # The machine may end before the agent knows that it was heard.
     ("stop", "power_off"): ("VMM dies", "refuses after", "killed after"),
     ("reboot", "reboot"): ("VMM dies", "refuses after", "killed after"),

@@ -37,11 +37,12 @@ from noid.testing.faults import Faults
 from noid.testing.processes import marked_processes
 from noid.testing.saga_grid import Cell, broken
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
+from noid.testing.simulated_vmm import SimulatedMachine
 
 MEM_MIB = 64
 CELL_SECS = 30.0
 GRACE_SECS = 5.0
-POWER = ("stop", "start", "reboot")
+POWER = ("stop", "start", "reboot", "pause", "resume")
 #: What is done to another VM than ``web``, which is made for it.
 VICTIMS = ("destroy", *POWER)
 
@@ -96,6 +97,10 @@ class World:
                 await agent.start_vm(user, "victim")
             case "reboot":
                 await agent.reboot_vm(user, "victim", GRACE_SECS)
+            case "pause":
+                await agent.pause_vm(user, "victim")
+            case "resume":
+                await agent.resume_vm(user, "victim")
 
     def run_broken(self, cell: Cell) -> str:
         """Run the operation, broken, in a process of its own; return how it ended: an error, ``done``, ``killed``."""
@@ -182,9 +187,11 @@ class World:
             await _said(guest, "echo kept > /root/word; sync")
         if saga == "start":
             await agent.stop_vm(user, "victim", GRACE_SECS)
+        if saga == "resume":
+            await agent.pause_vm(user, "victim")
 
     async def _look_at_victim(self, agent: Agent, cell: Cell, *, happened: bool) -> None:
-        """See to it that the victim runs or is stopped, whichever it may; a reboot cut off by a crash is finished."""
+        """See to it that the victim is what it may be, and says so; a reboot cut off by a crash is finished."""
         user = agent.local_user()
         with trio.fail_after(CELL_SECS):
             while True:
@@ -194,11 +201,16 @@ class World:
                 if victim.busy is None and not finishing:
                     break
                 await trio.sleep(0.01)  # the agent finishes it by itself and tells nobody
-        allowed = {VmState.RUNNING, VmState.STOPPED}
+        other = VmState.PAUSED if cell.saga in ("pause", "resume") else VmState.STOPPED
+        allowed = {VmState.RUNNING, other}
         if happened:
-            allowed = {VmState.STOPPED} if cell.saga == "stop" else {VmState.RUNNING}
+            allowed = {other} if cell.saga in ("stop", "pause") else {VmState.RUNNING}
         assert victim.state in allowed, f"the victim is {victim.state}"
         assert (victim.process is None) == (victim.state is VmState.STOPPED), f"{victim.state} with {victim.process}"
+        if victim.process is not None:
+            machine = agent.services.supervisor.get(victim).machine
+            assert isinstance(machine, SimulatedMachine)
+            assert (await machine.ask("status"))["paused"] is (victim.state is VmState.PAUSED), "its CPUs and its row"
 
     async def _finish_victim(self, agent: Agent, saga: str) -> None:
         """The operation has been tried again: the victim is what it should be, and has its disk."""
@@ -206,6 +218,9 @@ class World:
         if saga == "stop":
             assert agent.vm(user, "victim").state is VmState.STOPPED
             await agent.start_vm(user, "victim")
+        if saga == "pause":
+            assert agent.vm(user, "victim").state is VmState.PAUSED
+            await agent.resume_vm(user, "victim")
         async with agent.guest(user, "victim") as guest:
             assert await _said(guest, "cat /root/word") == b"kept\n", "the victim's disk"
             assert await _said(guest, "hostname") == b"victim\n", "the victim's name"

@@ -29,6 +29,8 @@ MAY = {
     "stop": "rpsd",
     "start": "rsd",
     "reboot": "rp",
+    "pause": "rp",
+    "resume": "rp",
 }
 
 

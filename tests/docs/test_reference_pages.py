@@ -159,7 +159,7 @@ def test_the_objects_on_the_page_have_the_fields_they_really_have(page: Pages) -
 
 
 def test_every_state_is_on_the_page_with_what_can_be_done_in_it(page: Pages) -> None:
-    order = ("exec", "checkpoint", "restore", "stop", "start", "reboot", "destroy")
+    order = ("exec", "checkpoint", "restore", "pause", "resume", "stop", "start", "reboot", "destroy")
     documented = {row[0]: row[2] for row in page("docs/http.md").rows("state", "meaning", "what can be done")}
     assert documented.keys() == set(VmState)
     for state, text in documented.items():
