@@ -22,6 +22,8 @@ from noid.core.waiting import plain_nursery
 from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest, NoidError
 from noid.server.answers import upgrade_required
 from noid.server.hardening import Transport
+from noid.server.schemas.failures import GUEST, UPGRADE_REQUIRED
+from noid.server.schemas.logs import CONSOLE
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
 from noid.server.websockets import WebSockets, flag, watch_peer, whole_number
@@ -44,9 +46,15 @@ class ConsoleRoutes:
         """Return the lines of the table."""
         path = "/v1/vms/<name>/console"
         return [
-            Route(method="GET", path=path, handler=self.upgrade_required, scope=Scope.EXEC),
-            Route(method=WS, path=path, handler=self.stream, scope=Scope.EXEC),
-        ]
+            Route(
+                method="GET", path=path, handler=self.upgrade_required, scope=Scope.EXEC,
+                answers={426: UPGRADE_REQUIRED},
+            ),
+            Route(
+                method=WS, path=path, handler=self.stream, scope=Scope.EXEC,
+                query=CONSOLE, answers={101: None}, errors=GUEST,
+            ),
+        ]  # fmt: skip
 
     async def upgrade_required(self, name: str) -> Response:
         """Say that GET is for WebSockets: 426."""

@@ -31,12 +31,14 @@ from noid.core.waiting import plain_nursery
 from noid.errors import InvalidRequest, NoidError, NotFound, Unsupported
 from noid.server.answers import json_reply
 from noid.server.hardening import BrokenOff, Transport, upload
+from noid.server.schemas.failures import GUEST
+from noid.server.schemas.files import FROM, INTO, READ, READ_PART, TAR, UPLOAD, WRITTEN
+from noid.server.schemas.vocabulary import text
 from noid.server.table import Route
 from noid.server.visit import current_user
 
 logger = logging.getLogger(__name__)
 
-TAR = "application/x-tar"
 BODY_SILENCE_SECS = 30.0
 GONE_CHECK_SECS = 1.0
 
@@ -55,9 +57,17 @@ class FileRoutes:
         """Return the lines of the table."""
         path = "/v1/vms/<name>/files"
         return [
-            Route(method="GET", path=path, handler=self.get, scope=Scope.EXEC, head=True),
-            Route(method="PUT", path=path, handler=self.put, scope=Scope.EXEC),
-        ]
+            Route(
+                method="GET", path=path, handler=self.get, scope=Scope.EXEC, head=True,
+                query=FROM, headers={"Range?": text(), "If-Range?": text()},
+                answers={200: READ, 206: READ_PART}, errors=GUEST | {416, 507},
+            ),
+            Route(
+                method="PUT", path=path, handler=self.put, scope=Scope.EXEC,
+                query=INTO, headers={"Repr-Digest?": text()},
+                body=UPLOAD, answers={200: WRITTEN}, errors=GUEST | {507},
+            ),
+        ]  # fmt: skip
 
     async def get(self, name: str) -> Response:
         """Send a file; a directory, or with ``Accept: application/x-tar`` anything, as a tar stream.

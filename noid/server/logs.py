@@ -22,6 +22,8 @@ from noid.core.model import Gap, Scope, checked_name
 from noid.core.vmlogs import LogInfo
 from noid.errors import DeadlineExceeded
 from noid.server.answers import json_reply
+from noid.server.schemas.logs import FOLLOW, LOG, READ, READ_PART, STREAM
+from noid.server.schemas.vocabulary import array, text
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
 from noid.server.websockets import WebSockets, flag, whole_number
@@ -42,10 +44,16 @@ class LogRoutes:
         """Return the lines of the table."""
         logs = "/v1/vms/<name>/logs"
         return [
-            Route(method="GET", path=logs, handler=self.infos, scope=Scope.EXEC),
-            Route(method="GET", path=f"{logs}/<log>", handler=self.read, scope=Scope.EXEC),
-            Route(method=WS, path=f"{logs}/<log>", handler=self.stream, scope=Scope.EXEC),
-        ]
+            Route(method="GET", path=logs, handler=self.infos, scope=Scope.EXEC, answers={200: array(LOG)}),
+            Route(
+                method="GET", path=f"{logs}/<log>", handler=self.read, scope=Scope.EXEC,
+                query=FOLLOW, headers={"Range?": text()}, answers={200: READ, 206: READ_PART}, errors=frozenset({416}),
+            ),
+            Route(
+                method=WS, path=f"{logs}/<log>", handler=self.stream, scope=Scope.EXEC,
+                query=STREAM, answers={101: None},
+            ),
+        ]  # fmt: skip
 
     async def infos(self, name: str) -> Response:
         """List the VM's logs."""

@@ -10,6 +10,9 @@ from noid.core.model import Scope, checked_name
 from noid.errors import InvalidRequest
 from noid.server.interim import still_working
 from noid.server.rest import Body, read_body, vm_reply
+from noid.server.schemas.failures import OPERATION
+from noid.server.schemas.vms import STOP, VM_CHANGED
+from noid.server.schemas.vocabulary import optional_json
 from noid.server.table import Route
 from noid.server.visit import current_user
 
@@ -25,17 +28,21 @@ class PowerRoutes:
 
     def routes(self) -> list[Route]:
         """Return the lines of the table."""
+        stop = optional_json(STOP)
         verbs = {
-            "stop": self.stop,
-            "start": self.start,
-            "reboot": self.reboot,
-            "pause": self.pause,
-            "resume": self.resume,
+            "stop": (self.stop, stop),
+            "start": (self.start, None),
+            "reboot": (self.reboot, stop),
+            "pause": (self.pause, None),
+            "resume": (self.resume, None),
         }
         return [
-            Route(method="POST", path=f"/v1/vms/<name>/{verb}", handler=handler, scope=Scope.MANAGE)
-            for verb, handler in verbs.items()
-        ]
+            Route(
+                method="POST", path=f"/v1/vms/<name>/{verb}", handler=handler, scope=Scope.MANAGE,
+                body=body, answers={200: VM_CHANGED}, errors=OPERATION,
+            )
+            for verb, (handler, body) in verbs.items()
+        ]  # fmt: skip
 
     async def stop(self, name: str) -> Response:
         """Let the guest shut down; ``how`` in the answer says whether it did, or had to be killed."""

@@ -19,6 +19,9 @@ from noid.server.hardening import Transport
 from noid.server.interim import still_working
 from noid.server.relay import await_goodbye, converse
 from noid.server.rest import read_body
+from noid.server.schemas.failures import GUEST, UPGRADE_REQUIRED
+from noid.server.schemas.processes import ATTACH, COMMAND, PROCESS, SIGNAL
+from noid.server.schemas.vocabulary import array, number
 from noid.server.streams import leave, start
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
@@ -41,18 +44,38 @@ class ProcessRoutes:
         processes = "/v1/vms/<name>/processes"
         process = f"{processes}/<process>"
         return [
-            Route(method=method, path=path, handler=handler, scope=Scope.EXEC)
-            for method, path, handler in (
-                ("GET", processes, self.all),
-                ("POST", processes, self.start),
-                ("GET", process, self.one),
-                ("DELETE", process, self.end),
-                ("GET", f"{process}/wait", self.wait),
-                ("POST", f"{process}/signal", self.signal),
-                ("GET", f"{process}/attach", self.upgrade_required),
-                (WS, f"{process}/attach", self.attach),
-            )
-        ]
+            Route(
+                method="GET", path=processes, handler=self.all, scope=Scope.EXEC,
+                answers={200: array(PROCESS)}, errors=GUEST,
+            ),
+            Route(
+                method="POST", path=processes, handler=self.start, scope=Scope.EXEC,
+                body=COMMAND, answers={201: PROCESS}, errors=GUEST,
+            ),
+            Route(
+                method="GET", path=process, handler=self.one, scope=Scope.EXEC, answers={200: PROCESS}, errors=GUEST
+            ),
+            Route(
+                method="DELETE", path=process, handler=self.end, scope=Scope.EXEC, answers={204: None}, errors=GUEST
+            ),
+            Route(
+                method="GET", path=f"{process}/wait", handler=self.wait, scope=Scope.EXEC,
+                query={"timeout_secs?": number(0, WAIT_SECS_MAX, default=WAIT_SECS)},
+                answers={200: PROCESS}, errors=GUEST,
+            ),
+            Route(
+                method="POST", path=f"{process}/signal", handler=self.signal, scope=Scope.EXEC,
+                body=SIGNAL, answers={204: None}, errors=GUEST,
+            ),
+            Route(
+                method="GET", path=f"{process}/attach", handler=self.upgrade_required, scope=Scope.EXEC,
+                answers={426: UPGRADE_REQUIRED},
+            ),
+            Route(
+                method=WS, path=f"{process}/attach", handler=self.attach, scope=Scope.EXEC,
+                query=ATTACH, answers={101: None}, errors=GUEST,
+            ),
+        ]  # fmt: skip
 
     async def all(self, name: str) -> Response:
         """List the VM's processes, oldest first."""

@@ -27,6 +27,11 @@ from noid.core.wire import API_VERSION
 from noid.errors import InvalidRequest
 from noid.server.answers import json_reply
 from noid.server.interim import still_working
+from noid.server.schemas.checkpoints import CHECKPOINT, CHECKPOINT_TAKEN, TAKE
+from noid.server.schemas.failures import OPERATION
+from noid.server.schemas.server import CAPABILITIES, HEALTH, VERSION, WHOAMI
+from noid.server.schemas.vms import CREATE, DESTROYED, RESTORE, VM, VM_CHANGED
+from noid.server.schemas.vocabulary import array, optional_json
 from noid.server.streams import OUTPUT_BYTES_MAX
 from noid.server.table import Route
 from noid.server.visit import current_user
@@ -44,18 +49,32 @@ class VmRoutes:
         """Return the lines of the table."""
         vms, vm = "/v1/vms", "/v1/vms/<name>"
         return [
-            Route(method="GET", path="/healthz", handler=self.healthz, scope=None),
-            Route(method="GET", path="/version", handler=self.version, scope=None),
-            Route(method="GET", path="/v1/whoami", handler=self.whoami),
-            Route(method="GET", path="/v1/capabilities", handler=self.capabilities),
-            Route(method="POST", path=vms, handler=self.create, scope=Scope.MANAGE),
-            Route(method="GET", path=vms, handler=self.vms),
-            Route(method="GET", path=vm, handler=self.vm),
-            Route(method="DELETE", path=vm, handler=self.destroy, scope=Scope.MANAGE),
-            Route(method="POST", path=f"{vm}/checkpoints", handler=self.checkpoint, scope=Scope.MANAGE),
-            Route(method="GET", path=f"{vm}/checkpoints", handler=self.checkpoints),
-            Route(method="POST", path=f"{vm}/restore", handler=self.restore, scope=Scope.MANAGE),
-        ]
+            Route(method="GET", path="/healthz", handler=self.healthz, scope=None, answers={200: HEALTH}),
+            Route(method="GET", path="/version", handler=self.version, scope=None, answers={200: VERSION}),
+            Route(method="GET", path="/v1/whoami", handler=self.whoami, answers={200: WHOAMI}),
+            Route(method="GET", path="/v1/capabilities", handler=self.capabilities, answers={200: CAPABILITIES}),
+            Route(
+                method="POST", path=vms, handler=self.create, scope=Scope.MANAGE,
+                body=CREATE, answers={201: VM_CHANGED}, errors=OPERATION | {404},
+            ),
+            Route(method="GET", path=vms, handler=self.vms, answers={200: array(VM)}),
+            Route(method="GET", path=vm, handler=self.vm, answers={200: VM}),
+            Route(
+                method="DELETE", path=vm, handler=self.destroy, scope=Scope.MANAGE,
+                answers={204: DESTROYED}, errors=OPERATION,
+            ),
+            Route(
+                method="POST", path=f"{vm}/checkpoints", handler=self.checkpoint, scope=Scope.MANAGE,
+                body=optional_json(TAKE), answers={201: CHECKPOINT_TAKEN}, errors=OPERATION,
+            ),
+            Route(
+                method="GET", path=f"{vm}/checkpoints", handler=self.checkpoints, answers={200: array(CHECKPOINT)}
+            ),
+            Route(
+                method="POST", path=f"{vm}/restore", handler=self.restore, scope=Scope.MANAGE,
+                body=RESTORE, answers={200: VM_CHANGED}, errors=OPERATION,
+            ),
+        ]  # fmt: skip
 
     async def healthz(self) -> Response:
         """Say that requests are answered."""

@@ -23,6 +23,7 @@ from noid.server.guard import Guard
 from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
 from noid.server.listening import tcp_listeners, unix_listener
 from noid.server.logs import LogRoutes
+from noid.server.openapi import DocumentRoutes
 from noid.server.power import PowerRoutes
 from noid.server.processes import ProcessRoutes
 from noid.server.requestlog import log_requests
@@ -99,7 +100,7 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
 
 def all_routes(agent: Agent, websockets: WebSockets) -> list[Route]:
     """Return everything a server answers, as a table."""
-    return [
+    routes = [
         *VmRoutes(agent).routes(),
         *PowerRoutes(agent).routes(),
         *ExecRoutes(agent, websockets).routes(),
@@ -108,6 +109,8 @@ def all_routes(agent: Agent, websockets: WebSockets) -> list[Route]:
         *LogRoutes(agent, websockets).routes(),
         *FileRoutes(agent).routes(),
     ]
+    routes += DocumentRoutes(lambda: routes).routes()
+    return routes
 
 
 async def _stop_on_signal(signals: AsyncIterator[int], stopping: trio.Event, everything: trio.CancelScope) -> None:

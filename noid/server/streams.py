@@ -26,6 +26,8 @@ from noid.server.answers import json_reply, upgrade_required
 from noid.server.hardening import Transport
 from noid.server.interim import still_working
 from noid.server.relay import await_goodbye, converse
+from noid.server.schemas.failures import GUEST, UPGRADE_REQUIRED
+from noid.server.schemas.processes import COMMAND, OUTPUT
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
 from noid.server.websockets import WebSockets
@@ -49,10 +51,18 @@ class ExecRoutes:
         """Return the lines of the table."""
         path = "/v1/vms/<name>/exec"
         return [
-            Route(method="POST", path=path, handler=self.collect, scope=Scope.EXEC),
-            Route(method="GET", path=path, handler=self.upgrade_required, scope=Scope.EXEC),
-            Route(method=WS, path=path, handler=self.stream, scope=Scope.EXEC),
-        ]
+            Route(
+                method="POST", path=path, handler=self.collect, scope=Scope.EXEC,
+                body=COMMAND, answers={200: OUTPUT}, errors=GUEST,
+            ),
+            Route(
+                method="GET", path=path, handler=self.upgrade_required, scope=Scope.EXEC,
+                answers={426: UPGRADE_REQUIRED},
+            ),
+            Route(
+                method=WS, path=path, handler=self.stream, scope=Scope.EXEC, answers={101: None}, errors=GUEST
+            ),
+        ]  # fmt: skip
 
     async def upgrade_required(self, name: str) -> Response:
         """Say that GET is for WebSockets: 426."""

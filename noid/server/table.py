@@ -1,17 +1,21 @@
 """The table of routes: what a server answers, to whom, and what it says of itself. Everything else is read off it.
 
 The guard asks it what a caller needs, the OpenAPI document and the tests of tenants and of transcripts are generated
-from it: a route that is not here does not exist, and one that is here is checked.
+from it: a route that is not here does not exist, and one that is here is checked. How what a route takes and answers is
+written down: `noid.server.schemas`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from noid.core.model import Scope
 from noid.server.hardening import App
+from noid.server.schemas import failures
+from noid.server.schemas.vocabulary import Answer, Content, Schema
 
 WS = "WS"
 """The method of a WebSocket's route."""
@@ -24,9 +28,14 @@ class Route:
     Attributes:
         method: An HTTP method, or `WS`.
         path: As the router has it: ``/v1/vms/<name>``.
-        handler: Is given the names in the path; what it raises the guard answers. Its docstring's first line is the
-            route's summary.
+        handler: Is given the names in the path; what it raises the guard answers. Its docstring is the route's summary
+            (the first line) and description.
+        answers: What each status that is no failure comes with.
         scope: What a caller's token must allow. None: anybody may ask, without a token.
+        body: What the request carries: JSON of that schema, or something else. None: nothing is read.
+        query: What may follow the question mark. A name that ends in ``?`` may be missing.
+        headers: Request headers that mean something here. Names as in *query*.
+        errors: Statuses of failures, beyond those that follow from the above: see `failures`.
         also: Other paths of the same route: older spellings.
         head: Whether HEAD is answered too.
     """
@@ -34,7 +43,12 @@ class Route:
     method: str
     path: str
     handler: Callable[..., Awaitable[Any]]
+    answers: Mapping[int, Answer]
     scope: Scope | None = Scope.READ
+    body: Schema | Content | None = None
+    query: Mapping[str, Schema] = field(default_factory=dict)
+    headers: Mapping[str, Schema] = field(default_factory=dict)
+    errors: frozenset[int] = frozenset()
     also: tuple[str, ...] = field(default=())
     head: bool = False
 
@@ -42,6 +56,26 @@ class Route:
     def endpoint(self) -> str:
         """Its name in the application: method and path."""
         return f"{self.method} {self.path}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names in its path, without the brackets."""
+        return tuple(re.findall("<([a-z_]+)>", self.path))
+
+    @property
+    def failures(self) -> frozenset[int]:
+        """Every status that an error of it may have."""
+        derived = failures.OF_EVERY_ROUTE
+        for applies, statuses in (
+            (self.scope is not None, failures.OF_A_SCOPE),
+            (self.names, failures.OF_A_NAME_IN_THE_PATH),
+            (self.query, failures.OF_A_QUERY),
+            (self.body is not None, failures.OF_A_BODY),
+            (self.method == WS, failures.OF_A_WEBSOCKET),
+        ):
+            if applies:
+                derived |= statuses
+        return derived | self.errors
 
 
 def add_routes(app: App, routes: Iterable[Route]) -> Mapping[str, Route]:

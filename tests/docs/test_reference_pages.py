@@ -18,7 +18,6 @@ from typing import Any
 
 import click
 import pytest
-import trio
 from noid_auth_token.tokens import open_tokens
 
 from noid import errors, hookspecs
@@ -31,7 +30,12 @@ from noid.core.store import open_store
 from noid.core.wire import request_from_json
 from noid.server import command as server_command
 from noid.server.rest import checkpoint_fields, vm_fields
-from noid.server.serve import create_app
+from noid.server.schemas.checkpoints import CHECKPOINT
+from noid.server.schemas.logs import LOG
+from noid.server.schemas.processes import PROCESS
+from noid.server.schemas.vms import VM
+from noid.server.schemas.vocabulary import JSON, Content, Record
+from noid.server.serve import all_routes
 
 ROOT = Path(__file__).parents[2]
 Page = Any  # see conftest.py
@@ -126,16 +130,25 @@ def test_every_hook_is_on_the_page_with_its_exact_signature(page: Pages) -> None
 # --- HTTP ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_route_is_on_the_page(page: Pages) -> None:
-    app = create_app(typing.cast("Any", object()), Config(data_dir=Path("/nowhere")), trio.Event())
-    served = {
-        ("WS" if rule.websocket else method, rule.rule)
-        for rule in app.url_map.iter_rules()
-        for method in (rule.methods or {"WS"}) - {"HEAD", "OPTIONS"}
-        if rule.rule != "/v1/vms/"
-    }
-    documented = [row[:2] for row in page("docs/http.md").rows("method", "path", "body", "success")]
-    assert sorted(documented) == sorted(served)
+ROUTES = all_routes(typing.cast("Any", object()), typing.cast("Any", object()))
+
+
+def test_every_route_is_on_the_page_with_its_body_and_answers(page: Pages) -> None:
+    rows = page("docs/http.md").rows("method", "path", "body", "success")
+    assert sorted(row[:2] for row in rows) == sorted((route.method, route.path) for route in ROUTES)
+    table = {(route.method, route.path): route for route in ROUTES}
+    for method, path, body, success in rows:
+        route = table[method, path]
+        statuses = {int(status) for status in re.findall(r"\b[1-5]\d\d\b", success)}
+        assert route.answers.keys() <= statuses <= route.answers.keys() | route.failures, f"{method} {path}"
+        content = route.body if isinstance(route.body, Content) else Content(media={JSON: route.body or {}})
+        assert (body == "") == (route.body is None), f"{method} {path}"
+        assert ("may be missing" in body) == (not content.required), f"{method} {path}"
+        fields = re.findall("`([a-z_]+)`", re.sub(r"\(.*?\)", "", body))
+        if fields:
+            record = content.media[JSON]
+            assert isinstance(record, Record)
+            assert fields == list(record.schema["properties"]), f"{method} {path}"
 
 
 def test_the_objects_on_the_page_have_the_fields_they_really_have(page: Pages) -> None:
@@ -151,6 +164,8 @@ def test_the_objects_on_the_page_have_the_fields_they_really_have(page: Pages) -
     http = page("docs/http.md")
     assert list(json.loads(http.section("VM").blocks("json")[0])) == list(vm_fields(vm))
     assert list(json.loads(http.section("Checkpoint").blocks("json")[0])) == list(checkpoint_fields(checkpoint))
+    for section, record in (("VM", VM), ("Checkpoint", CHECKPOINT), ("Processes", PROCESS), ("Logs", LOG)):
+        assert list(json.loads(http.section(section).blocks("json")[0])) == list(record.schema["properties"]), section
     command = http.section("Exec").blocks("json")[0]
     request = request_from_json(command)
     assert (request.argv[0], request.cwd, request.user, request.stdin, request.timeout_secs) == (

@@ -1,0 +1,31 @@
+"""Checkpoints: what one is, and what is sent to take one."""
+
+from __future__ import annotations
+
+from noid.server.schemas.paths import CHECKPOINT_ID
+from noid.server.schemas.vms import TIME, TIMINGS
+from noid.server.schemas.vocabulary import extended, integer, nullable, record, text
+
+TAKE = record("TakeCheckpoint", "A checkpoint to be taken.", {"label?": nullable(text())})
+
+CHECKPOINT = record(
+    "Checkpoint",
+    "A frozen VM. It outlives its VM.",
+    {
+        "id": CHECKPOINT_ID,
+        "vm_name": text(),
+        "label": nullable(text()),
+        "created_at": TIME,
+        "cpus": integer(1),
+        "mem_mib": integer(1),
+        "image": text(),
+        "parent": nullable(text(), about="The checkpoint its VM was restored from."),
+    },
+)
+
+CHECKPOINT_TAKEN = extended(
+    "CheckpointTaken",
+    "A checkpoint, and what it took.",
+    CHECKPOINT,
+    {"timings": TIMINGS, "changed_bytes": nullable(integer(0, about="Of memory, since what it is based on."))},
+)
