@@ -1,4 +1,4 @@
-"""A test per lettered item of noid/server/hardening.py, against a live server with an application of its own."""
+"""A test per lettered item of noid/server/hardening, against a live server with an application of its own."""
 
 from __future__ import annotations
 

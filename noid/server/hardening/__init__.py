@@ -1,0 +1,81 @@
+"""Hypercorn and Quart-Trio, made fit to stand in the open. The only package that knows their private seams.
+
+`noid.server.hardening.settings` has the limits, `connection` what is one TCP or unix connection, `http` a request,
+`websocket` a WebSocket; here is how they take the libraries' places.
+
+Each item carries a letter, and so does its test in ``tests/server/test_hardening.py``. The pins in pyproject are exact
+because of this file: after changing them, these tests decide.
+
+====  ==============================================================  ================================================
+      what the libraries do                                           what happens here
+====  ==============================================================  ================================================
+A     a response cancels its own connection's bookkeeping: keep-alive  the last message of a response is shielded
+      never times out, ``Connection: close`` never closes
+B     a client that does not read blocks a write, and shutdown, for    each piece of a write has a deadline, and all of
+      ever                                                             them together have one once the server stops
+C     a client that leaves cancels its handler                         intended: handlers only wait, operations live in
+                                                                       the agent
+D     at shutdown WebSockets are dropped without a close frame         `hold_websocket` says 1012
+E     a handler's exception closes with 1000, "normal"                 `hold_websocket` says 1011
+F     an empty binary message arrives as None                          it arrives as ``b""``
+G     a message over the limit leaves connection and handler running   the connection is closed after 1009
+H     permessage-deflate cannot be switched off; 58 KB unpack to GB    never negotiated
+I     pings are sent, pongs never checked                              off; TCP keepalive finds dead peers
+J     queues of 10 + 10 messages per WebSocket; while they are full    2 + 0 messages; `Transport.is_gone` asks the
+      nothing notices that the client is gone                          socket itself
+K     responses are cut after 60 s without an error                    no such limit; B bounds slow readers
+L     a unix socket is taken from whoever serves it; peers unknown     `noid.server.listening` binds; peers' uids are in
+                                                                       the request's scope
+M     listening sockets are inherited by every child                   never: `noid.server.listening`
+N     HTTP/2 in plain text cannot be switched off                      ignored; other versions than HTTP/1 get 505
+R     closing with unread input resets the connection, and the answer  the connection lingers: EOF first, then input is
+      (a 413, an exit code) may be lost                                discarded for a moment
+S     sending on a closed connection never yields: a handler that     a send that wrote nothing yields, and every send
+      only sends starves the whole server                             can be cancelled
+U     a request's body is kept until somebody reads it, however    a PUT's body is a stream: `upload` reads it, and what
+      large                                                           nobody reads is not taken from the socket
+V     a response that fails in its middle is logged as a bug          `BrokenOff` ends the connection, with no end mark
+T     a target without a path, `GET ?x`, is an IndexError in the log  400
+====  ==============================================================  ================================================
+"""
+
+from __future__ import annotations
+
+import hypercorn.protocol
+import hypercorn.protocol.h11
+import hypercorn.trio.run
+from quart_trio import QuartTrio
+
+from noid.server.hardening.connection import TcpServer, Transport
+from noid.server.hardening.http import BrokenOff, Http1Protocol, HttpConnection, Upload, upload
+from noid.server.hardening.settings import MESSAGE_BYTES_MAX, Settings
+from noid.server.hardening.websocket import WebsocketConnection, WebsocketStream, hold_websocket
+
+__all__ = [
+    "MESSAGE_BYTES_MAX",
+    "App",
+    "BrokenOff",
+    "Settings",
+    "TcpServer",
+    "Transport",
+    "Upload",
+    "hold_websocket",
+    "upload",
+]
+
+
+class App(QuartTrio):
+    """A Quart application with the connections above."""
+
+    asgi_http_class = HttpConnection
+    asgi_websocket_class = WebsocketConnection
+
+
+# worker_serve, ProtocolWrapper and H11Protocol look these names up in their modules when a connection arrives.
+for _module, _name, _ours in (
+    (hypercorn.trio.run, "TCPServer", TcpServer),
+    (hypercorn.protocol, "H11Protocol", Http1Protocol),
+    (hypercorn.protocol.h11, "WSStream", WebsocketStream),
+):
+    assert issubclass(_ours, getattr(_module, _name))  # noqa: S101  # the seam is where it was in the pinned release
+    setattr(_module, _name, _ours)

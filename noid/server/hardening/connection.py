@@ -1,0 +1,143 @@
+"""One connection, TCP or unix: bounded writes, a close that loses nothing, and who is at the other end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import trio
+from hypercorn.events import Closed, Event, RawData
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import TrioSingleTask
+
+from noid.server.hardening.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+WRITE_PIECE_BYTES = 1 << 16
+
+STATE_KEY = "noid.transport"
+_PEER_CREDENTIALS = struct.Struct("3i")
+
+
+class Transport:
+    """The connection under a request: whose it is, whether it still exists, and a way to keep it from going silent."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self._socket = sock
+        self.say_interim: Callable[[], Awaitable[None]] | None = None
+        self.said_goodbye = False
+        """Whether the client of a WebSocket has sent a close frame: it left on purpose, and was not lost."""
+        self.peer_uid: int | None = None
+        """The uid at the other end of a unix socket when it connected; None for TCP."""
+        self.writes = 0
+        """How many pieces the socket has taken; giving it one yields."""
+        if sock.family == socket.AF_UNIX:
+            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+            _, self.peer_uid, _ = _PEER_CREDENTIALS.unpack(raw)
+
+    @classmethod
+    def of(cls, scope: Mapping[str, Any]) -> Transport:
+        """Return the transport of an ASGI *scope*."""
+        transport = scope["state"][STATE_KEY]
+        assert isinstance(transport, cls)  # noqa: S101  # TcpServer put it there
+        return transport
+
+    def is_gone(self) -> bool:
+        """Whether the peer has closed its side. True also while input is unread, which reading would not find out."""
+        fd = self._socket.fileno()
+        if fd < 0:
+            return True
+        poller = select.poll()
+        poller.register(fd, select.POLLRDHUP)
+        return bool(poller.poll(0))
+
+    async def say_still_working(self) -> None:
+        """Send ``100 Continue``, which every HTTP/1.1 client must skip, so that its read timeout starts anew."""
+        if self.say_interim is not None:
+            await self.say_interim()
+
+
+class TcpServer(TCPServer):
+    """One connection. B: bounded writes. I: keepalive. L: peer credentials. R: lingering close."""
+
+    config: Settings
+
+    def __init__(self, app: Any, config: Settings, context: Any, state: Any, stream: Any) -> None:
+        sock = getattr(stream, "transport_stream", stream).socket
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+        self._transport = Transport(sock)
+        super().__init__(app, config, context, type(state)({**state, STATE_KEY: self._transport}), stream)
+        self._linger_task = TrioSingleTask()
+        self._lingering = False
+        self._final_deadline: float | None = None
+
+    async def protocol_send(self, event: Event) -> None:
+        """Do what the protocol asks of the connection."""
+        if isinstance(event, RawData):
+            await self._write(event.data)
+        elif isinstance(event, Closed) and not self.context.terminated.is_set():
+            await self._begin_to_close()
+        else:
+            await super().protocol_send(event)
+
+    async def _write(self, data: bytes) -> None:
+        """Send *data* whole or end the connection. Not interruptible, because half a frame garbles all that follow."""
+        rest = memoryview(data)
+        if self.send_lock.locked():
+            await self.send_lock.acquire()
+        else:
+            self.send_lock.acquire_nowait()  # without yielding, which the sending does
+        try:
+            while rest:
+                with trio.move_on_at(self._write_deadline(), shield=True) as scope:
+                    await self.stream.send_all(rest[:WRITE_PIECE_BYTES])
+                if scope.cancelled_caught:
+                    logger.info("dropped a client that did not read for %g s", self.config.write_timeout_secs)
+                    await trio.aclose_forcefully(self.stream)
+                    break
+                self._transport.writes += 1
+                rest = rest[WRITE_PIECE_BYTES:]
+            else:
+                return
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer has gone; the protocol hears it below, as when reading had found out
+        finally:
+            self.send_lock.release()
+        await self.protocol.handle(Closed())
+
+    def _write_deadline(self) -> float:
+        deadline = trio.current_time() + self.config.write_timeout_secs
+        if self.context.terminated.is_set():
+            self._final_deadline = self._final_deadline or deadline
+            return min(deadline, self._final_deadline)
+        return deadline
+
+    async def _begin_to_close(self) -> None:
+        """Tell the peer that nothing follows, and discard what it still sends until it closes or the time is up."""
+        if self._lingering:
+            return
+        self._lingering = True
+        async with self.send_lock:
+            with contextlib.suppress(AttributeError, trio.BrokenResourceError, trio.ClosedResourceError):
+                await self.stream.send_eof()  # a TLS stream has none
+        await self.protocol.handle(Closed())
+        await self._linger_task.restart(self._task_group, self._linger)
+
+    async def _linger(self) -> None:
+        with trio.move_on_after(self.config.linger_secs):
+            await self.context.terminated.wait()
+        await trio.aclose_forcefully(self.stream)
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self._linger_task.stop()

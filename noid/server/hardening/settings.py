@@ -1,0 +1,36 @@
+"""Hypercorn's settings as noid runs it."""
+
+from __future__ import annotations
+
+import logging
+
+from hypercorn.config import Config
+
+from noid.core.wire import API_VERSION, API_VERSION_HEADER
+
+MESSAGE_BYTES_MAX = 1 << 20
+
+
+class Settings(Config):
+    """Hypercorn's configuration as noid runs it; every value here is a limit or switches something off."""
+
+    write_timeout_secs: float = 10.0  # for WRITE_PIECE_BYTES: slower readers than 6.5 kB/s are dropped
+    linger_secs: float = 2.0
+
+    accesslog = None
+    errorlog = logging.getLogger("noid.server.hypercorn")
+    alpn_protocols = ["http/1.1"]  # noqa: RUF012  # hypercorn's own declaration is this class attribute
+    backlog = 1024
+    graceful_timeout = 10.0
+    h11_max_incomplete_size = 32 * 1024
+    include_server_header = False
+    keep_alive_max_requests = 1_000_000
+    keep_alive_timeout = 5.0
+    max_app_queue_size = 2
+    websocket_max_message_size = MESSAGE_BYTES_MAX
+    websocket_ping_interval = None
+
+    def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
+        """Return what every response carries, also those hypercorn makes on its own."""
+        version = (API_VERSION_HEADER.lower().encode(), str(API_VERSION).encode())
+        return [*super().response_headers(protocol), version]
