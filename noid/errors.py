@@ -7,6 +7,7 @@
     ├── InvalidRequest          400  invalid          the request can never succeed as it is
     ├── Unauthenticated         401  unauthenticated
     ├── Denied                  403  denied           a guest's user may not do that to the guest's file
+    ├── Forbidden               403  scope            the caller's token does not allow it; names the scope
     ├── NotFound                404  not_found        also: not yours
     ├── Conflict                409  conflict
     │   ├── Busy                409  busy             names the operation that holds the VM
@@ -61,6 +62,20 @@ class Denied(NoidError):
 
     code = "denied"
     status = 403
+
+
+class Forbidden(NoidError):
+    """The caller's token is valid and does not allow this."""
+
+    code = "scope"
+    status = 403
+
+    def __init__(self, scope: str, token: str | None) -> None:
+        if scope == "admin":
+            remedy = "which no token has: run noid-server on the server's own machine"
+        else:
+            remedy = f"which token {token!r} has not. Use one that has, or make one: `noid-server token create`"
+        super().__init__(f"this needs the scope {scope!r}, {remedy}.")
 
 
 class NotFound(NoidError):

@@ -12,15 +12,10 @@ from dataclasses import dataclass, field
 import trio
 
 from noid.core import checkpointing, lifecycle, pausing, power, saga, states
-from noid.core.backends import (
-    AuthBackend,
-    Event,
-    Guest,
-)
+from noid.core.backends import Event, Guest
 from noid.core.console import Console
 from noid.core.model import (
     Checkpoint,
-    Credentials,
     ExecRequest,
     User,
     Vm,
@@ -41,7 +36,7 @@ from noid.core.templates import Templates
 from noid.core.users import Users, local_user_name
 from noid.core.vmlogs import ConsoleLogs, VmLogs
 from noid.core.work import Work
-from noid.errors import Busy, Conflict, DeadlineExceeded, NoidError, NotFound, Unauthenticated
+from noid.errors import Busy, Conflict, DeadlineExceeded, NoidError, NotFound
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +66,7 @@ class Agent:
     def __init__(
         self,
         services: Services,
-        auth: AuthBackend,
+        users: Users,
         operations: Operations,
         templates: Templates,
         pool: Pool,
@@ -80,8 +75,7 @@ class Agent:
         self.config = services.config
         self.services = services
         self._store = services.store
-        self._auth = auth
-        self.users = Users(services.store, auth)
+        self.users = users
         self._operations = operations
         self._templates = templates
         self._pool = pool
@@ -400,20 +394,6 @@ class Agent:
         return len(self._pool)
 
     # --- users -----------------------------------------------------------------------------------------------------
-
-    def authenticate(self, credentials: Credentials) -> User:
-        """Return whose token that is.
-
-        Raises:
-            Unauthenticated: nobody's.
-        """
-        user_id = self._auth.authenticate(credentials)
-        if user_id is None:
-            raise Unauthenticated("invalid token")
-        try:
-            return self._store.user(user_id)
-        except NotFound as error:
-            raise Unauthenticated("invalid token") from error
 
     def local_user(self) -> User:
         """Return the user whom the local socket's peer is: the one this agent runs as."""

@@ -10,18 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
 from noid.core.model import (
+    DEFAULT_TOKEN,
+    TOKEN_SCOPES,
     Credentials,
     DiskUsage,
     ExecRequest,
     FileTransfer,
     FrozenDisk,
     Gap,
+    Grant,
     GuestProcessInfo,
     Identity,
     NetLease,
@@ -29,7 +33,9 @@ from noid.core.model import (
     ProcessExit,
     ProcessRef,
     Receipt,
+    Scope,
     TerminalSize,
+    TokenInfo,
     User,
     Volume,
 )
@@ -568,20 +574,54 @@ class NetworkBackend(Protocol):
 
 
 class AuthBackend(Protocol):
-    """Knows who a token belongs to. Peer credentials on the local socket are the server's own business."""
+    """Knows whose a token is and what it allows. Peer credentials on the local socket are the server's own business.
+
+    Other processes (``noid-server token``) make and revoke tokens of the same users; that counts from the next
+    `authenticate` on.
+    """
 
     name: str
 
-    def authenticate(self, credentials: Credentials) -> str | None:
-        """Return the user id the token belongs to, or None. Constant time in the token's value."""
+    def authenticate(self, credentials: Credentials) -> Grant | None:
+        """Return what the token grants, or None: there is no such token, or it has expired.
+
+        Constant time in the token's value. Asked for every request, so it takes microseconds.
+        """
         ...
 
-    async def create_token(self, user: User) -> str:
-        """Return a new token, the only copy there will ever be."""
+    async def create_token(
+        self,
+        user: User,
+        *,
+        name: str = DEFAULT_TOKEN,
+        scopes: frozenset[Scope] = TOKEN_SCOPES,
+        expires_at: datetime | None = None,
+    ) -> str:
+        """Return a new token, the only copy there will ever be. An expired one of that name goes away.
+
+        Raises:
+            Conflict: *user* has a valid token of that name.
+        """
+        ...
+
+    async def tokens(self, user: User) -> list[TokenInfo]:
+        """Return *user*'s tokens, oldest first; those that have expired too, until they are revoked or replaced."""
+        ...
+
+    async def revoke_token(self, user: User, name: str) -> None:
+        """Make *user*'s token *name* invalid.
+
+        Raises:
+            NotFound: there is none.
+        """
         ...
 
     async def revoke_tokens(self, user: User) -> None:
-        """Make every token of *user* invalid."""
+        """Make every token of *user* invalid. Repeating it does nothing."""
+        ...
+
+    async def save_uses(self) -> None:
+        """Write down which tokens were used since the last call, for `tokens`. The agent calls it every minute."""
         ...
 
 

@@ -65,6 +65,14 @@ class Scope(enum.StrEnum):
     """Be in a guest: processes, console, files, logs."""
     MANAGE = "manage"
     """Change what there is: VMs, checkpoints, tokens."""
+    ADMIN = "admin"
+    """Change who there is. No token has it: only who comes through the local socket."""
+
+
+TOKEN_SCOPES = frozenset({Scope.READ, Scope.EXEC, Scope.MANAGE})
+"""What a token can allow at most, and does unless somebody asked for less."""
+DEFAULT_TOKEN = "default"  # noqa: S105  # a name, no secret
+"""What a user's first token is called."""
 
 
 def checked_name(name: str, what: str = "VM name") -> str:
@@ -143,6 +151,37 @@ class Credentials:
     token: str | None = None
     peer_uid: int | None = None
     address: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """What a token gives whoever shows it. *expires_at* None means never."""
+
+    user_id: str
+    token_name: str
+    scopes: frozenset[Scope]
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenInfo:
+    """A token, without the token. *last_used_at* may be some minutes old; None: never, as far as anybody knows."""
+
+    name: str
+    scopes: frozenset[Scope]
+    created_at: datetime
+    expires_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks. *token* is the name of the token they showed; None: they came through the local socket."""
+
+    user: User
+    scopes: frozenset[Scope]
+    token: str | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

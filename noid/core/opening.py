@@ -32,7 +32,7 @@ from noid.core.sessions import Sessions
 from noid.core.store import open_store
 from noid.core.supervisor import Supervisor
 from noid.core.templates import Templates
-from noid.core.users import ensure_local_user
+from noid.core.users import Users, ensure_local_user
 from noid.core.waiting import plain_nursery
 from noid.errors import ConfigError, Conflict
 
@@ -91,6 +91,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         await ensure_local_user(store)
         nursery = await stack.enter_async_context(plain_nursery())
 
+        users = Users(store, auth)
         operations = Operations(nursery)
         endings = Endings(store, operations, nursery)
         sessions = Sessions(nursery, layout, config.exec_reattach_secs)
@@ -112,8 +113,9 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             interrupted = await recovery.recover(services, templates)
             await templates.collect()
             nursery.start_soon(pool.keep)
-            agent = Agent(services, auth, operations, templates, pool, sessions)
+            agent = Agent(services, users, operations, templates, pool, sessions)
             endings.serve(agent.boot_again)
+            nursery.start_soon(users.keep_saving_uses)
             for vm in interrupted:
                 nursery.start_soon(agent.finish_reboot, vm)
             yield agent
@@ -121,6 +123,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             with trio.move_on_after(DRAIN_SECS, shield=True):
                 await operations.drain()
                 await sessions.save()
+                await users.save_uses()
             nursery.cancel_scope.cancel()
 
 

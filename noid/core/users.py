@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+import trio
 
 from noid.core.backends import AgentContext, AuthBackend
 from noid.core.config import Config
 from noid.core.ids import new_id
-from noid.core.model import User, checked_name
+from noid.core.model import (
+    DEFAULT_TOKEN,
+    TOKEN_SCOPES,
+    Caller,
+    Credentials,
+    Scope,
+    TokenInfo,
+    User,
+    checked_name,
+    now,
+)
 from noid.core.plugins import Plugins
 from noid.core.store import Store, open_store
+from noid.errors import Conflict, InvalidRequest, NoidError, NotFound, Unauthenticated
+
+logger = logging.getLogger(__name__)
+
+TOKENS_MAX = 100
+SAVE_USES_SECS = 60.0
 
 
 class Users:
@@ -21,6 +42,38 @@ class Users:
     def __init__(self, store: Store, auth: AuthBackend) -> None:
         self._store = store
         self._auth = auth
+        self._local: Caller | None = None
+
+    def authenticate(self, credentials: Credentials) -> Caller:
+        """Return whose token that is, and what it allows.
+
+        Raises:
+            Unauthenticated: nobody's, or it has expired.
+        """
+        grant = self._auth.authenticate(credentials)
+        if grant is None:
+            raise Unauthenticated("invalid token")
+        try:
+            user = self._store.user(grant.user_id)
+        except NotFound as error:
+            raise Unauthenticated("invalid token") from error
+        return Caller(
+            user=user, scopes=grant.scopes & TOKEN_SCOPES, token=grant.token_name, expires_at=grant.expires_at
+        )
+
+    def local(self) -> Caller:
+        """Return who comes through the local socket: the user this agent runs as, who may do everything."""
+        if self._local is None:
+            self._local = Caller(user=self._store.user_named(local_user_name()), scopes=TOKEN_SCOPES | {Scope.ADMIN})
+        return self._local
+
+    def named(self, name: str) -> User:
+        """Return the user *name*, or raise `NotFound`."""
+        return self._store.user_named(name)
+
+    def list(self) -> list[User]:
+        """Return everybody, oldest first."""
+        return self._store.users()
 
     async def add(self, name: str) -> tuple[User, str]:
         """Add a user and return it with its token.
@@ -34,7 +87,7 @@ class Users:
         return user, await self._auth.create_token(user)
 
     async def rotate_token(self, name: str) -> str:
-        """Make every token of *name* invalid, at once, and return a new one.
+        """Make every token of *name* invalid, at once, and return a new one that is called ``default``.
 
         Raises:
             NotFound: no such user.
@@ -43,9 +96,51 @@ class Users:
         await self._auth.revoke_tokens(user)
         return await self._auth.create_token(user)
 
-    def list(self) -> list[User]:
-        """Return everybody, oldest first."""
-        return self._store.users()
+    async def tokens(self, user: User) -> Sequence[TokenInfo]:
+        """Return *user*'s tokens, oldest first, expired ones too."""
+        return await self._auth.tokens(user)
+
+    async def create_token(
+        self,
+        user: User,
+        name: str = DEFAULT_TOKEN,
+        scopes: frozenset[Scope] = TOKEN_SCOPES,
+        expires_at: datetime | None = None,
+    ) -> tuple[str, TokenInfo]:
+        """Return a new token of *user*, the only copy there will ever be, and what is remembered of it.
+
+        Raises:
+            InvalidRequest: not a legal name, or scopes no token can have.
+            Conflict: there is a token of that name, or there are too many.
+        """
+        checked_name(name, "token name")
+        if not scopes or not scopes <= TOKEN_SCOPES:
+            raise InvalidRequest(f"a token has one or more of the scopes {', '.join(ordered(TOKEN_SCOPES))}.")
+        if len(await self._auth.tokens(user)) >= TOKENS_MAX:
+            raise Conflict(f"user {user.name!r} has {TOKENS_MAX} tokens, the most there can be. Revoke one first.")
+        token = await self._auth.create_token(user, name=name, scopes=scopes, expires_at=expires_at)
+        return token, TokenInfo(name=name, scopes=scopes, created_at=now(), expires_at=expires_at)
+
+    async def revoke_token(self, user: User, name: str) -> None:
+        """Make *user*'s token *name* invalid, from the next request on.
+
+        Raises:
+            NotFound: there is none.
+        """
+        await self._auth.revoke_token(user, checked_name(name, "token name"))
+
+    async def keep_saving_uses(self) -> None:
+        """Write down, from time to time, when tokens were used last. Runs until it is cancelled."""
+        while True:
+            await trio.sleep(SAVE_USES_SECS)
+            await self.save_uses()
+
+    async def save_uses(self) -> None:
+        """Write down when tokens were used last. What fails is logged: nobody's request depends on it."""
+        try:
+            await self._auth.save_uses()
+        except NoidError as error:
+            logger.warning("when tokens were used last is not written down: %s", error)
 
 
 @asynccontextmanager
@@ -61,6 +156,22 @@ async def open_users(config: Config, plugins: Plugins) -> AsyncIterator[Users]:
     with open_store(config.database) as store:
         async with spec.open(settings, context) as auth:
             yield Users(store, auth)
+
+
+def ordered(scopes: frozenset[Scope]) -> list[str]:
+    """Return the names of *scopes* as people and clients are shown them: from looking to changing."""
+    return [scope.value for scope in Scope if scope in scopes]
+
+
+def token_fields(info: TokenInfo) -> dict[str, Any]:
+    """Return *info* as a token's object. The token itself is not in it."""
+    return {
+        "name": info.name,
+        "scopes": ordered(info.scopes),
+        "created_at": info.created_at.isoformat(),
+        "expires_at": None if info.expires_at is None else info.expires_at.isoformat(),
+        "last_used_at": None if info.last_used_at is None else info.last_used_at.isoformat(),
+    }
 
 
 def local_user_name() -> str:

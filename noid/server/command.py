@@ -1,11 +1,8 @@
-"""The ``noid-server`` commands. Each imports what it needs when it runs; plugins add theirs through a hook."""
+"""``noid-server``: which commands there are, and what they share. Each lives in a module of its own group."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
-import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,12 +11,21 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from noid import __version__
-from noid.errors import ConfigError, NoidError
+from noid.errors import NoidError
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
-_ELSEWHERE = {"image": "noid.server.image_commands:image"}
+#: Which module has a command, so that each run imports only its own.
+_ELSEWHERE = {
+    "add-user": "noid.server.user_commands:add_user",
+    "image": "noid.server.image_commands:image",
+    "list-users": "noid.server.user_commands:list_users",
+    "plugins": "noid.server.serve_commands:plugins",
+    "rotate-token": "noid.server.user_commands:rotate_token",
+    "serve": "noid.server.serve_commands:serve",
+    "token": "noid.server.token_commands:token",
+}
 #: What the ``server`` extra installs, by the names it is imported under.
 _SERVER_EXTRA = frozenset({"hypercorn", "quart", "quart_trio", "sqlite_utils", "werkzeug"})
 
@@ -30,7 +36,7 @@ def examples(*lines: str) -> str:
 
 
 class Commands(click.Group):
-    """Commands defined here, in the modules of `_ELSEWHERE`, and by plugins; the latter two are imported on demand."""
+    """Commands in the modules of `_ELSEWHERE`, and of plugins. Both are imported on demand."""
 
     _asked_plugins = False
 
@@ -100,120 +106,20 @@ def config_options(command: F) -> F:
     )(command)
 
 
-@cli.command(
-    epilog=examples("noid-server serve --config /etc/noid/server.toml", "noid-server serve --local --data-dir /tmp/try")
-)
-@config_options
-@click.option("--local", is_flag=True, help="Listen on the unix socket only.")
-@click.option("--ready-fd", type=int, metavar="N", help='Write "ready" to this file descriptor once listening.')
-def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd: int | None) -> None:
-    """Run the agent and serve it.
+def config_and_plugins(config_path: Path | None, data_dir: Path | None) -> tuple[Any, Any]:
+    """Return the configuration that these options mean, and the installed plugins.
 
-    In the foreground, until SIGTERM or Ctrl+C. VMs keep running afterwards.
+    Raises:
+        ConfigError: the configuration cannot be used.
     """
-    if ready_fd is not None:
-        try:
-            os.set_inheritable(ready_fd, False)  # or every VM would keep the pipe open
-        except OSError as error:
-            raise ConfigError(f"--ready-fd {ready_fd} is not an open file descriptor.") from error
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("noid.server.hypercorn").setLevel(logging.WARNING)  # its "Running on" is said better by ours
-
-    from noid.core.config import load_config
-    from noid.core.opening import open_agent
-    from noid.core.plugins import Plugins
-    from noid.server.serve import serve as serve_agent
-
-    config = load_config(config_path, data_dir=data_dir, local=local)
-
-    def ready() -> None:
-        if ready_fd is not None:
-            with contextlib.suppress(BrokenPipeError), os.fdopen(ready_fd, "w") as pipe:  # nobody waits any more
-                pipe.write("ready\n")
-
-    async def run() -> None:
-        async with open_agent(config, Plugins()) as agent:
-            await serve_agent(agent, config, ready=ready)
-
-    _run(run)
-
-
-@cli.command("add-user", epilog=examples("noid-server add-user alice > alice.token"))
-@config_options
-@click.argument("name")
-def add_user(config_path: Path | None, data_dir: Path | None, name: str) -> None:
-    """Add a user. The token, shown this once, is the only thing on stdout."""
-
-    async def run() -> None:
-        from noid.core.users import open_users
-
-        async with open_users(*_config_and_plugins(config_path, data_dir)) as users:
-            user, token = await users.add(name)
-        click.echo(f"User '{user.name}' created (id: {user.id})", err=True)
-        click.echo(token)
-
-    _run(run)
-
-
-@cli.command("rotate-token", epilog=examples("noid-server rotate-token alice > alice.token"))
-@config_options
-@click.argument("name")
-def rotate_token(config_path: Path | None, data_dir: Path | None, name: str) -> None:
-    """Make a user's token invalid, at once, and print a new one."""
-
-    async def run() -> None:
-        from noid.core.users import open_users
-
-        async with open_users(*_config_and_plugins(config_path, data_dir)) as users:
-            token = await users.rotate_token(name)
-        click.echo(f"Token of user '{name}' replaced; the old one is invalid now.", err=True)
-        click.echo(token)
-
-    _run(run)
-
-
-@cli.command("list-users", epilog=examples("noid-server list-users --data-dir /var/lib/noid"))
-@config_options
-def list_users(config_path: Path | None, data_dir: Path | None) -> None:
-    """List users."""
-    from noid.core.model import wire_time
-
-    async def run() -> None:
-        from noid.core.users import open_users
-
-        async with open_users(*_config_and_plugins(config_path, data_dir)) as users:
-            found = users.list()
-        if not found:
-            click.echo("No users.")
-            return
-        click.echo(f"{'ID':<36} {'NAME':<20} CREATED")
-        for user in found:
-            click.echo(f"{user.id:<36} {user.name:<20} {wire_time(user.created_at)}")
-
-    _run(run)
-
-
-@cli.command(epilog=examples("noid-server plugins"))
-def plugins() -> None:
-    """List installed plugins.
-
-    What each implements, and why one cannot be loaded.
-    """
-    from noid.core.plugins import Plugins
-
-    for plugin in Plugins().loaded:
-        state = f"cannot be imported: {plugin.error}" if plugin.error else ", ".join(plugin.hooks)
-        click.echo(f"{plugin.name:<20} {plugin.distribution} {plugin.version:<12} {state}")
-
-
-def _config_and_plugins(config_path: Path | None, data_dir: Path | None) -> tuple[Any, Any]:
     from noid.core.config import load_config
     from noid.core.plugins import Plugins
 
     return load_config(config_path, data_dir=data_dir), Plugins()
 
 
-def _run(job: Callable[[], Awaitable[T]]) -> T:
+def run(job: Callable[[], Awaitable[T]]) -> T:
+    """Run *job* under trio and return its result."""
     import trio
 
     return trio.run(job)

@@ -1,4 +1,4 @@
-"""Who may come in: stands before every route, asks the table what it needs and the agent whose token that is."""
+"""Who may come in: stands before every route, asks the table what it needs, whose token that is, what it allows."""
 
 from __future__ import annotations
 
@@ -6,36 +6,25 @@ import os
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from quart import g, request, websocket
 
+from noid.core.agent import Agent
 from noid.core.config import Config
-from noid.core.model import Credentials, User
-from noid.errors import Unauthenticated
+from noid.core.model import Caller, Credentials
+from noid.errors import Forbidden, Unauthenticated
 from noid.server.hardening import App, Transport
 from noid.server.limiter import FailureLimiter
 from noid.server.table import Route
 from noid.server.visit import Visit
 
 
-class Authenticator(Protocol):
-    """What of the agent knows users."""
-
-    def authenticate(self, credentials: Credentials) -> User:
-        """Return whose *credentials* these are, or raise `Unauthenticated`."""
-        ...
-
-    def local_user(self) -> User:
-        """Return the user who owns what is made through the local socket."""
-        ...
-
-
 class Guard:
     """Stands before every route of an app: authentication first, then routing."""
 
-    def __init__(self, authenticator: Authenticator, config: Config) -> None:
-        self._authenticator = authenticator
+    def __init__(self, agent: Agent, config: Config) -> None:
+        self._agent = agent
         self._config = config
         self._limiter = FailureLimiter()
         self._routes: Mapping[str, Route] = {}
@@ -58,20 +47,24 @@ class Guard:
         route = self._routes[call.url_rule.endpoint] if call.url_rule is not None else None
         if route is not None and route.scope is None:
             return
+        here.caller = caller = self._caller(call, transport, here.address)
+        if route is not None and route.scope is not None and route.scope not in caller.scopes:
+            raise Forbidden(route.scope, caller.token)
+
+    def _caller(self, call: Any, transport: Transport, address: str) -> Caller:
         if transport.peer_uid is not None and transport.peer_uid in (os.geteuid(), 0):
-            here.user, here.is_local = self._authenticator.local_user(), True
-            return
+            return self._agent.users.local()
         headers = call.headers.getlist("Authorization")
         scheme, _, token = headers[-1].partition(" ") if headers else ("", "", "")
         if scheme != "Bearer" or not token:
             raise Unauthenticated("missing or invalid Authorization header")
-        self._limiter.check(here.address, token)
+        self._limiter.check(address, token)
         try:
-            here.user = self._authenticator.authenticate(
-                Credentials(token=token, peer_uid=transport.peer_uid, address=here.address)
+            return self._agent.users.authenticate(
+                Credentials(token=token, peer_uid=transport.peer_uid, address=address)
             )
         except Unauthenticated as error:
-            self._limiter.failed(here.address, token)
+            self._limiter.failed(address, token)
             raise Unauthenticated("invalid token") from error
 
     def _address(self, call: Any) -> str:

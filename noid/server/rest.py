@@ -23,6 +23,7 @@ from noid.core.model import (
     checked_name,
     wire_time,
 )
+from noid.core.users import ordered
 from noid.core.wire import API_VERSION
 from noid.errors import InvalidRequest
 from noid.server.answers import json_reply
@@ -34,7 +35,7 @@ from noid.server.schemas.vms import CREATE, DESTROYED, RESTORE, VM, VM_CHANGED
 from noid.server.schemas.vocabulary import array, optional_json
 from noid.server.streams import OUTPUT_BYTES_MAX
 from noid.server.table import Route
-from noid.server.visit import current_user
+from noid.server.visit import current_caller, current_user
 
 _MISSING = object()
 
@@ -86,8 +87,9 @@ class VmRoutes:
 
     async def whoami(self) -> Response:
         """Say who asks."""
-        user = current_user()
-        return json_reply({"user_id": user.id, "name": user.name})
+        caller = current_caller()
+        who = {"user_id": caller.user.id, "name": caller.user.name}
+        return json_reply(who | {"token": caller.token, "scopes": ordered(caller.scopes)})
 
     async def capabilities(self) -> Response:
         """Say what a client may count on."""

@@ -30,6 +30,7 @@ from noid.server.requestlog import log_requests
 from noid.server.rest import VmRoutes, refuse_no_name
 from noid.server.streams import ExecRoutes
 from noid.server.table import Route, add_routes
+from noid.server.tokens import TokenRoutes
 from noid.server.websockets import WebSockets
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ def all_routes(agent: Agent, websockets: WebSockets) -> list[Route]:
     """Return everything a server answers, as a table."""
     routes = [
         *VmRoutes(agent).routes(),
+        *TokenRoutes(agent).routes(),
         *PowerRoutes(agent).routes(),
         *ExecRoutes(agent, websockets).routes(),
         *ProcessRoutes(agent, websockets).routes(),

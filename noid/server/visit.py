@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from quart import g
 
-from noid.core.model import User
+from noid.core.model import Caller, User
 
 
 @dataclass(slots=True, kw_only=True)
@@ -16,15 +16,29 @@ class Visit:
     id: str
     began: float
     address: str
-    user: User | None = None
-    is_local: bool = False
+    caller: Caller | None = None
+
+    @property
+    def user(self) -> User | None:
+        """Who it turned out to be."""
+        return None if self.caller is None else self.caller.user
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it came through the local socket, without a token."""
+        return self.caller is not None and self.caller.token is None
+
+
+def current_caller() -> Caller:
+    """Return who asks, and what that allows. Only behind the guard, which lets nobody else in."""
+    caller = visit().caller
+    assert caller is not None  # noqa: S101  # see above
+    return caller
 
 
 def current_user() -> User:
-    """Return who the current request comes from. Only behind the guard, which lets nobody else in."""
-    user = visit().user
-    assert user is not None  # noqa: S101  # see above
-    return user
+    """Return who the current request comes from. Only behind the guard, as `current_caller`."""
+    return current_caller().user
 
 
 def visit() -> Visit:

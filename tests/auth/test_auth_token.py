@@ -6,7 +6,8 @@ import fcntl
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import noid_auth_token
@@ -14,14 +15,13 @@ import pytest
 import trio
 import trio.testing
 from noid_auth_token import TokenConfig, open_auth
+from noid_auth_token.tokens import hash_of, migrations
 from sqlite_utils import Database
 
 from noid.core.backends import AgentContext, AuthBackend
-from noid.core.model import Credentials, User, now
+from noid.core.model import TOKEN_SCOPES, Credentials, User
 from noid.errors import Damaged
-
-ANNA = User(id="user-anna", name="anna", created_at=now())
-BERT = User(id="user-bert", name="bert", created_at=now())
+from noid.testing.auth_conformance import ANNA, BERT, AuthConformance
 
 ELSEWHERE = """
 import sys, trio
@@ -34,7 +34,7 @@ async def main(database, verb, user_id):
     context = AgentContext(data_dir=database.parent, run_dir=database.parent, database=database)
     async with open_auth(TokenConfig(), context) as auth:
         user = User(id=user_id, name=user_id, created_at=now())
-        print(await (auth.create_token if verb == "create" else auth.revoke_tokens)(user))
+        print(await (auth.revoke_tokens(user) if verb == "revoke" else auth.create_token(user, name=verb)))
 
 trio.run(main, Path(sys.argv[1]), *sys.argv[2:])
 """
@@ -59,10 +59,15 @@ async def auth(tmp_path: Path) -> AsyncIterator[AuthBackend]:
         yield auth
 
 
-async def test_a_token_says_whose_it_is(auth: AuthBackend) -> None:
-    of_anna, of_bert = await auth.create_token(ANNA), await auth.create_token(BERT)
-    assert auth.authenticate(Credentials(token=of_anna)) == ANNA.id
-    assert auth.authenticate(Credentials(token=of_bert)) == BERT.id
+class TestTheKeeperOfTokens(AuthConformance):
+    @pytest.fixture
+    def open_again(self, tmp_path: Path) -> Callable[[], AbstractAsyncContextManager[AuthBackend]]:
+        return lambda: open_auth(TokenConfig(), context(tmp_path))
+
+
+def owner(auth: AuthBackend, token: str) -> str | None:
+    grant = auth.authenticate(Credentials(token=token))
+    return None if grant is None else grant.user_id
 
 
 async def test_nothing_but_the_exact_token_gets_in(auth: AuthBackend) -> None:
@@ -75,38 +80,19 @@ async def test_nothing_but_the_exact_token_gets_in(auth: AuthBackend) -> None:
     assert auth.authenticate(Credentials(peer_uid=0)) is None
 
 
-async def test_a_user_may_have_several_tokens_until_all_are_revoked_at_once(auth: AuthBackend) -> None:
-    tokens = [await auth.create_token(ANNA) for _ in range(3)]
-    of_bert = await auth.create_token(BERT)
-    assert {auth.authenticate(Credentials(token=token)) for token in tokens} == {ANNA.id}
-    await auth.revoke_tokens(ANNA)
-    await auth.revoke_tokens(ANNA)
-    assert {auth.authenticate(Credentials(token=token)) for token in tokens} == {None}
-    assert auth.authenticate(Credentials(token=of_bert)) == BERT.id
-
-
-async def test_no_file_holds_a_token_and_only_the_owner_may_read_the_hashes(auth: AuthBackend, tmp_path: Path) -> None:
-    token = await auth.create_token(ANNA)
-    files = database_files(tmp_path)
-    assert files
-    for path in files:
-        assert token.removeprefix("noid_tok_").encode() not in path.read_bytes()
-        assert path.stat().st_mode & 0o077 == 0
-
-
 async def test_tokens_made_and_revoked_by_another_process_count_at_once(auth: AuthBackend, tmp_path: Path) -> None:
     made, _ = await trio.to_thread.run_sync(start_elsewhere(tmp_path, "create", ANNA).communicate)
-    assert auth.authenticate(Credentials(token=made.strip())) == ANNA.id
+    assert owner(auth, made.strip()) == ANNA.id
     await trio.to_thread.run_sync(start_elsewhere(tmp_path, "revoke", ANNA).communicate)
-    assert auth.authenticate(Credentials(token=made.strip())) is None
+    assert owner(auth, made.strip()) is None
 
 
 async def test_processes_that_start_at_once_on_no_database_all_work(tmp_path: Path) -> None:
-    started = [start_elsewhere(tmp_path, "create", ANNA) for _ in range(4)]
+    started = [start_elsewhere(tmp_path, f"create-{n}", ANNA) for n in range(4)]
     tokens = [(await trio.to_thread.run_sync(process.communicate))[0].strip() for process in started]
     assert [process.returncode for process in started] == [0] * 4
     async with open_auth(TokenConfig(), context(tmp_path)) as auth:
-        assert {auth.authenticate(Credentials(token=token)) for token in tokens} == {ANNA.id}
+        assert {owner(auth, token) for token in tokens} == {ANNA.id}
 
 
 async def test_a_schema_is_brought_up_to_date_by_one_process_at_a_time(tmp_path: Path) -> None:
@@ -137,18 +123,11 @@ async def test_while_another_process_writes_callers_still_get_in(auth: AuthBacke
     async with trio.open_nursery() as nursery:
         nursery.start_soon(create)
         await trio.testing.wait_all_tasks_blocked()
-        assert auth.authenticate(Credentials(token=token)) == ANNA.id
+        assert owner(auth, token) == ANNA.id
         assert not waiting
         other.execute("ROLLBACK")
-    assert auth.authenticate(Credentials(token=waiting[0])) == BERT.id
+    assert owner(auth, waiting[0]) == BERT.id
     other.close()
-
-
-async def test_tokens_outlive_the_agent(tmp_path: Path) -> None:
-    async with open_auth(TokenConfig(), context(tmp_path)) as auth:
-        token = await auth.create_token(ANNA)
-    async with open_auth(TokenConfig(), context(tmp_path)) as auth:
-        assert auth.authenticate(Credentials(token=token)) == ANNA.id
 
 
 async def test_a_file_that_is_no_database_is_damaged(tmp_path: Path) -> None:
@@ -169,6 +148,25 @@ async def test_a_table_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="from_the_future"):
         async with open_auth(TokenConfig(), context(tmp_path)):
             pytest.fail("it opened")
+
+
+async def test_tokens_of_before_there_were_names_allow_all_and_the_newest_is_the_default(tmp_path: Path) -> None:
+    old = [f"noid_tok_{n:064x}" for n in range(3)]
+    connection = sqlite3.connect(tmp_path / "noid.db")
+    db = Database(connection)
+    migrations.apply(db, stop_before="named_tokens")
+    for n, (token, user) in enumerate(zip(old, (ANNA, ANNA, BERT), strict=True)):
+        row = (hash_of(token), user.id, f"2026-01-0{n + 1}T00:00:00.000000+00:00")
+        connection.execute("INSERT INTO auth_token_tokens VALUES (?, ?, ?)", row)
+    connection.commit()
+    connection.close()
+    async with open_auth(TokenConfig(), context(tmp_path)) as auth:
+        assert [owner(auth, token) for token in old] == [ANNA.id, ANNA.id, BERT.id]
+        assert [(info.name, info.scopes) for info in await auth.tokens(ANNA)] == [
+            ("default-2", TOKEN_SCOPES),
+            ("default", TOKEN_SCOPES),
+        ]
+        assert [(info.name, info.expires_at) for info in await auth.tokens(BERT)] == [("default", None)]
 
 
 def test_the_plugin_offers_itself_as_token() -> None:

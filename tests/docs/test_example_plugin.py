@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from noid.core.model import Credentials, VmSpec
+from noid.core.backends import AgentContext, AuthBackend
+from noid.core.model import TOKEN_SCOPES, Credentials, VmSpec
 from noid.core.opening import open_agent
 from noid.core.users import open_users
 from noid.errors import Damaged, InvalidRequest, Unauthenticated
 from noid.server.command import cli
+from noid.testing.auth_conformance import AuthConformance
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
 
 ROOT = Path(__file__).parents[2]
@@ -64,17 +69,37 @@ async def test_the_example_keeps_tokens(installed: None, data_dir: Path, no_leak
     async with open_agent(config, plugins) as agent:
         async with open_users(config, plugins) as users:  # as the admin commands do, beside the running agent
             alice, token = await users.add("alice")
-            assert agent.authenticate(Credentials(token=token)) == alice
+            caller = agent.users.authenticate(Credentials(token=token))
+            assert (caller.user, caller.token, caller.scopes) == (alice, "default", TOKEN_SCOPES)
             new = await users.rotate_token("alice")
-        assert agent.authenticate(Credentials(token=new)) == alice
+        assert agent.users.authenticate(Credentials(token=new)).user == alice
         for wrong in (token, "", None):
             with pytest.raises(Unauthenticated):
-                agent.authenticate(Credentials(token=wrong))
+                agent.users.authenticate(Credentials(token=wrong))
         assert token not in (data_dir / "who.json").read_text()
         assert (data_dir / "who.json").stat().st_mode & 0o077 == 0
         (data_dir / "who.json").write_text("{")
         with pytest.raises(Damaged, match=r"who\.json cannot be read"):
-            agent.authenticate(Credentials(token=new))
+            agent.users.authenticate(Credentials(token=new))
+
+
+class TestTheExample(AuthConformance):
+    """It keeps the contract, as a plugin of its readers should."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Path:
+        directory = tmp_path / "data"
+        directory.mkdir()
+        return directory
+
+    @pytest.fixture
+    def open_again(
+        self, installed: None, place: Path
+    ) -> Iterator[Callable[[], AbstractAsyncContextManager[AuthBackend]]]:
+        example = importlib.import_module("noid_house_rules")
+        context = AgentContext(data_dir=place, run_dir=place, database=place / "noid.db")
+        yield lambda: example.open_auth(example.FileAuthConfig(), context)
+        del sys.modules["noid_house_rules"]
 
 
 def test_the_example_s_command_is_one_of_noid_server(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from noid.server.rest import checkpoint_fields, vm_fields
 from noid.server.schemas.checkpoints import CHECKPOINT
 from noid.server.schemas.logs import LOG
 from noid.server.schemas.processes import PROCESS
+from noid.server.schemas.tokens import TOKEN
 from noid.server.schemas.vms import VM
 from noid.server.schemas.vocabulary import JSON, Content, Record
 from noid.server.serve import all_routes
@@ -164,7 +165,13 @@ def test_the_objects_on_the_page_have_the_fields_they_really_have(page: Pages) -
     http = page("docs/http.md")
     assert list(json.loads(http.section("VM").blocks("json")[0])) == list(vm_fields(vm))
     assert list(json.loads(http.section("Checkpoint").blocks("json")[0])) == list(checkpoint_fields(checkpoint))
-    for section, record in (("VM", VM), ("Checkpoint", CHECKPOINT), ("Processes", PROCESS), ("Logs", LOG)):
+    for section, record in (
+        ("VM", VM),
+        ("Checkpoint", CHECKPOINT),
+        ("Processes", PROCESS),
+        ("Logs", LOG),
+        ("Token", TOKEN),
+    ):
         assert list(json.loads(http.section(section).blocks("json")[0])) == list(record.schema["properties"]), section
     command = http.section("Exec").blocks("json")[0]
     request = request_from_json(command)
@@ -215,7 +222,7 @@ def test_every_command_is_on_the_page_with_all_its_options(page: Pages) -> None:
     for path, command in all_commands():
         options = {max(p.opts, key=len) for p in command.params if isinstance(p, click.Option) and not p.hidden}
         extra = {"--local"} if path == ("noid-server", "serve") else set()
-        extra |= {"--json"} if path == ("noid-server", "image", "list") else set()
+        extra |= {"--json"} if path in (("noid-server", "image", "list"), ("noid-server", "token", "list")) else set()
         real[path] = (options - EVERYWHERE) | extra
     assert documented == real
 

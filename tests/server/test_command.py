@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -93,6 +94,23 @@ def test_what_cannot_be_done_with_users_is_one_paragraph(run: Run) -> None:
     assert "user name" in refused(run("add-user", "a b"))
     assert "user name" in refused(run("add-user", ""))
     assert "user name" in refused(run("add-user", "local:root"))
+
+
+def test_an_admin_makes_lists_and_revokes_tokens_of_a_user(run: Run) -> None:
+    run("add-user", "alice")
+    code, token, told = run("token", "create", "alice", "--name", "ci", "--scope", "read", "--expires-in", "30d")
+    assert code == 0
+    assert re.fullmatch(r"noid_tok_[0-9a-f]{64}\n", token)
+    assert re.fullmatch(r"Token 'ci' of user 'alice' allows read, until [-0-9]{10} [:0-9]{8} UTC\.\n", told)
+    assert "has a token 'ci' already" in refused(run("token", "create", "alice", "--name", "ci"))
+    _, table, _ = run("token", "list", "alice")
+    assert [line.split()[:2] for line in table.splitlines()[1:]] == [["default", "read,exec,manage"], ["ci", "read"]]
+    _, listed, _ = run("token", "list", "alice", "--json")
+    assert [info["scopes"] for info in json.loads(listed)] == [["read", "exec", "manage"], ["read"]]
+    assert run("token", "revoke", "alice", "ci") == (0, "", "Token 'ci' of user 'alice' is invalid now.\n")
+    assert "'ci' not found" in refused(run("token", "revoke", "alice", "ci"))
+    assert "'bob' not found" in refused(run("token", "list", "bob"))
+    assert run("token", "create", "alice", "--expires-in", "soon")[0] == 2
 
 
 async def test_a_user_added_beside_a_running_server_can_come_in_at_once(server: Server) -> None:

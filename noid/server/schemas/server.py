@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from noid.server.schemas.vocabulary import choice, integer, number, record, text
+from noid.server.schemas.tokens import SCOPES
+from noid.server.schemas.vocabulary import choice, integer, nullable, number, record, text
 
 HEALTH = record("Health", "Requests are answered.", {"status": choice("ok")})
 
 VERSION = record("Version", "What answers.", {"version": text(), "api_version": integer(1)})
 
-WHOAMI = record("WhoAmI", "Who asks.", {"user_id": text(), "name": text()})
+WHOAMI = record(
+    "WhoAmI",
+    "Who asks.",
+    {
+        "user_id": text(),
+        "name": text(),
+        "token": nullable(text(), about="Its name; null on the unix socket."),
+        "scopes": SCOPES,
+    },
+)
 
 CAPABILITIES = record(
     "Capabilities",

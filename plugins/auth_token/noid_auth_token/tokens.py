@@ -1,8 +1,9 @@
 """The table of token hashes: ``auth_token_tokens`` in the agent's database, on connections of its own.
 
 A token is ``noid_tok_`` and 64 hex digits, 256 random bits: nothing to guess, so a plain SHA-256 of it is enough and no
-slow password hash is needed. Another process (``noid-server add-user``) may add and remove tokens at any time; each
-authentication reads the table anew.
+slow password hash is needed. Another process (``noid-server token``) may add and remove tokens at any time; each
+authentication reads the table anew. When a token was used last is kept in memory and written down from time to time:
+a request waits for no disk.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import trio
 from sqlite_utils import Database, Migrations
 
-from noid.core.model import Credentials, User, now
-from noid.errors import Damaged, DependencyDown, NoSpace
+from noid.core.model import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, TokenInfo, User, now
+from noid.errors import Conflict, Damaged, DependencyDown, NoSpace, NotFound
 from noid.hostfs import os_errors
 
 NAME = "token"
@@ -46,6 +48,27 @@ def first_schema(db: Database) -> None:
     db.execute("CREATE INDEX auth_token_tokens_user ON auth_token_tokens(user_id)")
 
 
+@migrations()
+def named_tokens(db: Database) -> None:
+    """Names, scopes and ends. A token of before is called ``default``, or ``default-2`` and so on, and allows all."""
+    db.execute("ALTER TABLE auth_token_tokens RENAME TO auth_token_old")
+    db.execute("DROP INDEX auth_token_tokens_user")
+    db.execute(
+        """CREATE TABLE auth_token_tokens (
+            hash TEXT PRIMARY KEY, user_id TEXT NOT NULL, name TEXT NOT NULL, scopes TEXT NOT NULL,
+            created_at TEXT NOT NULL, expires_at TEXT, last_used_at TEXT,
+            UNIQUE (user_id, name)) STRICT, WITHOUT ROWID"""
+    )
+    db.execute(
+        """INSERT INTO auth_token_tokens
+            SELECT hash, user_id, 'default' || CASE nth WHEN 1 THEN '' ELSE '-' || nth END, 'read exec manage',
+                created_at, NULL, NULL
+            FROM (SELECT *, row_number() OVER (PARTITION BY user_id ORDER BY created_at DESC, hash) AS nth
+                FROM auth_token_old)"""
+    )
+    db.execute("DROP TABLE auth_token_old")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connections:
     """*reader* belongs to the event loop, *writer* to one worker thread at a time."""
@@ -67,9 +90,10 @@ class TokenAuth:
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self._writes = trio.CapacityLimiter(1)
+        self._used: dict[str, datetime] = {}
 
-    def authenticate(self, credentials: Credentials) -> str | None:
-        """Return the id of the user whose token this is, or None. One indexed read.
+    def authenticate(self, credentials: Credentials) -> Grant | None:
+        """Return what this token grants, or None. One indexed read.
 
         What the index compares are hashes, of which an attacker cannot choose a prefix, so the time it takes tells
         nothing about any token.
@@ -84,23 +108,96 @@ class TokenAuth:
         shown = hash_of(token)
         with _sqlite_errors():
             row = self._connections.reader.execute(
-                "SELECT hash, user_id FROM auth_token_tokens WHERE hash = ?", (shown,)
+                "SELECT hash, user_id, name, scopes, expires_at FROM auth_token_tokens WHERE hash = ?", (shown,)
             ).fetchone()
         if row is None or not hmac.compare_digest(row[0], shown):
             return None
-        user_id: str = row[1]
-        return user_id
+        at, expires_at = now(), _moment(row[4])
+        if expires_at is not None and expires_at <= at:
+            return None
+        self._used[shown] = at
+        return Grant(user_id=row[1], token_name=row[2], scopes=_scopes(row[3]), expires_at=expires_at)
 
-    async def create_token(self, user: User) -> str:
-        """Return a new token of *user*, the only copy there will ever be. Earlier ones stay valid."""
+    async def create_token(
+        self,
+        user: User,
+        *,
+        name: str = DEFAULT_TOKEN,
+        scopes: frozenset[Scope] = TOKEN_SCOPES,
+        expires_at: datetime | None = None,
+    ) -> str:
+        """Return a new token of *user*, the only copy there will ever be. Others stay valid.
+
+        Raises:
+            Conflict: *user* has a valid token of that name.
+        """
         token = PREFIX + secrets.token_hex(SECRET_BYTES)
-        row = (hash_of(token), user.id, now().isoformat(timespec="microseconds"))
-        await self._write(lambda db: db.execute("INSERT INTO auth_token_tokens VALUES (?, ?, ?)", row))
+        allowed = " ".join(scope.value for scope in Scope if scope in scopes)
+        created_at = now()
+        row = (hash_of(token), user.id, name, allowed, _text(created_at), expires_at and _text(expires_at), None)
+
+        def insert(db: sqlite3.Connection) -> None:
+            expired = "DELETE FROM auth_token_tokens WHERE user_id = ? AND name = ? AND expires_at <= ?"
+            db.execute(expired, (user.id, name, _text(created_at)))
+            try:
+                db.execute("INSERT INTO auth_token_tokens VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            except sqlite3.IntegrityError as error:
+                raise Conflict(
+                    f"user {user.name!r} has a token {name!r} already. Revoke that first, or choose another name."
+                ) from error
+
+        await self._write(insert)
         return token
+
+    async def tokens(self, user: User) -> list[TokenInfo]:
+        """Return *user*'s tokens, oldest first, expired ones too."""
+        with _sqlite_errors():
+            rows = self._connections.reader.execute(
+                "SELECT hash, name, scopes, created_at, expires_at, last_used_at FROM auth_token_tokens "
+                "WHERE user_id = ? ORDER BY created_at, name",
+                (user.id,),
+            ).fetchall()
+        return [
+            TokenInfo(
+                name=row[1],
+                scopes=_scopes(row[2]),
+                created_at=datetime.fromisoformat(row[3]),
+                expires_at=_moment(row[4]),
+                last_used_at=self._used.get(row[0]) or _moment(row[5]),
+            )
+            for row in rows
+        ]
+
+    async def revoke_token(self, user: User, name: str) -> None:
+        """Make *user*'s token *name* invalid, from the next request on.
+
+        Raises:
+            NotFound: there is none.
+        """
+
+        def delete(db: sqlite3.Connection) -> None:
+            sql = "DELETE FROM auth_token_tokens WHERE user_id = ? AND name = ?"
+            if db.execute(sql, (user.id, name)).rowcount == 0:
+                raise NotFound(f"token {name!r} not found")
+
+        await self._write(delete)
 
     async def revoke_tokens(self, user: User) -> None:
         """Make every token of *user* invalid, from the next request on. Repeating it does nothing."""
         await self._write(lambda db: db.execute("DELETE FROM auth_token_tokens WHERE user_id = ?", (user.id,)))
+
+    async def save_uses(self) -> None:
+        """Write down when the tokens that were used since the last call were used last."""
+        used, self._used = self._used, {}
+        rows = [(_text(at), shown) for shown, at in used.items()]
+        if not rows:
+            return
+        sql = "UPDATE auth_token_tokens SET last_used_at = ? WHERE hash = ?"
+        try:
+            await self._write(lambda db: db.executemany(sql, rows))
+        except BaseException:
+            self._used = used | self._used  # for the next time
+            raise
 
     async def _write(self, change: Callable[[sqlite3.Connection], object]) -> None:
         """Run *change* as one transaction. It is complete or has not happened, cancelled or not."""
@@ -118,6 +215,18 @@ class TokenAuth:
                     raise
 
         await trio.to_thread.run_sync(transact, limiter=self._writes)
+
+
+def _scopes(text: str) -> frozenset[Scope]:
+    return frozenset(Scope(word) for word in text.split())
+
+
+def _text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def _moment(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
 
 
 def hash_of(token: str) -> str:

@@ -1,0 +1,64 @@
+"""``noid-server add-user``, ``rotate-token``, ``list-users``: who may come in. They work beside a running agent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from noid.server.command import config_and_plugins, config_options, examples, run
+
+
+@click.command("add-user", epilog=examples("noid-server add-user alice > alice.token"))
+@config_options
+@click.argument("name")
+def add_user(config_path: Path | None, data_dir: Path | None, name: str) -> None:
+    """Add a user. The token, shown this once, is the only thing on stdout."""
+
+    async def job() -> None:
+        from noid.core.users import open_users
+
+        async with open_users(*config_and_plugins(config_path, data_dir)) as users:
+            user, token = await users.add(name)
+        click.echo(f"User '{user.name}' created (id: {user.id})", err=True)
+        click.echo(token)
+
+    run(job)
+
+
+@click.command("rotate-token", epilog=examples("noid-server rotate-token alice > alice.token"))
+@config_options
+@click.argument("name")
+def rotate_token(config_path: Path | None, data_dir: Path | None, name: str) -> None:
+    """Make a user's token invalid, at once, and print a new one."""
+
+    async def job() -> None:
+        from noid.core.users import open_users
+
+        async with open_users(*config_and_plugins(config_path, data_dir)) as users:
+            token = await users.rotate_token(name)
+        click.echo(f"Token of user '{name}' replaced; the old one is invalid now.", err=True)
+        click.echo(token)
+
+    run(job)
+
+
+@click.command("list-users", epilog=examples("noid-server list-users --data-dir /var/lib/noid"))
+@config_options
+def list_users(config_path: Path | None, data_dir: Path | None) -> None:
+    """List users."""
+    from noid.core.model import wire_time
+
+    async def job() -> None:
+        from noid.core.users import open_users
+
+        async with open_users(*config_and_plugins(config_path, data_dir)) as users:
+            found = users.list()
+        if not found:
+            click.echo("No users.")
+            return
+        click.echo(f"{'ID':<36} {'NAME':<20} CREATED")
+        for user in found:
+            click.echo(f"{user.id:<36} {user.name:<20} {wire_time(user.created_at)}")
+
+    run(job)
