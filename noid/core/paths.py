@@ -29,10 +29,19 @@ def data_dir() -> Path:
     chosen = os.environ.get("NOID_DATA_DIR")
     if chosen:
         return Path(os.path.abspath(os.path.expanduser(chosen)))  # noqa: PTH100, PTH111  # resolve() follows links
-    home = os.path.expanduser("~")  # noqa: PTH111  # Path.home() raises RuntimeError where this says "~"
-    if not os.path.isabs(home):  # noqa: PTH117
+    return home() / ".noid"
+
+
+def home() -> Path:
+    """Return the home directory of whoever this process runs as, by ``$HOME``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = os.path.expanduser("~")  # noqa: PTH111  # Path.home() raises RuntimeError where this says "~"
+    if not os.path.isabs(found):  # noqa: PTH117
         raise ConfigError("there is no home directory to keep data in. Set HOME or NOID_DATA_DIR.")
-    return Path(home, ".noid")
+    return Path(found)
 
 
 def run_dir(data_dir: Path) -> Path:

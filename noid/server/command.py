@@ -25,6 +25,7 @@ _ELSEWHERE = {
     "rotate-token": "noid.server.user_commands:rotate_token",
     "serve": "noid.server.serve_commands:serve",
     "token": "noid.server.token_commands:token",
+    "user": "noid.server.user_commands:user",
 }
 #: What the ``server`` extra installs, by the names it is imported under.
 _SERVER_EXTRA = frozenset({"hypercorn", "quart", "quart_trio", "sqlite_utils", "werkzeug"})
@@ -82,28 +83,47 @@ def _fail(text: str) -> NoReturn:
     sys.exit(1)
 
 
+def config_options(command: F) -> F:
+    """Add ``--config`` and ``--data-dir``, by which every command finds the same agent; also before its name."""
+
+    def given(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+        return value if value is not None else ctx.find_root().params.get(param.name or "")
+
+    command = click.option(
+        "--data-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        callback=given,
+        help="Where VMs live; default as server.toml says.",
+    )(command)
+    return click.option(
+        "--config",
+        "config_path",
+        type=click.Path(path_type=Path),
+        callback=given,
+        help="server.toml; else ./, ~/.noid/, /etc/noid/.",
+    )(command)
+
+
 @click.group(
     cls=Commands,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples(
         "noid-server image build                    make the image VMs boot by default",
         "noid-server add-user alice                 print a token for her",
-        "noid-server serve --config server.toml     serve until Ctrl+C",
+        "noid-server                                serve until Ctrl+C, as serve does",
+        "noid-server --config /etc/noid/server.toml",
     ),
 )
+@config_options
 @click.version_option(__version__, message="noid-server %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context, config_path: Path | None, data_dir: Path | None) -> None:
     """Serve virtual machines that can be frozen, forked and woken in milliseconds."""
-
-
-def config_options(command: F) -> F:
-    """Add ``--config`` and ``--data-dir``, by which every command finds the same agent."""
-    command = click.option(
-        "--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Where VMs live; default ~/.noid."
-    )(command)
-    return click.option(
-        "--config", "config_path", type=click.Path(path_type=Path), help="server.toml; default in the data directory."
-    )(command)
+    if ctx.invoked_subcommand is None:
+        serve = cli.get_command(ctx, "serve")
+        assert serve is not None  # noqa: S101  # it is one of ours
+        ctx.invoke(serve, config_path=config_path, data_dir=data_dir, local=False, ready_fd=None)
 
 
 def config_and_plugins(config_path: Path | None, data_dir: Path | None) -> tuple[Any, Any]:
@@ -112,10 +132,10 @@ def config_and_plugins(config_path: Path | None, data_dir: Path | None) -> tuple
     Raises:
         ConfigError: the configuration cannot be used.
     """
-    from noid.core.config import load_config
+    from noid.core.config_reading import load_admin_config
     from noid.core.plugins import Plugins
 
-    return load_config(config_path, data_dir=data_dir), Plugins()
+    return load_admin_config(config_path, data_dir=data_dir), Plugins()
 
 
 def run(job: Callable[[], Awaitable[T]]) -> T:

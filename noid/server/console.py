@@ -44,14 +44,14 @@ class ConsoleRoutes:
 
     def routes(self) -> list[Route]:
         """Return the lines of the table."""
-        path = "/v1/vms/<name>/console"
+        path, also = "/v1/vms/<name>/console", ("/console/<name>",)
         return [
             Route(
-                method="GET", path=path, handler=self.upgrade_required, scope=Scope.EXEC,
+                method="GET", path=path, handler=self.upgrade_required, scope=Scope.EXEC, also=also,
                 answers={426: UPGRADE_REQUIRED},
             ),
             Route(
-                method=WS, path=path, handler=self.stream, scope=Scope.EXEC,
+                method=WS, path=path, handler=self.stream, scope=Scope.EXEC, also=also,
                 query=CONSOLE, answers={101: None}, errors=GUEST,
             ),
         ]  # fmt: skip

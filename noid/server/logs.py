@@ -19,7 +19,7 @@ from noid.core import wire
 from noid.core.agent import Agent
 from noid.core.logs import PIECE_BYTES, Log, LogExtent, LogReader
 from noid.core.model import Gap, Scope, checked_name
-from noid.core.vmlogs import LogInfo
+from noid.core.vmlogs import CONSOLE, LogInfo
 from noid.errors import DeadlineExceeded
 from noid.server.answers import json_reply
 from noid.server.schemas.logs import FOLLOW, LOG, READ, READ_PART, STREAM
@@ -51,6 +51,14 @@ class LogRoutes:
             ),
             Route(
                 method=WS, path=f"{logs}/<log>", handler=self.stream, scope=Scope.EXEC,
+                query=STREAM, answers={101: None},
+            ),
+            Route(
+                method="GET", path="/logs/<name>", handler=self.read_console, scope=Scope.EXEC,
+                query=FOLLOW, headers={"Range?": text()}, answers={200: READ, 206: READ_PART}, errors=frozenset({416}),
+            ),
+            Route(
+                method=WS, path="/logs/<name>", handler=self.follow_console, scope=Scope.EXEC,
                 query=STREAM, answers={101: None},
             ),
         ]  # fmt: skip
@@ -86,13 +94,23 @@ class LogRoutes:
             reply.content_length = stop - start - sum(min(gap.end, stop) - max(gap.start, start) for gap in gaps)
         return reply
 
+    async def read_console(self, name: str) -> Response:
+        """Send the log of the VM's console: another spelling of ``/v1/vms/<name>/logs/console``."""
+        return await self.read(name, CONSOLE)
+
+    async def follow_console(self, name: str) -> None:
+        """Send the log of the VM's console and what is added to it, unless ``follow`` is switched off."""
+        await self._stream(name, CONSOLE, follows=flag(websocket.args.get("follow", "")))
+
     async def stream(self, name: str, log: str) -> None:
         """Send a log from ``offset`` on, counted from its end if negative, and with ``follow`` what is added to it."""
+        await self._stream(name, log, follows=flag(websocket.args.get("follow")))
+
+    async def _stream(self, name: str, log: str, *, follows: bool) -> None:
         found = await self._open(name, log)
         extent = await found.extent()
         offset = whole_number("offset", websocket.args.get("offset"), 0, least=-(1 << 60))
         start = max(0, extent.end + offset) if offset < 0 else min(offset, extent.end)
-        follows = flag(websocket.args.get("follow"))
         await self._websockets.hold(lambda: _stream(found, start, follows=follows))
 
     async def _open(self, name: str, log: str) -> Log:

@@ -50,7 +50,10 @@ class VmRoutes:
         """Return the lines of the table."""
         vms, vm = "/v1/vms", "/v1/vms/<name>"
         return [
-            Route(method="GET", path="/healthz", handler=self.healthz, scope=None, answers={200: HEALTH}),
+            Route(
+                method="GET", path="/healthz", handler=self.healthz, scope=None, also=("/health",),
+                answers={200: HEALTH},
+            ),
             Route(method="GET", path="/version", handler=self.version, scope=None, answers={200: VERSION}),
             Route(method="GET", path="/v1/whoami", handler=self.whoami, answers={200: WHOAMI}),
             Route(method="GET", path="/v1/capabilities", handler=self.capabilities, answers={200: CAPABILITIES}),
@@ -209,7 +212,7 @@ def vm_reply(outcome: Outcome, status: int) -> Response:
 
 async def refuse_no_name() -> None:
     """Refuse ``/v1/vms/``, which would otherwise be the list. After the guard, which was registered before."""
-    if request.path == "/v1/vms/":
+    if request.path in ("/v1/vms/", "/vms/"):
         raise InvalidRequest("missing VM name in path")
 
 

@@ -13,6 +13,8 @@ import click
 from noid.errors import ConfigError
 from noid.server.command import config_options, examples, run
 
+logger = logging.getLogger(__name__)
+
 
 @click.command(
     epilog=examples("noid-server serve --config /etc/noid/server.toml", "noid-server serve --local --data-dir /tmp/try")
@@ -33,12 +35,16 @@ def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("noid.server.hypercorn").setLevel(logging.WARNING)  # its "Running on" is said better by ours
 
-    from noid.core.config import load_config
+    from noid.core.config_reading import load_config
     from noid.core.opening import open_agent
     from noid.core.plugins import Plugins
     from noid.server.serve import serve as serve_agent
 
     config = load_config(config_path, data_dir=data_dir, local=local)
+    logging.getLogger().setLevel(config.logging.level.upper())
+    logger.info("configuration: %s; data: %s", config.source or "no file", config.data_dir)
+    for note in config.notes:
+        logger.warning("%s: %s", config.source, note)
 
     def ready() -> None:
         if ready_fd is not None:

@@ -17,6 +17,9 @@ from noid.server.hardening import App
 from noid.server.schemas import failures
 from noid.server.schemas.vocabulary import Answer, Content, Schema
 
+_PREFIX = "/v1"
+_WITHOUT_PREFIX = f"{_PREFIX}/vms"
+
 WS = "WS"
 """The method of a WebSocket's route."""
 
@@ -77,6 +80,13 @@ class Route:
                 derived |= statuses
         return derived | self.errors
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path it is answered at, its own first; what is below ``/v1/vms`` also without the prefix."""
+        if not f"{self.path}/".startswith(f"{_WITHOUT_PREFIX}/"):
+            return self.path, *self.also
+        return self.path, self.path.removeprefix(_PREFIX), *self.also
+
 
 def add_routes(app: App, routes: Iterable[Route]) -> Mapping[str, Route]:
     """Make *app* answer *routes* and return them by endpoint.
@@ -89,7 +99,7 @@ def add_routes(app: App, routes: Iterable[Route]) -> Mapping[str, Route]:
         if route.endpoint in table:
             raise ValueError(f"two routes for {route.endpoint}")
         table[route.endpoint] = route
-        for path in (route.path, *route.also):
+        for path in route.paths:
             if route.method == WS:
                 app.add_websocket(path, route.endpoint, route.handler)
             else:

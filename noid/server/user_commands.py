@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import click
 
-from noid.server.command import config_and_plugins, config_options, examples, run
+from noid.server.command import cli, config_and_plugins, config_options, examples, run
 
 
 @click.command("add-user", epilog=examples("noid-server add-user alice > alice.token"))
@@ -62,3 +64,34 @@ def list_users(config_path: Path | None, data_dir: Path | None) -> None:
             click.echo(f"{user.id:<36} {user.name:<20} {wire_time(user.created_at)}")
 
     run(job)
+
+
+class Spellings(click.Group):
+    """Commands of `cli` under other names."""
+
+    def __init__(self, name: str, meant: dict[str, str], **attributes: Any) -> None:
+        super().__init__(name, context_settings={"help_option_names": ["-h", "--help"]}, **attributes)
+        self._meant = meant
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return every name."""
+        return [name for name, meant in self._meant.items() if cli.get_command(ctx, meant) is not None]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command that is meant, with this name in its examples."""
+        meant = self._meant.get(cmd_name)
+        command = None if meant is None else cli.get_command(ctx, meant)
+        if command is None:
+            return None
+        command = copy.copy(command)
+        command.name = cmd_name
+        command.epilog = (command.epilog or "").replace(f"noid-server {meant}", f"noid-server {self.name} {cmd_name}")
+        return command
+
+
+user = Spellings(
+    "user",
+    {"create": "add-user", "rotate-token": "rotate-token", "delete": "remove-user", "list": "list-users"},
+    help="Look after users: the same commands under other names.",
+    epilog=examples("noid-server user create alice > alice.token"),
+)

@@ -23,7 +23,7 @@ from noid_auth_token.tokens import open_tokens
 from noid import errors, hookspecs
 from noid.cli import main as noid_cli
 from noid.core import states
-from noid.core.config import Backends, Config, PoolConfig
+from noid.core.config import NOT_FROM_FILE, Config
 from noid.core.model import Checkpoint, Vm, VmState
 from noid.core.plugins import _ENTRY_PREFIX, KINDS, Plugins
 from noid.core.store import open_store
@@ -81,17 +81,20 @@ def keys_of(record: type[Any]) -> list[tuple[str, str, str]]:
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
             hint = next(a for a in typing.get_args(hint) if a is not type(None))
         kind = TYPES.get(typing.get_origin(hint) or hint)
-        if kind is None or name in ("local", "source"):
+        if kind is None or name in NOT_FROM_FILE:
             continue
         value = list(field.default) if isinstance(field.default, tuple) else field.default
-        shown = "none" if value is None else "~/.noid" if value is dataclasses.MISSING else json.dumps(value)
+        shown = "none" if value is None else "see above" if value is dataclasses.MISSING else json.dumps(value)
         found.append((name, kind, shown))
     return found
 
 
 def test_every_setting_has_its_type_and_default_on_the_page(page: Pages) -> None:
     configuration, header = page("docs/configuration.md"), ("key", "type", "default", "meaning")
-    sections: dict[str, type[Any]] = {"Top level": Config, "[backends]": Backends, "[pool]": PoolConfig}
+    sections: dict[str, type[Any]] = {"Top level": Config}
+    for field in dataclasses.fields(Config):
+        if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
+            sections[f"[{field.name}]"] = field.default_factory
     bare = []
     for kind in KINDS:
         for name, spec in Plugins().offers(kind).items():

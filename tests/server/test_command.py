@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import trio
@@ -68,6 +68,25 @@ def refused(result: tuple[int, str, str]) -> str:
 
 
 # --- users -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_under_the_names_of_the_other_manual(run: Run) -> None:
+    code, token, told = run("user", "create", "alice")
+    assert (code, len(token), told[:20]) == (0, 74, "User 'alice' created")
+    code, other, _ = run("user", "rotate-token", "alice")
+    assert (code, len(other), other == token) == (0, 74, False)
+    assert run("user", "list") == run("list-users")
+    code, text, _ = run("user", "create", "--help")
+    assert (code, "noid-server user create alice > alice.token" in text) == (0, True)
+
+
+def test_the_data_is_named_before_or_after_the_command(run: Run, data_dir: Path) -> None:
+    elsewhere = str(data_dir / "elsewhere")
+    run("--data-dir", elsewhere, "add-user", "alice")
+    assert "alice" in run("list-users", "--data-dir", elsewhere)[1]
+    assert run("list-users") == (0, "No users.\n", "")
+    (data_dir / "other.toml").write_text(f"data_dir = '{elsewhere}'")
+    assert "alice" in run("--config", str(data_dir / "other.toml"), "user", "list")[1]
 
 
 def test_users_and_their_tokens(run: Run) -> None:
@@ -218,6 +237,33 @@ def test_a_server_says_that_it_is_ready_and_ends_when_asked(served: Served, sign
     assert "VMs keep running" in served.end(process)
     assert process.returncode == 0
     assert not (served.data_dir / "run" / "agent.sock").exists()
+
+
+def test_without_a_command_it_serves_and_says_which_file_it_took(served: Served, reserved_port: int) -> None:
+    config = served.data_dir / "other.toml"
+    config.write_text(
+        f'[server]\nport = {reserved_port}\nworkers = 4\n[paths]\ndata_dir = "{served.data_dir}"\n[logging]\nlevel = "info"\n'
+        f"{CONFIG}"
+    )
+    command = [sys.executable, "-c", SERVE, "--config", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    served.processes.append(process)
+    assert process.stderr is not None
+    said = list(iter_until(process.stderr, f"http://127.0.0.1:{reserved_port}"))
+    assert any(f"configuration: {config}; data: {served.data_dir}" in line for line in said)
+    assert any("[server] workers = 4 changes nothing" in line for line in said)
+    assert served.ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 200")
+    process.terminate()
+    served.end(process)
+    assert process.returncode == 0
+
+
+def iter_until(lines: IO[str], words: str) -> Iterator[str]:
+    """Yield *lines* up to the one with *words*."""
+    for line in lines:
+        yield line
+        if words in line:
+            return
 
 
 def test_a_second_signal_waits_for_no_request_and_vms_outlive_both(served: Served) -> None:

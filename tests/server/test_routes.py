@@ -31,6 +31,23 @@ async def test_what_needs_no_token(server: Server) -> None:
     assert (await client.ask("GET", "/version")).json() == {"version": noid.__version__, "api_version": 1}
 
 
+async def test_every_path_of_the_older_manuals_leads_to_the_same_place(server: Server) -> None:
+    assert (await server.ask("GET", "/health")).json() == {"status": "ok"}
+    made = await server.ask("POST", "/vms", {"name": "web", **SHAPE})
+    assert made.status == 201
+    for path in ("", "/web", "/web/checkpoints", "/web/processes", "/web/logs/console"):
+        assert (await server.ask("GET", f"/vms{path}")).body == (await server.ask("GET", f"/v1/vms{path}")).body
+    assert (await server.ask("POST", "/vms/web/exec", {"command": ["echo", "hi"]})).json()["stdout"] == "hi\n"
+    assert (await server.ask("POST", "/vms/web/checkpoints")).status == 201
+    assert (await server.ask("GET", "/logs/web")).body == (await server.ask("GET", "/v1/vms/web/logs/console")).body
+    assert (await server.ask("GET", "/console/web")).status == 426
+    assert (await server.refused("GET", "/vms/"))[0] == 400
+    assert (await server.refused("GET", "/vms/%20"))[0] == 400
+    assert (await server.refused("GET", "/console/nope"))[0] == (await server.refused("GET", "/v1/vms/nope/console"))[0]
+    assert (await (await server.tcp()).ask("GET", "/vms")).status == 401
+    assert (await server.ask("DELETE", "/vms/web")).status == 204
+
+
 async def test_who_asks_and_what_to_count_on(server: Server) -> None:
     local = server.agent.local_user()
     assert (await server.ask("GET", "/v1/whoami")).json() == {"user_id": local.id, "name": local.name}
