@@ -171,7 +171,7 @@ def test_a_damaged_database_is_one_paragraph(run: Run, data_dir: Path) -> None:
     assert str(data_dir / "noid.db") in refused(run("list-users"))
 
 
-@pytest.mark.parametrize("args", [(), ("nope",), ("serve", "extra"), ("add-user",), ("serve", "--ready-fd", "x")])
+@pytest.mark.parametrize("args", [("nope",), ("--nope",), ("user", "nope"), ("serve", "extra"), ("add-user",), ("serve", "--ready-fd", "x")])
 def test_wrong_usage_is_2(run: Run, args: tuple[str, ...]) -> None:
     code, out, err = run(*args)
     assert (code, out) == (2, "")
@@ -242,8 +242,8 @@ def test_a_server_says_that_it_is_ready_and_ends_when_asked(served: Served, sign
 def test_without_a_command_it_serves_and_says_which_file_it_took(served: Served, reserved_port: int) -> None:
     config = served.data_dir / "other.toml"
     config.write_text(
-        f'[server]\nport = {reserved_port}\nworkers = 4\n[paths]\ndata_dir = "{served.data_dir}"\n[logging]\nlevel = "info"\n'
-        f"{CONFIG}"
+        f'[server]\nport = {reserved_port}\nworkers = 4\n[paths]\ndata_dir = "{served.data_dir}"\n'
+        f'[logging]\nlevel = "info"\n{CONFIG}'
     )
     command = [sys.executable, "-c", SERVE, "--config", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
