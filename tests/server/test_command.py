@@ -171,7 +171,9 @@ def test_a_damaged_database_is_one_paragraph(run: Run, data_dir: Path) -> None:
     assert str(data_dir / "noid.db") in refused(run("list-users"))
 
 
-@pytest.mark.parametrize("args", [("nope",), ("--nope",), ("user", "nope"), ("serve", "extra"), ("add-user",), ("serve", "--ready-fd", "x")])
+@pytest.mark.parametrize(
+    "args", [("nope",), ("--nope",), ("user", "nope"), ("serve", "extra"), ("add-user",), ("serve", "--ready-fd", "x")]
+)
 def test_wrong_usage_is_2(run: Run, args: tuple[str, ...]) -> None:
     code, out, err = run(*args)
     assert (code, out) == (2, "")
