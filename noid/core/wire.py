@@ -211,10 +211,8 @@ def call_from_json(text: str | bytes) -> ExecCall:
         raise InvalidRequest(f"invalid exec request: not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidRequest("invalid exec request: expected a JSON object with the field 'command'.")
-    tty = None
-    if _boolean(fields, "tty"):
-        columns, rows = (_within(fields, name, default, 0, 0xFFFF) for name, default in (("columns", 80), ("rows", 24)))
-        tty = TerminalSize(columns=columns, rows=rows)
+    columns, rows = (_within(fields, name, default, 0, 0xFFFF) for name, default in (("columns", 80), ("rows", 24)))
+    tty = TerminalSize(columns=columns, rows=rows) if _boolean(fields, "tty") else None
     request = ExecRequest(
         argv=checked_argv(_strings(fields.get("command"), "command")),
         env=checked_env(_strings(fields.get("env", []), "env")),
