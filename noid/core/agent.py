@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import trio
 
 from noid.core import checkpointing, lifecycle, pausing, power, saga, states
+from noid.core.audit import AuditLog
 from noid.core.backends import Event, Guest
 from noid.core.console import Console
 from noid.core.model import (
@@ -67,6 +68,7 @@ class Agent:
         self,
         services: Services,
         users: Users,
+        audit: AuditLog,
         operations: Operations,
         templates: Templates,
         pool: Pool,
@@ -76,6 +78,7 @@ class Agent:
         self.services = services
         self._store = services.store
         self.users = users
+        self.audit = audit
         self._operations = operations
         self._templates = templates
         self._pool = pool

@@ -19,6 +19,7 @@ import trio
 from noid import hostfs
 from noid.core import configured_image, deeds, paths, recovery
 from noid.core.agent import Agent
+from noid.core.audit import AuditLog
 from noid.core.backends import AgentContext, StorageBackend, VmmBackend
 from noid.core.config import Config
 from noid.core.endings import Endings
@@ -92,6 +93,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         nursery = await stack.enter_async_context(plain_nursery())
 
         users = Users(store, auth)
+        audit = AuditLog(store)
         operations = Operations(nursery)
         endings = Endings(store, operations, nursery)
         sessions = Sessions(nursery, layout, config.exec_reattach_secs)
@@ -113,9 +115,10 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             interrupted = await recovery.recover(services, templates)
             await templates.collect()
             nursery.start_soon(pool.keep)
-            agent = Agent(services, users, operations, templates, pool, sessions)
+            agent = Agent(services, users, audit, operations, templates, pool, sessions)
             endings.serve(agent.boot_again)
             nursery.start_soon(users.keep_saving_uses)
+            nursery.start_soon(audit.keep_flushing)
             for vm in interrupted:
                 nursery.start_soon(agent.finish_reboot, vm)
             yield agent
@@ -124,6 +127,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
                 await operations.drain()
                 await sessions.save()
                 await users.save_uses()
+                await audit.flush()
             nursery.cancel_scope.cancel()
 
 

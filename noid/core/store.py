@@ -78,6 +78,25 @@ def how_machines_ended(db: Database) -> None:
     db.execute("ALTER TABLE vms ADD COLUMN ended TEXT")
 
 
+@migrations()
+def audit_and_quotas(db: Database) -> None:
+    """Who did what, which nobody can rewrite; what single users may have."""
+    for statement in (
+        """CREATE TABLE audit (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, user TEXT, user_id TEXT, token TEXT,
+            address TEXT NOT NULL, request TEXT, action TEXT NOT NULL, target TEXT NOT NULL, status INTEGER,
+            count INTEGER NOT NULL) STRICT""",
+        """CREATE TRIGGER audit_stays BEFORE DELETE ON audit
+            BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END""",
+        """CREATE TRIGGER audit_is_fixed BEFORE UPDATE ON audit
+            BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END""",
+        """CREATE TABLE quotas (
+            owner TEXT NOT NULL REFERENCES users(id) ON DELETE CASCADE, resource TEXT NOT NULL, most INTEGER,
+            PRIMARY KEY (owner, resource)) STRICT, WITHOUT ROWID""",
+    ):
+        db.execute(statement)
+
+
 class Tx:
     """What a write may do. Lives only inside the function given to `Store.write`."""
 
@@ -85,7 +104,7 @@ class Tx:
         self._connection = connection
 
     def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:
-        """Run one statement. Only for this module."""
+        """Run one statement. For this module and those with tables of their own: `audit`, `quotas`."""
         return self._connection.execute(sql, arguments)
 
     def insert_user(self, name: str, user_id: str, created_at: datetime | None = None) -> User:
@@ -270,6 +289,10 @@ class Store:
         """Close both connections."""
         self._reader.close()
         self._writer.close()
+
+    def rows(self, sql: str, *arguments: object) -> list[sqlite3.Row]:
+        """Return what a question comes to, for the modules that may use `Tx.execute`."""
+        return self._read(sql, *arguments)
 
     def _read(self, sql: str, *arguments: object) -> list[sqlite3.Row]:
         with _sqlite_errors():

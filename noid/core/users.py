@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 
+from noid.core.audit import AuditEntry, AuditLog
 from noid.core.backends import AgentContext, AuthBackend
 from noid.core.config import Config
 from noid.core.ids import new_id
@@ -128,6 +129,11 @@ class Users:
             NotFound: there is none.
         """
         await self._auth.revoke_token(user, checked_name(name, "token name"))
+
+    async def note(self, command: str, target: str) -> None:
+        """Write into the audit log that somebody on this host has carried out an admin *command*."""
+        entry = AuditEntry(at=now(), user=local_user_name(), action=f"noid-server {command}", target=target, status=0)
+        await AuditLog(self._store).record(entry)
 
     async def keep_saving_uses(self) -> None:
         """Write down, from time to time, when tokens were used last. Runs until it is cancelled."""

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 #: Which module has a command, so that each run imports only its own.
 _ELSEWHERE = {
+    "audit": "noid.server.audit_commands:audit",
     "add-user": "noid.server.user_commands:add_user",
     "image": "noid.server.image_commands:image",
     "list-users": "noid.server.user_commands:list_users",

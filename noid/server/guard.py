@@ -11,13 +11,14 @@ from typing import Any
 from quart import g, request, websocket
 
 from noid.core.agent import Agent
+from noid.core.audit import AUTHENTICATE, AuditEntry
 from noid.core.config import Config
 from noid.core.model import Caller, Credentials
-from noid.errors import Forbidden, Unauthenticated
+from noid.errors import Forbidden, TooManyRequests, Unauthenticated
 from noid.server.hardening import App, Transport
 from noid.server.limiter import FailureLimiter
 from noid.server.table import Route
-from noid.server.visit import Visit
+from noid.server.visit import Visit, visit
 
 
 class Guard:
@@ -36,10 +37,21 @@ class Guard:
         app.before_websocket(self._admit_websocket)
 
     async def _admit_request(self) -> None:
-        self._admit(request)
+        await self._admit_or_record(request)
 
     async def _admit_websocket(self) -> None:
-        self._admit(websocket)
+        await self._admit_or_record(websocket)
+
+    async def _admit_or_record(self, call: Any) -> None:
+        try:
+            self._admit(call)
+        except (Unauthenticated, TooManyRequests, Forbidden) as error:
+            rule = call.url_rule.endpoint if isinstance(error, Forbidden) else AUTHENTICATE
+            here = visit()
+            await self._agent.audit.record(
+                AuditEntry.of(here.caller, rule, "", error.status, address=here.address, request=here.id)
+            )
+            raise
 
     def _admit(self, call: Any) -> None:
         transport = Transport.of(call.scope)

@@ -51,7 +51,7 @@ class LogRoutes:
             ),
             Route(
                 method=WS, path=f"{logs}/<log>", handler=self.stream, scope=Scope.EXEC,
-                query=STREAM, answers={101: None},
+                query=STREAM, answers={101: None}, audited=False,
             ),
             Route(
                 method="GET", path="/logs/<name>", handler=self.read_console, scope=Scope.EXEC,

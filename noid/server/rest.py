@@ -35,7 +35,7 @@ from noid.server.schemas.vms import CREATE, DESTROYED, RESTORE, VM, VM_CHANGED
 from noid.server.schemas.vocabulary import array, optional_json
 from noid.server.streams import OUTPUT_BYTES_MAX
 from noid.server.table import Route
-from noid.server.visit import current_caller, current_user
+from noid.server.visit import current_caller, current_user, visit
 
 _MISSING = object()
 
@@ -118,6 +118,7 @@ class VmRoutes:
             mem_mib=body.integer("mem_mib", DEFAULT_MEM_MIB),
             image=body.optional_text("image") or "default",
         )
+        visit().target = spec.name
         async with still_working():
             outcome = await self._agent.create_vm(current_user(), spec)
         return vm_reply(outcome, 201)

@@ -17,6 +17,7 @@ from hypercorn.utils import wrap_app
 from noid.core.agent import Agent
 from noid.core.config import Config
 from noid.server.answers import Answers
+from noid.server.auditing import audited
 from noid.server.console import ConsoleRoutes
 from noid.server.files import FileRoutes
 from noid.server.guard import Guard
@@ -92,7 +93,7 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
     app.url_map.merge_slashes = False
     answers = Answers(config)
     log_requests(app)
-    routes = add_routes(app, all_routes(agent, WebSockets(config, answers, stopping)))
+    routes = add_routes(app, audited(agent, all_routes(agent, WebSockets(config, answers, stopping))))
     Guard(agent, config).protect(app, routes)
     app.before_request(refuse_no_name)
     app.register_error_handler(Exception, answers.answer)

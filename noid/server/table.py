@@ -41,6 +41,7 @@ class Route:
         errors: Statuses of failures, beyond those that follow from the above: see `failures`.
         also: Other paths of the same route: older spellings.
         head: Whether HEAD is answered too.
+        audited: Whether it is in the audit log. None: if it is no GET.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Route:
     errors: frozenset[int] = frozenset()
     also: tuple[str, ...] = field(default=())
     head: bool = False
+    audited: bool | None = None
 
     @property
     def endpoint(self) -> str:

@@ -69,6 +69,7 @@ def create(
         allowed = frozenset(map(Scope, scopes or _SCOPES))
         async with open_users(*config_and_plugins(config_path, data_dir)) as users:
             made, info = await users.create_token(users.named(user), name, allowed, expires_at)
+            await users.note("token create", f"{user}/{name}")
         end = f"until {_shown(info.expires_at)} UTC" if info.expires_at else "until it is revoked"
         click.echo(f"Token '{name}' of user '{user}' allows {', '.join(ordered(info.scopes))}, {end}.", err=True)
         click.echo(made)
@@ -115,6 +116,7 @@ def revoke(config_path: Path | None, data_dir: Path | None, user: str, name: str
     async def job() -> None:
         async with open_users(*config_and_plugins(config_path, data_dir)) as users:
             await users.revoke_token(users.named(user), name)
+            await users.note("token revoke", f"{user}/{name}")
         click.echo(f"Token '{name}' of user '{user}' is invalid now.", err=True)
 
     run(job)

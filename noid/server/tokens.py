@@ -15,7 +15,7 @@ from noid.server.rest import Body, read_body
 from noid.server.schemas.tokens import CREATE, EXPIRES_SECS_MAX, TOKEN, TOKEN_MADE
 from noid.server.schemas.vocabulary import array
 from noid.server.table import Route
-from noid.server.visit import current_caller, current_user
+from noid.server.visit import current_caller, current_user, visit
 
 #: A name may be taken; the database may be held by another process, or its disk be full.
 _KEEPING = frozenset({409, 503, 507})
@@ -49,6 +49,7 @@ class TokenRoutes:
         """Make a token: 201, with the only copy of it."""
         body = await read_body()
         name, caller = body.text("name"), current_caller()
+        visit().target = name
         scopes = _scopes(body)
         for scope in Scope:
             if scope in scopes - caller.scopes:

@@ -22,6 +22,7 @@ def add_user(config_path: Path | None, data_dir: Path | None, name: str) -> None
 
         async with open_users(*config_and_plugins(config_path, data_dir)) as users:
             user, token = await users.add(name)
+            await users.note("add-user", name)
         click.echo(f"User '{user.name}' created (id: {user.id})", err=True)
         click.echo(token)
 
@@ -39,6 +40,7 @@ def rotate_token(config_path: Path | None, data_dir: Path | None, name: str) -> 
 
         async with open_users(*config_and_plugins(config_path, data_dir)) as users:
             token = await users.rotate_token(name)
+            await users.note("rotate-token", name)
         click.echo(f"Token of user '{name}' replaced; the old one is invalid now.", err=True)
         click.echo(token)
 

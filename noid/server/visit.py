@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from quart import g
@@ -17,6 +18,10 @@ class Visit:
     began: float
     address: str
     caller: Caller | None = None
+    target: str = ""
+    """What it is about, for the audit log: what the path names, unless the handler knows better."""
+    upgraded: Callable[[], Awaitable[None]] | None = None
+    """What is to be done once it has become a WebSocket."""
 
     @property
     def user(self) -> User | None:

@@ -12,6 +12,7 @@ from noid.core.config import Config
 from noid.errors import DependencyDown, InvalidRequest, NoidError
 from noid.server.answers import Answers
 from noid.server.hardening import Transport, hold_websocket
+from noid.server.visit import visit
 
 GONE_CHECK_SECS = 1.0
 
@@ -38,6 +39,8 @@ class WebSockets:
         self._sessions += 1
         try:
             await websocket.accept()
+            if (upgraded := visit().upgraded) is not None:
+                await upgraded()
             await hold_websocket(self._stopping, session, self._last_words)
         finally:
             self._sessions -= 1

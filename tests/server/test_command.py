@@ -132,6 +132,26 @@ def test_an_admin_makes_lists_and_revokes_tokens_of_a_user(run: Run) -> None:
     assert run("token", "create", "alice", "--expires-in", "soon")[0] == 2
 
 
+def test_what_admins_do_is_in_the_audit_log_and_can_be_picked_from_it(run: Run) -> None:
+    run("add-user", "alice")
+    run("token", "create", "alice", "--name", "ci")
+    run("add-user", "alice")  # refused, so it changed nothing
+    code, printed, _ = run("audit", "--json")
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert code == 0
+    assert [(row["action"], row["target"]) for row in rows] == [
+        ("noid-server add-user", "alice"),
+        ("noid-server token create", "alice/ci"),
+    ]
+    assert all(row["user"].startswith("local:") for row in rows)
+    _, table, _ = run("audit", "-n", "1", "--since", "1h")
+    assert table.splitlines()[1:] == [table.splitlines()[-1]]
+    assert table.endswith("noid-server token create alice/ci\n")
+    assert run("audit", "--since", "2100-01-01")[1].count("\n") == 1
+    assert run("audit", "--user", "bob")[1].count("\n") == 1
+    assert run("audit", "--since", "yesterday")[0] == 2
+
+
 async def test_a_user_added_beside_a_running_server_can_come_in_at_once(server: Server) -> None:
     command = [sys.executable, "-m", "noid.server", "add-user", "alice", "--data-dir", str(server.config.data_dir)]
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
