@@ -8,6 +8,7 @@
     ├── Unauthenticated         401  unauthenticated
     ├── Denied                  403  denied           a guest's user may not do that to the guest's file
     ├── Forbidden               403  scope            the caller's token does not allow it; names the scope
+    ├── QuotaExceeded           403  quota            a user, or the host, has as much as it may; names what
     ├── NotFound                404  not_found        also: not yours
     ├── Conflict                409  conflict
     │   ├── Busy                409  busy             names the operation that holds the VM
@@ -76,6 +77,13 @@ class Forbidden(NoidError):
         else:
             remedy = f"which token {token!r} has not. Use one that has, or make one: `noid-server token create`"
         super().__init__(f"this needs the scope {scope!r}, {remedy}.")
+
+
+class QuotaExceeded(NoidError):
+    """A user, or the host, has as much of something as it may. Nothing was changed."""
+
+    code = "quota"
+    status = 403
 
 
 class NotFound(NoidError):

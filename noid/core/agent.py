@@ -109,6 +109,7 @@ class Agent:
             NotFound: no such image.
         """
         spec.checked(host_mem_mib())
+        self.services.quotas.check_shape(spec.mem_mib)
         self.services.plugins.hook.validate_vm(spec=spec, owner=user)
         facts = lifecycle.facts_of_new_vm(spec.name, None)
         work = self._work(user, spec=spec)
@@ -346,6 +347,7 @@ class Agent:
             NotFound: there is no such VM.
             Conflict: it does not run.
             InvalidRequest, Unsupported: the guest cannot start that.
+            QuotaExceeded: as many run as may.
             DependencyDown, DeadlineExceeded: its guest does not answer.
         """
         vm = await self._settled(user, name)
@@ -354,7 +356,17 @@ class Agent:
         if request.user is None:
             request = dataclasses.replace(request, user=self._default_user(vm))
         async with self._guest(name, link) as guest:
+            self.services.quotas.check_process(user, self._running_processes(user))
             return await sessions.start(guest, request, detached=detached)
+
+    async def quota(self, user: User) -> tuple[dict[str, int | None], dict[str, int]]:
+        """Return the most *user* may have of each resource (None: no limit), and what they use."""
+        quotas = self.services.quotas
+        used = await quotas.use(user)
+        return quotas.limits(user), {**used, "exec_sessions": self._running_processes(user)}
+
+    def _running_processes(self, user: User) -> int:
+        return self._sessions.running(vm.id for vm in self._store.vms(user.id))
 
     async def _refuse_if_hung(self, name: str, link: GuestLink) -> None:
         """Let pass unless the guest is known not to answer and has not come back since.

@@ -22,7 +22,10 @@ from noid.core.work import Work, given
 
 
 async def reserve_checkpoint(work: Work, facts: Facts) -> None:
-    """Make the directory it is written into."""
+    """See that it may be, and make the directory it is written into."""
+    quotas, owner = work.services.quotas, given(work.user).id
+    await quotas.check_bytes(owner)
+    await work.services.store.write(lambda tx: quotas.reserve_checkpoint(tx, owner, facts["checkpoint_id"]))
     await trio.to_thread.run_sync(deeds.write_user, work.services.layout, given(work.user))
     with hostfs.os_errors("making the checkpoint's directory"):
         (_partial(work, facts) / "disk").mkdir(parents=True, mode=0o700)

@@ -67,6 +67,18 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaConfig:
+    """How much one user may have, unless a quota of their own says otherwise. None: as much as there is."""
+
+    vms: int | None = setting(None, least=0)
+    vcpus: int | None = setting(None, least=0)
+    mem_mib: int | None = setting(None, least=0)
+    checkpoints: int | None = setting(None, least=0)
+    bytes: int | None = setting(None, least=0)
+    exec_sessions: int | None = setting(None, least=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoggingConfig:
     """What goes into the server's log."""
 
@@ -101,6 +113,7 @@ class Config:
     backends: Backends = field(default_factory=Backends)
     pool: PoolConfig = field(default_factory=PoolConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     source: Path | None = None

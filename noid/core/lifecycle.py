@@ -37,7 +37,7 @@ from noid.errors import Conflict
 
 
 async def reserve_name(work: Work, facts: Facts) -> None:
-    """Insert the row: from here the name is taken."""
+    """Insert the row: from here the name is taken, and the VM counts."""
     spec = given(work.spec)
     vm = Vm(
         id=facts["vm_id"],
@@ -51,7 +51,14 @@ async def reserve_name(work: Work, facts: Facts) -> None:
         instance=facts["instance"],
         created_at=now(),
     )
-    await work.services.store.write(lambda tx: tx.insert_vm(vm))
+    quotas = work.services.quotas
+    await quotas.check_bytes(vm.owner)
+
+    def insert(tx: Tx) -> None:
+        tx.insert_vm(vm)
+        quotas.reserve_vm(tx, vm)
+
+    await work.services.store.write(insert)
     work.vm = vm
 
 
@@ -77,6 +84,8 @@ def commit_machine(work: Work, facts: Facts, tx: Tx) -> None:
         origin=facts["origin"],
         receipt=work.receipt,
     )
+    if frozen.cpus > vm.cpus or frozen.mem_mib > vm.mem_mib:
+        work.services.quotas.reshape_vm(tx, vm.owner)
     deeds.write_vm(work.services.layout, tx.current(vm.id), given(work.user))
 
 

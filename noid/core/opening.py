@@ -28,6 +28,7 @@ from noid.core.layout import Layout
 from noid.core.operations import Operations
 from noid.core.plugins import Plugins
 from noid.core.pool import Pool
+from noid.core.quotas import Quotas
 from noid.core.services import Services
 from noid.core.sessions import Sessions
 from noid.core.store import open_store
@@ -108,6 +109,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             storage=storage,
             network=network,
             supervisor=supervisor,
+            quotas=Quotas(store, layout, config.quota, config.limits),
         )
         templates = Templates(services)
         pool = Pool(services, templates, operations)

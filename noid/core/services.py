@@ -9,6 +9,7 @@ from noid.core.config import Config
 from noid.core.images import Images
 from noid.core.layout import Layout
 from noid.core.plugins import Plugins
+from noid.core.quotas import Quotas
 from noid.core.store import Store
 from noid.core.supervisor import Supervisor
 
@@ -26,3 +27,4 @@ class Services:
     storage: StorageBackend
     network: NetworkBackend
     supervisor: Supervisor
+    quotas: Quotas

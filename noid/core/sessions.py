@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,11 @@ class VmSessions:
         if session is None:
             raise NotFound(f"process '{name}' not found")
         return session
+
+    @property
+    def running(self) -> int:
+        """How many run, or are being started."""
+        return self._starting + sum(s.exit is None and s.failure is None for s in self._sessions.values())
 
     async def _wait_until_known(self) -> None:
         if not self._known.is_set():
@@ -415,6 +420,11 @@ class Sessions:
     def _new(self, vm_id: str, instance: str, live: Live | None) -> VmSessions:
         directory = self._layout.vm(instance)
         return VmSessions(vm_id, instance, directory, live, self._nursery, self._reattach_secs)
+
+    def running(self, vm_ids: Iterable[str]) -> int:
+        """Return how many processes run, or are being started, in those VMs, as far as this agent knows."""
+        found = [self._by_vm[vm_id] for vm_id in vm_ids if vm_id in self._by_vm]
+        return sum(sessions.running for sessions in found)
 
     async def save(self) -> None:
         """Write down what is only in memory: the agent ends. Bounded."""

@@ -290,7 +290,7 @@ class Store:
         self._reader.close()
         self._writer.close()
 
-    def rows(self, sql: str, *arguments: object) -> list[sqlite3.Row]:
+    def rows(self, sql: str, *arguments: object) -> list[Any]:
         """Return what a question comes to, for the modules that may use `Tx.execute`."""
         return self._read(sql, *arguments)
 

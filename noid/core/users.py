@@ -45,6 +45,11 @@ class Users:
         self._auth = auth
         self._local: Caller | None = None
 
+    @property
+    def store(self) -> Store:
+        """The database they are in."""
+        return self._store
+
     def authenticate(self, credentials: Credentials) -> Caller:
         """Return whose token that is, and what it allows.
 

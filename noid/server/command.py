@@ -23,6 +23,7 @@ _ELSEWHERE = {
     "image": "noid.server.image_commands:image",
     "list-users": "noid.server.user_commands:list_users",
     "plugins": "noid.server.serve_commands:plugins",
+    "quota": "noid.server.quota_commands:quota",
     "rotate-token": "noid.server.user_commands:rotate_token",
     "serve": "noid.server.serve_commands:serve",
     "token": "noid.server.token_commands:token",

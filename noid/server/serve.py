@@ -27,6 +27,7 @@ from noid.server.logs import LogRoutes
 from noid.server.openapi import DocumentRoutes
 from noid.server.power import PowerRoutes
 from noid.server.processes import ProcessRoutes
+from noid.server.quotas import QuotaRoutes
 from noid.server.requestlog import log_requests
 from noid.server.rest import VmRoutes, refuse_no_name
 from noid.server.streams import ExecRoutes
@@ -105,6 +106,7 @@ def all_routes(agent: Agent, websockets: WebSockets) -> list[Route]:
     routes = [
         *VmRoutes(agent).routes(),
         *TokenRoutes(agent).routes(),
+        *QuotaRoutes(agent).routes(),
         *PowerRoutes(agent).routes(),
         *ExecRoutes(agent, websockets).routes(),
         *ProcessRoutes(agent, websockets).routes(),

@@ -197,7 +197,12 @@ def test_every_state_is_on_the_page_with_what_can_be_done_in_it(page: Pages) -> 
 EVERYWHERE = {"--help", "--version", "--json", "--server", "--local", "--config", "--data-dir"}
 
 
-WITH_JSON = {("noid-server", "image", "list"), ("noid-server", "token", "list"), ("noid-server", "audit")}
+WITH_JSON = {
+    ("noid-server", "image", "list"),
+    ("noid-server", "token", "list"),
+    ("noid-server", "audit"),
+    ("noid-server", "quota"),
+}
 
 
 def leaves(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:

@@ -152,6 +152,23 @@ def test_what_admins_do_is_in_the_audit_log_and_can_be_picked_from_it(run: Run) 
     assert run("audit", "--since", "yesterday")[0] == 2
 
 
+def test_an_admin_sees_and_changes_what_a_user_may_have(run: Run, data_dir: Path) -> None:
+    (data_dir / "server.toml").write_text("[quota]\nvms = 5\n")
+    run("add-user", "alice")
+    assert run("quota", "alice", "--vms", "none", "--mem-mib", "4096")[0] == 0
+    shown = json.loads(run("quota", "alice", "--json")[1])
+    assert (shown["limits"]["vms"], shown["limits"]["mem_mib"]) == (None, 4096)
+    assert shown["use"] == {"vms": 0, "vcpus": 0, "mem_mib": 0, "checkpoints": 0, "bytes": 0}
+    _, table, _ = run("quota", "alice", "--vms", "default")
+    assert [line.split() for line in table.splitlines()[1:4]] == [
+        ["vms", "5", "0"],
+        ["vcpus", "none", "0"],
+        ["mem_mib", "4096", "0"],
+    ]
+    assert run("quota", "alice", "--vms", "-1")[0] == 2
+    assert "'bob' not found" in refused(run("quota", "bob"))
+
+
 async def test_a_user_added_beside_a_running_server_can_come_in_at_once(server: Server) -> None:
     command = [sys.executable, "-m", "noid.server", "add-user", "alice", "--data-dir", str(server.config.data_dir)]
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
