@@ -12,6 +12,7 @@
     ├── NotFound                404  not_found        also: not yours
     ├── Conflict                409  conflict
     │   ├── Busy                409  busy             names the operation that holds the VM
+    │   ├── OperationCancelled  409  cancelled        somebody asked for it; what had begun is undone
     │   ├── Incompatible        409  incompatible     checkpoint and host differ; names the field
     │   └── LineageEnded        409  lineage          the VM was put back since; its processes are others
     ├── TooLarge                413  too_large
@@ -107,6 +108,12 @@ class Busy(Conflict):
 
     def __init__(self, vm: str, holder: str) -> None:
         super().__init__(f"VM {vm!r} is busy with {holder}. Wait until that has ended and try again.")
+
+
+class OperationCancelled(Conflict):
+    """The operation was cancelled by somebody who may. What it had begun is undone."""
+
+    code = "cancelled"
 
 
 class Incompatible(Conflict):

@@ -16,8 +16,8 @@ from typing import Any
 
 import trio
 
-from noid.core.agent import Outcome
 from noid.core.model import FrozenDisk, Vm
+from noid.core.outcomes import Outcome
 from noid_bench.floors import BareMachine, Pattern
 from noid_bench.report import Figure
 from noid_bench.rig import Rig

@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import trio
 
-from noid.core import checkpointing, lifecycle, pausing, power, saga, states
+from noid.core import checkpointing, lifecycle, pausing, power, states
 from noid.core.audit import AuditLog
-from noid.core.backends import Event, Guest
+from noid.core.backends import Guest
 from noid.core.console import Console
 from noid.core.model import (
     Checkpoint,
@@ -26,6 +25,8 @@ from noid.core.model import (
     wire_time,
 )
 from noid.core.operations import Operations
+from noid.core.outcomes import Outcome
+from noid.core.performing import Performer, seen_by
 from noid.core.pool import Pool
 from noid.core.processlogs import ProcessLogs
 from noid.core.saga import Facts, Saga
@@ -41,24 +42,9 @@ from noid.errors import Busy, Conflict, DeadlineExceeded, NoidError, NotFound
 
 logger = logging.getLogger(__name__)
 
-AFTER_SECS = 30.0
 HANDOVER_SECS = 2.0
 CONNECT_SECS = 10.0
 RECOVERED_SECS = 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What an operation came to. *timings* are its phases in seconds; *changed_bytes* a checkpoint's memory delta.
-
-    *how* says how a machine that was to end has ended (`noid.core.power`).
-    """
-
-    vm: Vm | None = None
-    checkpoint: Checkpoint | None = None
-    timings: Mapping[str, float] = field(default_factory=dict)
-    changed_bytes: int | None = None
-    how: str | None = None
 
 
 class Agent:
@@ -79,7 +65,8 @@ class Agent:
         self._store = services.store
         self.users = users
         self.audit = audit
-        self._operations = operations
+        self._locks = operations
+        self.operations = Performer(services, operations)
         self._templates = templates
         self._pool = pool
         self._sessions = sessions
@@ -114,9 +101,11 @@ class Agent:
         facts = lifecycle.facts_of_new_vm(spec.name, None)
         work = self._work(user, spec=spec)
         work.take = self._pool.take
-        outcome = await self._run(lifecycle.CREATE_VM, "create", user, (spec.name,), facts, work)
-        self._pool.want(spec)
-        return outcome
+
+        async def want_another() -> None:
+            self._pool.want(spec)
+
+        return await self._run(lifecycle.CREATE_VM, "create", user, (spec.name,), facts, work, after=want_another)
 
     async def destroy_vm(self, user: User, name: str) -> Outcome:
         """End the VM and remove its disk and memory. Its checkpoints stay.
@@ -138,15 +127,12 @@ class Agent:
         """
         vm = self._store.vm(user.id, checked_name(name))
         states.require("checkpoint", name, vm.state)
-        if (holder := self._operations.holder(user.id, name)) is not None:
+        if (holder := self._locks.holder(user.id, name)) is not None:
             raise Busy(name, holder)
         work = self._work(user, vm=vm)
         work.machine = self.services.supervisor.get(vm).machine
         facts = checkpointing.facts_of_checkpoint(vm, label)
-        outcome = await self._run(checkpointing.CHECKPOINT_VM, "checkpoint", user, (name,), facts, work)
-        timings = dict(outcome.timings) | {"pause": facts["pause_secs"]}
-        changed = facts["changed_bytes"]
-        return dataclasses.replace(outcome, checkpoint=work.checkpoint, timings=timings, changed_bytes=changed)
+        return await self._run(checkpointing.CHECKPOINT_VM, "checkpoint", user, (name,), facts, work)
 
     def checkpoints(self, user: User, name: str) -> list[Checkpoint]:
         """Return the checkpoints *user* has of the VM *name*, oldest first; they outlive the VM.
@@ -211,8 +197,7 @@ class Agent:
         vm = self._store.vm(user.id, checked_name(name))
         states.require("stop", name, vm.state)
         facts = power.facts_of_power(vm, grace_secs=grace_secs)
-        outcome = await self._run(power.STOP_VM, "stop", user, (name,), facts, self._work(user, vm=vm))
-        return dataclasses.replace(outcome, how=facts["how"])
+        return await self._run(power.STOP_VM, "stop", user, (name,), facts, self._work(user, vm=vm))
 
     async def start_vm(self, user: User, name: str) -> Outcome:
         """Boot a stopped or dead VM on its disk. Returns when its guest has booted; a VM that runs is fine.
@@ -225,7 +210,7 @@ class Agent:
         vm = self.vm(user, name)
         states.require("start", name, vm.state)
         if vm.state is VmState.RUNNING and vm.busy is None:
-            return Outcome(vm=vm)
+            return Outcome(kind=power.START_VM.kind, vm=vm)
         return await self._run(
             power.START_VM, "start", user, (name,), power.facts_of_power(vm), self._work(user, vm=vm)
         )
@@ -252,7 +237,7 @@ class Agent:
         vm = self.vm(user, name)
         states.require("pause", name, vm.state)
         if vm.state is VmState.PAUSED and vm.busy is None:
-            return Outcome(vm=vm)
+            return Outcome(kind=pausing.PAUSE_VM.kind, vm=vm)
         return await self._run(
             pausing.PAUSE_VM, "pause", user, (name,), pausing.facts_of_pause(vm), self._work(user, vm=vm)
         )
@@ -267,7 +252,7 @@ class Agent:
         vm = self.vm(user, name)
         states.require("resume", name, vm.state)
         if vm.state is VmState.RUNNING and vm.busy is None:
-            return Outcome(vm=vm)
+            return Outcome(kind=pausing.RESUME_VM.kind, vm=vm)
         return await self._run(
             pausing.RESUME_VM, "resume", user, (name,), pausing.facts_of_pause(vm), self._work(user, vm=vm)
         )
@@ -292,8 +277,7 @@ class Agent:
             raise Conflict(f"VM {vm.name!r} was restored or made anew at the same time. Look at it again and repeat.")
         states.require("reboot", vm.name, fresh.state)
         facts = power.facts_of_power(vm, grace_secs=grace_secs, again=True)
-        outcome = await self._run(power.REBOOT_VM, "reboot", user, (vm.name,), facts, self._work(user, vm=vm))
-        return dataclasses.replace(outcome, how=facts["how"])
+        return await self._run(power.REBOOT_VM, "reboot", user, (vm.name,), facts, self._work(user, vm=vm))
 
     @contextlib.asynccontextmanager
     async def guest(self, user: User, name: str) -> AsyncIterator[Guest]:
@@ -309,7 +293,7 @@ class Agent:
 
     def _link(self, vm: Vm) -> GuestLink:
         states.require("exec", vm.name, vm.state)
-        holder = self._operations.holder(vm.owner, vm.name)
+        holder = self._locks.holder(vm.owner, vm.name)
         if holder is not None and self.services.supervisor.find(vm.id) is None:
             raise Busy(vm.name, holder)
         return self.services.supervisor.get(vm).link
@@ -431,17 +415,14 @@ class Agent:
     def _is_handed_over(self, vm: Vm) -> bool:
         live = self.services.supervisor.find(vm.id)
         held = live is not None and live.instance == vm.instance
-        return not held and self._operations.holder(vm.owner, vm.name) is not None
+        return not held and self._locks.holder(vm.owner, vm.name) is not None
 
     def _with_busy(self, vm: Vm) -> Vm:
-        return dataclasses.replace(self._with_health(vm), busy=self._operations.holder(vm.owner, vm.name))
+        return dataclasses.replace(self._with_health(vm), busy=self._locks.holder(vm.owner, vm.name))
 
     def _with_health(self, vm: Vm) -> Vm:
         live = self.services.supervisor.find(vm.id)
-        if live is None or live.instance != vm.instance:
-            return vm
-        health = live.link.health
-        return dataclasses.replace(vm, responding=health.responding, unresponsive_since=health.unresponsive_since)
+        return seen_by(vm, live.link if live is not None and live.instance == vm.instance else None)
 
     async def _run(
         self,
@@ -454,36 +435,8 @@ class Agent:
         *,
         after: Callable[[], Awaitable[None]] | None = None,
     ) -> Outcome:
-        """Carry out a saga as an operation; hold its machine, tell of it, and finish with *after*."""
-
-        async def job() -> Outcome:
-            timings = await saga.run(table, work, self._store, owner=user.id, vm_name=vm_names[0], facts=facts)
-            # It has happened: from here to the end nothing may be interrupted. The commit itself did not await after
-            # its transaction, so there is no instant at which a committed machine has no holder.
-            replaced = None
-            if work.machine is not None and work.link is not None:  # a new machine has woken
-                replaced = self.services.supervisor.hold(facts["vm_id"], facts["instance"], work.machine, work.link)
-            with trio.move_on_after(AFTER_SECS, shield=True):
-                try:
-                    if after is not None:
-                        await after()
-                finally:
-                    if replaced is not None:
-                        await replaced.machine.aclose()
-            vm = None
-            with contextlib.suppress(NotFound):
-                vm = self._with_health(self._store.vm(user.id, vm_names[0]))
-            logger.info("%s %s", what, vm_names[0], extra={"op": table.kind, "owner": user.id, "vm": vm_names[0]})
-            self._tell(Event(kind=table.kind, owner=user.id, vm=vm_names[0]))
-            return Outcome(vm=vm, timings=timings)
-
-        return await self._operations.run(what, user.id, vm_names, job)
-
-    def _tell(self, event: Event) -> None:
-        try:
-            self.services.plugins.hook.on_event(event=event)
-        except Exception:  # a listener's fault is not the operation's
-            logger.exception("a plugin failed to hear of %s", event.kind)
+        """Carry out a saga as an operation: see `Performer.run`."""
+        return await self.operations.run(table, what, user, vm_names, facts, work, after=after)
 
 
 def host_mem_mib() -> int:

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from noid.errors import Busy, DependencyDown
+from noid.errors import Busy, DependencyDown, OperationCancelled
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +42,36 @@ class Operations:
         """Return what holds the VM now, or None."""
         return self._holders.get((owner, vm_name))
 
-    async def run(self, what: str, owner: str, vm_names: tuple[str, ...], job: Callable[[], Awaitable[T]]) -> T:
+    async def run(
+        self,
+        what: str,
+        owner: str,
+        vm_names: tuple[str, ...],
+        job: Callable[[], Awaitable[T]],
+        scope: trio.CancelScope | None = None,
+    ) -> T:
         """Run *job* in the agent's nursery, holding *vm_names* of *owner*, and return its result.
 
-        Cancelling the caller does not cancel the job.
+        Cancelling the caller does not cancel the job. Cancelling *scope* does.
 
         Raises:
             Busy: names the operation that holds one of the VMs.
             DependencyDown: the agent is stopping.
+            OperationCancelled: *scope* was cancelled before the job was done.
         """
         if self._closing:
             raise DependencyDown("the noid agent is stopping. Try again when it is back.")
         result: _Result[T] = _Result()
         locks = self._hold(what, owner, vm_names)
         locks.__enter__()  # released by the task, which outlives this call
+        cancelled = OperationCancelled(f"{what} of {' and '.join(map(repr, vm_names))} was cancelled; it is undone.")
 
         async def task() -> None:
             try:
-                result.value = await job()
+                with scope or trio.CancelScope() as asked:
+                    result.value = await job()
+                if asked.cancelled_caught:
+                    result.error = cancelled
             except Exception as error:  # the waiter raises it; nothing may cross the nursery
                 result.error = error
                 logger.info("%s of %s failed: %s", what, ", ".join(vm_names), error, extra={"op": what, "owner": owner})

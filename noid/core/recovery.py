@@ -23,6 +23,7 @@ from noid.core import checkpointing, deeds, lifecycle, pausing, power, processes
 from noid.core import manifest as manifests
 from noid.core.backends import Machine, MachinePlan
 from noid.core.model import Checkpoint, User, Vm, VmState, now
+from noid.core.performing import Performance
 from noid.core.saga import Journal, Saga
 from noid.core.services import Services
 from noid.core.store import Tx
@@ -166,7 +167,7 @@ def _reached_by(directory: Path) -> str:
 
 
 async def _unwind(services: Services, templates: Templates, operation: dict[str, Any]) -> None:
-    """Undo an operation the last agent did not end. A destroy goes forward instead, by its row's state."""
+    """Undo an operation the last agent did not end, or carry it on if it is one that goes forward only."""
     kind, facts = operation["kind"], json.loads(operation["facts"])
     table = SAGAS.get(kind)
     if table is None:
@@ -178,10 +179,32 @@ async def _unwind(services: Services, templates: Templates, operation: dict[str,
         work.machine = live.machine if live and kind == checkpointing.CHECKPOINT_VM.kind else None
     except NotFound:
         pass  # a create that died before its row
+    page = Journal(services.store, operation["id"])
+    if table.forward and work.vm is not None:
+        logger.info("carrying on %s of %s", kind, operation["vm_name"])
+        performance = Performance(
+            operation=operation["id"],
+            table=table,
+            owner=operation["owner"],
+            vm_name=operation["vm_name"],
+            facts=facts,
+            work=work,
+        )
+        await saga.run(
+            table,
+            work,
+            services.store,
+            owner=operation["owner"],
+            vm_name=operation["vm_name"],
+            facts=facts,
+            progress=performance,
+            page=page,
+        )
+        return
     began = {step for step, event in operation["events"] if event == "doing"}
     steps = [step for step in table.steps if step.name in began]
     logger.info("unwinding %s of %s", kind, operation["vm_name"])
-    await saga.unwind(table, work, facts, Journal(services.store, operation["id"]), steps, "the agent ended")
+    await saga.unwind(table, work, facts, page, steps, None)
 
 
 async def _carry_on_destroying(services: Services, templates: Templates, vm: Vm) -> None:

@@ -9,6 +9,8 @@ The rules, which every step can rely on and must keep:
 - ``commit`` is one database transaction that holds the saga's last change *and* the journal's ``finished``: an
   operation has happened entirely or, after undo, not at all.
 - Undo runs under a shield with its own deadline. If it fails the journal stays open and recovery repeats it.
+- Why an operation failed is in the journal before its undo begins, so that a crash in between does not change it.
+- A ``forward`` saga cannot be undone: what a crash cuts off, recovery carries on, on the same page.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -25,7 +27,7 @@ import trio
 from noid.core.ids import new_id
 from noid.core.store import Store, Tx
 from noid.core.waiting import is_cancellation
-from noid.errors import DeadlineExceeded
+from noid.errors import DeadlineExceeded, NoidError
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +48,42 @@ class Step(Generic[C]):
 
 @dataclass(frozen=True, slots=True)
 class Saga(Generic[C]):
-    """An operation. *commit* runs inside the transaction that ends it; *deadline_secs* bounds the steps together."""
+    """An operation. *commit* runs inside the transaction that ends it; *deadline_secs* bounds the steps together.
+
+    One that is *forward* has no undo: it cannot be cancelled, and recovery runs its steps again.
+    """
 
     kind: str
     steps: tuple[Step[C], ...]
     commit: Callable[[C, Facts, Tx], None]
     deadline_secs: float
+    forward: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Progress:
+    """One run of a saga as others see it while it goes on. Subclasses add to its transactions.
+
+    *operation* is its id, *step* the one it is in, *timings* the seconds of those behind it. *cancelled* is why, where
+    somebody cancelled it on purpose; without, a cancellation means that the agent ends.
+    """
+
+    operation: str = field(default_factory=new_id)
+    step: str | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    cancelled: NoidError | None = None
+    committed: bool = False
+
+    def opening(self, tx: Tx) -> None:
+        """Add to the transaction that opens the page."""
+
+    def opened(self) -> None:
+        """Hear that the page is in the journal."""
+
+    def result(self, tx: Tx) -> Mapping[str, Any] | None:
+        """Return what the page shall keep of the result, as JSON has it; *tx* is the commit's, after the saga's own."""
+        del tx
+        return None
 
 
 class Journal:
@@ -62,81 +94,119 @@ class Journal:
         self.operation = operation
 
     @classmethod
-    async def begin(cls, store: Store, kind: str, owner: str, vm_name: str, facts: Facts) -> Journal:
+    async def begin(
+        cls, store: Store, progress: Progress, kind: str, owner: str, vm_name: str, facts: Facts
+    ) -> Journal:
         """Open a page: from here on, a crash makes recovery undo the operation."""
-        operation = new_id()
-        await store.write(lambda tx: tx.open_operation(operation, kind, owner, vm_name, facts))
-        return cls(store, operation)
+
+        def change(tx: Tx) -> None:
+            tx.open_operation(progress.operation, kind, owner, vm_name, facts)
+            progress.opening(tx)
+
+        await store.write(change)
+        progress.opened()
+        return cls(store, progress.operation)
 
     async def note(self, step: str, event: str, facts: Facts | None = None) -> None:
         """Append ``doing``, ``undoing`` or ``undone`` for *step*; with *facts*, make these the operation's."""
         await self._store.write(lambda tx: tx.note(self.operation, step, event, facts))
 
-    async def finish(self, commit: Callable[[Tx], None]) -> None:
+    async def finish(self, progress: Progress, commit: Callable[[Tx], None]) -> None:
         """Run *commit* and close the page as ``finished``, in one transaction."""
 
         def change(tx: Tx) -> None:
             commit(tx)
-            tx.close_operation(self.operation, "finished", None)
+            tx.finish_operation(self.operation, progress.result(tx), progress.timings)
 
         await self._store.write(change)
+        progress.committed = True
 
-    async def unwound(self, error: str) -> None:
+    async def failed(self, error: NoidError, timings: Mapping[str, float]) -> None:
+        """Say why it failed, before anything is undone. What is said first counts."""
+        await self._store.write(lambda tx: tx.fail_operation(self.operation, error, timings))
+
+    async def unwound(self) -> None:
         """Close the page: everything that began is undone."""
-        await self._store.write(lambda tx: tx.close_operation(self.operation, "unwound", error))
+        await self._store.write(lambda tx: tx.close_unwound(self.operation))
 
 
-async def run(saga: Saga[C], context: C, store: Store, *, owner: str, vm_name: str, facts: Facts) -> dict[str, float]:
+async def run(
+    saga: Saga[C],
+    context: C,
+    store: Store,
+    *,
+    owner: str,
+    vm_name: str,
+    facts: Facts,
+    progress: Progress | None = None,
+    page: Journal | None = None,
+) -> dict[str, float]:
     """Carry out *saga* and return the seconds each step took.
 
     *facts* is extended in place. After an error or a cancellation everything that began has been undone (or stays in
-    the journal for recovery), and the error is raised.
+    the journal for recovery), and the error is raised. With *page* an earlier agent's operation is carried on.
 
     Raises:
         DeadlineExceeded: the steps took longer than ``saga.deadline_secs`` together.
     """
-    journal = await Journal.begin(store, saga.kind, owner, vm_name, facts)
+    progress = progress or Progress()
+    journal = page or await Journal.begin(store, progress, saga.kind, owner=owner, vm_name=vm_name, facts=facts)
     began: list[Step[C]] = []
-    timings: dict[str, float] = {}
     try:
         with trio.move_on_after(saga.deadline_secs) as deadline:
             for step in saga.steps:
+                progress.step = step.name
                 await journal.note(step.name, "doing", facts)
                 began.append(step)
                 started = time.perf_counter()
                 facts.update(await step.do(context, facts) or {})
-                timings[step.name] = time.perf_counter() - started
+                progress.timings[step.name] = time.perf_counter() - started
         if deadline.cancelled_caught:
             where = f" in step {began[-1].name!r}" if began else ""
             raise DeadlineExceeded(
                 f"{saga.kind} of {vm_name!r} took longer than {saga.deadline_secs:g} s{where} and is being undone. "
                 "Try again when the host is less busy."
             )
-        await journal.finish(lambda tx: saga.commit(context, facts, tx))
+        await journal.finish(progress, lambda tx: saga.commit(context, facts, tx))
     except BaseException as error:
         if isinstance(error, Exception):
-            await unwind(saga, context, facts, journal, began, str(error) or repr(error))  # noqa: ASYNC102  # shields itself
+            why = error if isinstance(error, NoidError) else _bug(progress.operation)
+            await unwind(saga, context, facts, journal, began, why, progress.timings)  # noqa: ASYNC102  # shields itself
         elif is_cancellation(error):
-            await unwind(saga, context, facts, journal, began, "cancelled")  # noqa: ASYNC102  # shields itself
+            await unwind(saga, context, facts, journal, began, progress.cancelled, progress.timings)  # noqa: ASYNC102  # shields itself
         raise  # anything else ends the agent: the next one undoes
-    return timings
+    return progress.timings
 
 
-async def unwind(saga: Saga[C], context: C, facts: Facts, journal: Journal, began: list[Step[C]], error: str) -> bool:
+async def unwind(
+    saga: Saga[C],
+    context: C,
+    facts: Facts,
+    journal: Journal,
+    began: list[Step[C]],
+    why: NoidError | None,
+    timings: Mapping[str, float] | None = None,
+) -> bool:
     """Undo the steps that *began*, last first, and close the journal. Return whether all of it worked.
 
-    Each undo has `UNDO_SECS`. One that fails is logged; the others still run, and the page stays open so that the
-    next start repeats all of them. A journal that cannot be written, on a full disk, keeps no undo from running:
-    an undo may be what frees the space.
+    *why* it failed; None: the agent ended. Each undo has `UNDO_SECS`. One that fails is logged; the others still run,
+    and the page stays open so that the next start repeats all of them. A journal that cannot be written, on a full
+    disk, keeps no undo from running: an undo may be what frees the space.
     """
     clean = True
+    if why is not None:
+        await _attempt(f"noting why {saga.kind} failed", partial(journal.failed, why, timings or {}))
     for step in reversed(began):
         if step.undo is None:
             continue
         await _attempt(f"noting that {saga.kind} undoes {step.name!r}", partial(journal.note, step.name, "undoing"))
         clean &= await _attempt(f"{saga.kind}: undo of step {step.name!r}", partial(step.undo, context, facts))
         await _attempt(f"noting that {saga.kind} has undone {step.name!r}", partial(journal.note, step.name, "undone"))
-    return clean and await _attempt(f"closing the page of {saga.kind}", partial(journal.unwound, error))
+    return clean and await _attempt(f"closing the page of {saga.kind}", journal.unwound)
+
+
+def _bug(operation: str) -> NoidError:
+    return NoidError(f"internal error; the server's log says more under {operation}")
 
 
 async def _attempt(what: str, act: Callable[[], Awaitable[None]]) -> bool:

@@ -12,14 +12,14 @@ import contextlib
 import fcntl
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
-from sqlite_utils import Database, Migrations
+from sqlite_utils import Database
 
 from noid.core.model import (
     Checkpoint,
@@ -32,8 +32,9 @@ from noid.core.model import (
     VmState,
     now,
 )
+from noid.core.schema import migrations
 from noid.core.states import may_follow
-from noid.errors import BackendError, Conflict, Damaged, DependencyDown, NoSpace, NotFound
+from noid.errors import BackendError, Conflict, Damaged, DependencyDown, NoidError, NoSpace, NotFound
 from noid.hostfs import os_errors
 
 T = TypeVar("T")
@@ -41,60 +42,6 @@ T = TypeVar("T")
 _LOCK_SECS = 5
 #: What SQLite says about a file that is not what it wrote; `SQLITE_ERROR` is a table that should be there and is not.
 _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR})
-
-migrations = Migrations("noid")
-
-
-@migrations()
-def first_schema(db: Database) -> None:
-    """Users, VMs, checkpoints, operations, journal."""
-    for statement in (
-        """CREATE TABLE users (
-            id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL) STRICT""",
-        """CREATE TABLE vms (
-            id TEXT PRIMARY KEY, owner TEXT NOT NULL REFERENCES users(id), name TEXT NOT NULL, state TEXT NOT NULL,
-            generation INTEGER NOT NULL, cpus INTEGER NOT NULL, mem_mib INTEGER NOT NULL, image TEXT NOT NULL,
-            instance TEXT NOT NULL UNIQUE, network TEXT NOT NULL, lease TEXT, process TEXT, origin TEXT, receipt TEXT,
-            created_at TEXT NOT NULL, UNIQUE (owner, name)) STRICT""",
-        """CREATE TABLE checkpoints (
-            id TEXT NOT NULL, owner TEXT NOT NULL REFERENCES users(id), vm_id TEXT NOT NULL, vm_name TEXT NOT NULL,
-            label TEXT, cpus INTEGER NOT NULL, mem_mib INTEGER NOT NULL, image TEXT NOT NULL, parent TEXT,
-            created_at TEXT NOT NULL, PRIMARY KEY (owner, id)) STRICT""",
-        """CREATE TABLE operations (
-            id TEXT PRIMARY KEY, kind TEXT NOT NULL, owner TEXT NOT NULL, vm_name TEXT NOT NULL, facts TEXT NOT NULL,
-            outcome TEXT, error TEXT, started_at TEXT NOT NULL, ended_at TEXT) STRICT""",
-        "CREATE INDEX operations_open ON operations(id) WHERE outcome IS NULL",
-        """CREATE TABLE journal (
-            seq INTEGER PRIMARY KEY AUTOINCREMENT, operation TEXT NOT NULL REFERENCES operations(id),
-            step TEXT NOT NULL, event TEXT NOT NULL, at TEXT NOT NULL) STRICT""",
-        "CREATE INDEX journal_operation ON journal(operation, seq)",
-    ):
-        db.execute(statement)
-
-
-@migrations()
-def how_machines_ended(db: Database) -> None:
-    """Why a VM is stopped or dead."""
-    db.execute("ALTER TABLE vms ADD COLUMN ended TEXT")
-
-
-@migrations()
-def audit_and_quotas(db: Database) -> None:
-    """Who did what, which nobody can rewrite; what single users may have."""
-    for statement in (
-        """CREATE TABLE audit (
-            seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, user TEXT, user_id TEXT, token TEXT,
-            address TEXT NOT NULL, request TEXT, action TEXT NOT NULL, target TEXT NOT NULL, status INTEGER,
-            count INTEGER NOT NULL) STRICT""",
-        """CREATE TRIGGER audit_stays BEFORE DELETE ON audit
-            BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END""",
-        """CREATE TRIGGER audit_is_fixed BEFORE UPDATE ON audit
-            BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END""",
-        """CREATE TABLE quotas (
-            owner TEXT NOT NULL REFERENCES users(id) ON DELETE CASCADE, resource TEXT NOT NULL, most INTEGER,
-            PRIMARY KEY (owner, resource)) STRICT, WITHOUT ROWID""",
-    ):
-        db.execute(statement)
 
 
 class Tx:
@@ -155,18 +102,23 @@ class Tx:
         if done.rowcount != 1:
             raise Conflict(f"VM {vm.name!r} changed at the same time. Look at it again and repeat.")
 
+    def find(self, vm_id: str) -> Vm | None:
+        """Return the VM's row as it is now, or None."""
+        cursor = self._connection.cursor()
+        cursor.row_factory = sqlite3.Row
+        row = cursor.execute("SELECT * FROM vms WHERE id = ?", (vm_id,)).fetchone()
+        return None if row is None else _vm(row)
+
     def current(self, vm_id: str) -> Vm:
         """Return the VM's row as it is now, for a change that does not depend on what was read before.
 
         Raises:
             Conflict: the row has gone.
         """
-        cursor = self._connection.cursor()
-        cursor.row_factory = sqlite3.Row
-        row = cursor.execute("SELECT * FROM vms WHERE id = ?", (vm_id,)).fetchone()
-        if row is None:
+        vm = self.find(vm_id)
+        if vm is None:
             raise Conflict("the VM is gone: it was destroyed at the same time.")
-        return _vm(row)
+        return vm
 
     def replace_vm(self, vm: Vm) -> None:
         """Make *vm*'s row, or what there is of that id, what *vm* says: for rows found again on disk."""
@@ -190,8 +142,8 @@ class Tx:
 
     def open_operation(self, operation: str, kind: str, owner: str, vm_name: str, facts: dict[str, Any]) -> None:
         """Begin an operation's page in the journal."""
-        row = (operation, kind, owner, vm_name, json.dumps(facts), None, None, _time(now()), None)
-        self.execute("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *row)
+        sql = "INSERT INTO operations (id, kind, owner, vm_name, facts, started_at) VALUES (?, ?, ?, ?, ?, ?)"
+        self.execute(sql, operation, kind, owner, vm_name, json.dumps(facts), _time(now()))
 
     def note(self, operation: str, step: str, event: str, facts: dict[str, Any] | None) -> None:
         """Append to an operation's page; with *facts*, make these the operation's."""
@@ -200,10 +152,22 @@ class Tx:
         if facts is not None:
             self.execute("UPDATE operations SET facts = ? WHERE id = ?", json.dumps(facts), operation)
 
-    def close_operation(self, operation: str, outcome: str, error: str | None) -> None:
-        """End an operation's page: *outcome* is ``finished`` or ``unwound``."""
-        sql = "UPDATE operations SET outcome = ?, error = ?, ended_at = ? WHERE id = ?"
-        self.execute(sql, outcome, error, _time(now()), operation)
+    def fail_operation(self, operation: str, error: NoidError, timings: Mapping[str, float]) -> None:
+        """Say why an operation failed, unless that is known already. Its page stays open until all is undone."""
+        sql = "UPDATE operations SET error = ?, code = ?, status = ?, timings = ? WHERE id = ? AND code IS NULL"
+        self.execute(sql, str(error), error.code, error.status, json.dumps(timings), operation)
+
+    def finish_operation(self, operation: str, result: Mapping[str, Any] | None, timings: Mapping[str, float]) -> None:
+        """End the page of an operation that has happened, with what it came to."""
+        sql = "UPDATE operations SET outcome = 'finished', result = ?, timings = ?, ended_at = ? WHERE id = ?"
+        kept = None if result is None else json.dumps(result)
+        self.execute(sql, kept, json.dumps(timings), _time(now()), operation)
+
+    def close_unwound(self, operation: str) -> None:
+        """End the page of an operation that was undone: ``unwound`` if it failed, else ``interrupted``."""
+        sql = """UPDATE operations SET outcome = iif(code IS NULL, 'interrupted', 'unwound'), ended_at = ?
+            WHERE id = ?"""
+        self.execute(sql, _time(now()), operation)
 
     def forget_operations(self, ended_before: datetime) -> None:
         """Remove what ended before that time, with its journal: both are for recovery and for looking back a while."""
@@ -279,6 +243,32 @@ class Store:
             events = self._read("SELECT step, event FROM journal WHERE operation = ? ORDER BY seq", row["id"])
             operations.append({**dict(row), "events": [(e["step"], e["event"]) for e in events]})
         return operations
+
+    def operation(self, owner: str, operation: str) -> dict[str, Any]:
+        """Return *owner*'s operation as its row, and ``step``, the last one that began; or raise `NotFound`."""
+        sql = f"SELECT {_OPERATION} FROM operations WHERE owner = ? AND id = ?"  # noqa: S608  # own text
+        return self._one(lambda row: dict(row), f"operation {operation!r}", sql, owner, operation)
+
+    def operations(
+        self,
+        owner: str,
+        *,
+        since: datetime,
+        vm_name: str | None = None,
+        before: str | None = None,
+        limit: int = -1,
+    ) -> list[dict[str, Any]]:
+        """Return *owner*'s operations that began after *since*, newest first, as `operation` does.
+
+        Those of the VM named *vm_name*; those older than the operation *before*; at most *limit*.
+        """
+        sql, arguments = "owner = ? AND started_at > ?", [owner, _time(since)]
+        if vm_name is not None:
+            sql, arguments = f"{sql} AND vm_name = ?", [*arguments, vm_name]
+        if before is not None:
+            sql, arguments = f"{sql} AND id < ?", [*arguments, before]
+        whole = f"SELECT {_OPERATION} FROM operations WHERE {sql} ORDER BY id DESC LIMIT ?"  # noqa: S608  # own text
+        return [dict(row) for row in self._read(whole, *arguments, limit)]
 
     def knows_instance(self, instance: str) -> bool:
         """Return whether an operation of this database ever made or replaced the machine *instance*."""
@@ -428,6 +418,10 @@ def _vm(row: sqlite3.Row) -> Vm:
         created_at=datetime.fromisoformat(row["created_at"]),
     )
 
+
+#: What is told of an operation: not its facts, which are recovery's.
+_OPERATION = """id, kind, owner, vm_name, outcome, error, code, status, started_at, ended_at, timings, result,
+    (SELECT step FROM journal WHERE operation = operations.id AND event = 'doing' ORDER BY seq DESC LIMIT 1) AS step"""
 
 #: What a VM has that its row has not.
 _OF_THE_MOMENT = frozenset({"busy", "responding", "unresponsive_since"})

@@ -98,7 +98,7 @@ class _Writer:
         summary, description = said(routes[0])
         for upgrade in routes[1:]:
             description = "\n\n".join(filter(None, (description, f"Over a WebSocket: {' '.join(said(upgrade))}")))
-        answers = {status: answer for route in routes for status, answer in route.answers.items()}
+        answers = {status: answer for route in routes for status, answer in route.every_answer.items()}
         failures = frozenset().union(*(route.failures for route in routes))
         bodies = [route.body for route in routes if route.body is not None]
         written = {
@@ -178,7 +178,7 @@ def _parameters(routes: Sequence[Route]) -> Iterable[tuple[str, str, Schema]]:
     for where in ("query", "header"):
         merged: dict[str, Schema] = {}
         for route in routes:
-            merged |= route.query if where == "query" else route.headers
+            merged |= route.query if where == "query" else route.every_header
         yield from ((name, where, schema) for name, schema in merged.items())
 
 

@@ -9,8 +9,7 @@ from noid.core.agent import Agent
 from noid.core.model import Scope, checked_name
 from noid.errors import InvalidRequest
 from noid.server.interim import still_working
-from noid.server.rest import Body, read_body, vm_reply
-from noid.server.schemas.failures import OPERATION
+from noid.server.rest import Body, outcome_reply, read_body
 from noid.server.schemas.vms import STOP, VM_CHANGED
 from noid.server.schemas.vocabulary import optional_json
 from noid.server.table import Route
@@ -38,8 +37,8 @@ class PowerRoutes:
         }
         return [
             Route(
-                method="POST", path=f"/v1/vms/<name>/{verb}", handler=handler, scope=Scope.MANAGE,
-                body=body, answers={200: VM_CHANGED}, errors=OPERATION,
+                method="POST", path=f"/v1/vms/<name>/{verb}", handler=handler, scope=Scope.MANAGE, operation=True,
+                body=body, answers={200: VM_CHANGED},
             )
             for verb, (handler, body) in verbs.items()
         ]  # fmt: skip
@@ -50,14 +49,14 @@ class PowerRoutes:
         grace_secs = _grace_secs(await read_body(may_be_empty=True))
         async with still_working():
             outcome = await self._agent.stop_vm(current_user(), name, grace_secs)
-        return vm_reply(outcome, 200)
+        return outcome_reply(outcome)
 
     async def start(self, name: str) -> Response:
         """Boot a stopped or dead VM on its disk."""
         checked_name(name)
         async with still_working():
             outcome = await self._agent.start_vm(current_user(), name)
-        return vm_reply(outcome, 200)
+        return outcome_reply(outcome)
 
     async def reboot(self, name: str) -> Response:
         """Let the guest shut down and boot it again."""
@@ -65,21 +64,21 @@ class PowerRoutes:
         grace_secs = _grace_secs(await read_body(may_be_empty=True))
         async with still_working():
             outcome = await self._agent.reboot_vm(current_user(), name, grace_secs)
-        return vm_reply(outcome, 200)
+        return outcome_reply(outcome)
 
     async def pause(self, name: str) -> Response:
         """Stop the VM's CPUs; everything else of it stays."""
         checked_name(name)
         async with still_working():
             outcome = await self._agent.pause_vm(current_user(), name)
-        return vm_reply(outcome, 200)
+        return outcome_reply(outcome)
 
     async def resume(self, name: str) -> Response:
         """Let the CPUs of a paused VM go on."""
         checked_name(name)
         async with still_working():
             outcome = await self._agent.resume_vm(current_user(), name)
-        return vm_reply(outcome, 200)
+        return outcome_reply(outcome)
 
 
 def _grace_secs(body: Body) -> float:

@@ -23,6 +23,7 @@ def log_requests(app: App) -> None:
 async def _finish(response: ResponseTypes) -> ResponseTypes:
     here = visit()
     response.headers["X-Request-Id"] = here.id
+    response.headers.update(here.reply_headers)
     logger.info(
         "[%s] %s %s %s -> %d (%d ms) remote=%s",
         here.id,

@@ -11,7 +11,7 @@ from typing import Any
 from quart import Response, request
 
 from noid import __version__
-from noid.core.agent import Agent, Outcome
+from noid.core.agent import Agent
 from noid.core.model import (
     DEFAULT_CPUS,
     DEFAULT_MEM_MIB,
@@ -23,21 +23,24 @@ from noid.core.model import (
     checked_name,
     wire_time,
 )
+from noid.core.outcomes import Outcome
 from noid.core.users import ordered
 from noid.core.wire import API_VERSION
 from noid.errors import InvalidRequest
 from noid.server.answers import json_reply
 from noid.server.interim import still_working
 from noid.server.schemas.checkpoints import CHECKPOINT, CHECKPOINT_TAKEN, TAKE
-from noid.server.schemas.failures import OPERATION
 from noid.server.schemas.server import CAPABILITIES, HEALTH, VERSION, WHOAMI
-from noid.server.schemas.vms import CREATE, DESTROYED, RESTORE, VM, VM_CHANGED
+from noid.server.schemas.vms import CREATE, RESTORE, VM, VM_CHANGED
 from noid.server.schemas.vocabulary import array, optional_json
 from noid.server.streams import OUTPUT_BYTES_MAX
 from noid.server.table import Route
 from noid.server.visit import current_caller, current_user, visit
 
 _MISSING = object()
+#: Kinds of operations that are answered with 201, and with 204.
+_MAKING = frozenset({"vm.create", "vm.checkpoint"})
+_REMOVING = frozenset({"vm.destroy", "checkpoint.delete"})
 
 
 class VmRoutes:
@@ -58,25 +61,25 @@ class VmRoutes:
             Route(method="GET", path="/v1/whoami", handler=self.whoami, answers={200: WHOAMI}),
             Route(method="GET", path="/v1/capabilities", handler=self.capabilities, answers={200: CAPABILITIES}),
             Route(
-                method="POST", path=vms, handler=self.create, scope=Scope.MANAGE,
-                body=CREATE, answers={201: VM_CHANGED}, errors=OPERATION | {404},
+                method="POST", path=vms, handler=self.create, scope=Scope.MANAGE, operation=True,
+                body=CREATE, answers={201: VM_CHANGED}, errors=frozenset({404}),
             ),
             Route(method="GET", path=vms, handler=self.vms, answers={200: array(VM)}),
             Route(method="GET", path=vm, handler=self.vm, answers={200: VM}),
             Route(
-                method="DELETE", path=vm, handler=self.destroy, scope=Scope.MANAGE,
-                answers={204: DESTROYED}, errors=OPERATION,
+                method="DELETE", path=vm, handler=self.destroy, scope=Scope.MANAGE, operation=True,
+                answers={204: None},
             ),
             Route(
-                method="POST", path=f"{vm}/checkpoints", handler=self.checkpoint, scope=Scope.MANAGE,
-                body=optional_json(TAKE), answers={201: CHECKPOINT_TAKEN}, errors=OPERATION,
+                method="POST", path=f"{vm}/checkpoints", handler=self.checkpoint, scope=Scope.MANAGE, operation=True,
+                body=optional_json(TAKE), answers={201: CHECKPOINT_TAKEN},
             ),
             Route(
                 method="GET", path=f"{vm}/checkpoints", handler=self.checkpoints, answers={200: array(CHECKPOINT)}
             ),
             Route(
-                method="POST", path=f"{vm}/restore", handler=self.restore, scope=Scope.MANAGE,
-                body=RESTORE, answers={200: VM_CHANGED}, errors=OPERATION,
+                method="POST", path=f"{vm}/restore", handler=self.restore, scope=Scope.MANAGE, operation=True,
+                body=RESTORE, answers={200: VM_CHANGED},
             ),
         ]  # fmt: skip
 
@@ -121,7 +124,7 @@ class VmRoutes:
         visit().target = spec.name
         async with still_working():
             outcome = await self._agent.create_vm(current_user(), spec)
-        return vm_reply(outcome, 201)
+        return outcome_reply(outcome)
 
     async def vms(self) -> Response:
         """List the caller's VMs, oldest first."""
@@ -132,14 +135,10 @@ class VmRoutes:
         return json_reply(vm_fields(self._agent.vm(current_user(), checked_name(name))))
 
     async def destroy(self, name: str) -> Response:
-        """Destroy a VM: 204. A 204 has no body, so the timings go into the header made for them."""
+        """Destroy a VM: 204."""
         async with still_working():
             outcome = await self._agent.destroy_vm(current_user(), checked_name(name))
-        reply = Response(b"", 204)
-        reply.headers["Server-Timing"] = ", ".join(
-            f"{phase};dur={secs * 1000:.1f}" for phase, secs in outcome.timings.items()
-        )
-        return reply
+        return outcome_reply(outcome)
 
     async def checkpoint(self, name: str) -> Response:
         """Checkpoint a VM: 201. The body may be missing altogether."""
@@ -148,9 +147,7 @@ class VmRoutes:
         label = body.optional_text("label")
         async with still_working():
             outcome = await self._agent.checkpoint_vm(current_user(), name, label)
-        assert outcome.checkpoint is not None  # noqa: S101  # what a checkpoint's outcome has
-        measured = {"timings": dict(outcome.timings), "changed_bytes": outcome.changed_bytes}
-        return json_reply(checkpoint_fields(outcome.checkpoint) | measured, 201)
+        return outcome_reply(outcome)
 
     async def checkpoints(self, name: str) -> Response:
         """List a VM's checkpoints, oldest first."""
@@ -166,7 +163,7 @@ class VmRoutes:
             checked_name(new_name, "new VM name")
         async with still_working():
             outcome = await self._agent.restore_vm(current_user(), name, checkpoint_id, new_name)
-        return vm_reply(outcome, 200)
+        return outcome_reply(outcome)
 
 
 def vm_fields(vm: Vm) -> dict[str, Any]:
@@ -204,11 +201,23 @@ def checkpoint_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def vm_reply(outcome: Outcome, status: int) -> Response:
-    """Return the VM an operation is about as it is now, with how long the phases took."""
-    assert outcome.vm is not None  # noqa: S101  # what the outcome of everything but a destroy has
+def outcome_answer(outcome: Outcome) -> tuple[int, dict[str, Any] | None]:
+    """Return status and body that an operation's outcome is told with, now or by whoever asks for it later."""
+    if outcome.kind in _REMOVING:
+        return 204, None
+    status, timings = 201 if outcome.kind in _MAKING else 200, {"timings": dict(outcome.timings)}
+    if outcome.checkpoint is not None:
+        return status, checkpoint_fields(outcome.checkpoint) | timings | {"changed_bytes": outcome.changed_bytes}
+    if outcome.vm is None:  # destroyed in the same instant
+        return 204, None
     how = {} if outcome.how is None else {"how": outcome.how}
-    return json_reply(vm_fields(outcome.vm) | {"timings": dict(outcome.timings)} | how, status)
+    return status, vm_fields(outcome.vm) | timings | how
+
+
+def outcome_reply(outcome: Outcome) -> Response:
+    """Return what an operation's outcome is answered with."""
+    status, body = outcome_answer(outcome)
+    return Response(b"", status) if body is None else json_reply(body, status)
 
 
 async def refuse_no_name() -> None:

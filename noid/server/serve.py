@@ -18,6 +18,7 @@ from noid.core.agent import Agent
 from noid.core.config import Config
 from noid.server.answers import Answers
 from noid.server.auditing import audited
+from noid.server.calls import Calls
 from noid.server.console import ConsoleRoutes
 from noid.server.files import FileRoutes
 from noid.server.guard import Guard
@@ -25,6 +26,7 @@ from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
 from noid.server.listening import tcp_listeners, unix_listener
 from noid.server.logs import LogRoutes
 from noid.server.openapi import DocumentRoutes
+from noid.server.operations import OperationRoutes
 from noid.server.power import PowerRoutes
 from noid.server.processes import ProcessRoutes
 from noid.server.quotas import QuotaRoutes
@@ -94,7 +96,8 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
     app.url_map.merge_slashes = False
     answers = Answers(config)
     log_requests(app)
-    routes = add_routes(app, audited(agent, all_routes(agent, WebSockets(config, answers, stopping))))
+    table = Calls(agent).around(all_routes(agent, WebSockets(config, answers, stopping)))
+    routes = add_routes(app, audited(agent, table))
     Guard(agent, config).protect(app, routes)
     app.before_request(refuse_no_name)
     app.register_error_handler(Exception, answers.answer)
@@ -108,6 +111,7 @@ def all_routes(agent: Agent, websockets: WebSockets) -> list[Route]:
         *TokenRoutes(agent).routes(),
         *QuotaRoutes(agent).routes(),
         *PowerRoutes(agent).routes(),
+        *OperationRoutes(agent).routes(),
         *ExecRoutes(agent, websockets).routes(),
         *ProcessRoutes(agent, websockets).routes(),
         *ConsoleRoutes(agent, websockets).routes(),

@@ -15,6 +15,7 @@ from typing import Any
 from noid.core.model import Scope
 from noid.server.hardening import App
 from noid.server.schemas import failures
+from noid.server.schemas.operations import ACCEPTED, ASYNCHRONOUS
 from noid.server.schemas.vocabulary import Answer, Content, Schema
 
 _PREFIX = "/v1"
@@ -42,6 +43,7 @@ class Route:
         also: Other paths of the same route: older spellings.
         head: Whether HEAD is answered too.
         audited: Whether it is in the audit log. None: if it is no GET.
+        operation: Whether it is an operation: the reply names it, and it can be answered before that has ended.
     """
 
     method: str
@@ -56,6 +58,7 @@ class Route:
     also: tuple[str, ...] = field(default=())
     head: bool = False
     audited: bool | None = None
+    operation: bool = False
 
     @property
     def endpoint(self) -> str:
@@ -68,6 +71,16 @@ class Route:
         return tuple(re.findall("<([a-z_]+)>", self.path))
 
     @property
+    def every_answer(self) -> Mapping[int, Answer]:
+        """What each status that is no failure comes with, also those that follow from its being an operation."""
+        return {**self.answers, 202: ACCEPTED} if self.operation else self.answers
+
+    @property
+    def every_header(self) -> Mapping[str, Schema]:
+        """Request headers that mean something here, also those that follow from its being an operation."""
+        return {**self.headers, **ASYNCHRONOUS} if self.operation else self.headers
+
+    @property
     def failures(self) -> frozenset[int]:
         """Every status that an error of it may have."""
         derived = failures.OF_EVERY_ROUTE
@@ -77,6 +90,7 @@ class Route:
             (self.query, failures.OF_A_QUERY),
             (self.body is not None, failures.OF_A_BODY),
             (self.method == WS, failures.OF_A_WEBSOCKET),
+            (self.operation, failures.OPERATION),
         ):
             if applies:
                 derived |= statuses

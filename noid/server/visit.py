@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quart import g
 
@@ -12,7 +12,10 @@ from noid.core.model import Caller, User
 
 @dataclass(slots=True, kw_only=True)
 class Visit:
-    """One request while it is served: its id in log and reply, when it began, and who it turned out to be."""
+    """One request while it is served: its id in log and reply, when it began, and who it turned out to be.
+
+    *reply_headers* are put into the reply whatever it is, also that to an error.
+    """
 
     id: str
     began: float
@@ -22,6 +25,7 @@ class Visit:
     """What it is about, for the audit log: what the path names, unless the handler knows better."""
     upgraded: Callable[[], Awaitable[None]] | None = None
     """What is to be done once it has become a WebSocket."""
+    reply_headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def user(self) -> User | None:

@@ -162,7 +162,8 @@ async def test_a_destroy_that_was_interrupted_is_carried_on(rig: Rig) -> None:
 async def test_an_operation_this_noid_does_not_know_stops_nothing(rig: Rig) -> None:
     async with rig.agent() as noid:
         await noid.create()
-        change = "INSERT INTO operations VALUES ('x', 'vm.teleport', 'me', 'web', 'no json', NULL, NULL, '', NULL)"
+        change = """INSERT INTO operations (id, kind, owner, vm_name, facts, started_at)
+            VALUES ('x', 'vm.teleport', 'me', 'web', 'no json', '')"""
         await noid.agent.services.store.write(lambda tx: tx.execute(change))
     async with rig.agent() as noid:
         assert noid.states() == {"web": "running"}

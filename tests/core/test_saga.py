@@ -132,7 +132,7 @@ async def test_a_cancelled_saga_is_undone_before_the_cancellation_goes_on(store:
         await tale.run()
     assert scope.cancelled_caught
     assert tale.events == ["do a", "do b", "undo a"]
-    assert tale.page()[0] == "unwound"
+    assert tale.page()[0] == "interrupted"
 
 
 async def test_a_deadline_names_the_operation_the_vm_and_the_step(store: Store) -> None:

@@ -84,7 +84,7 @@ class Scene:
     def set(self, wanted: set[str]) -> dict[str, str]:
         """Make what there is not, and return what the names in paths that are *wanted* shall be."""
         there = {"name": "web", "log": "console", "token": "spare"}
-        if wanted & {"name"}:
+        if wanted & {"name", "operation"}:
             state = self.ask("GET", "/v1/vms/web").json().get("state")
             if state is None:
                 assert self.ask("POST", "/v1/vms", {"name": "web", **SHAPE}).status_code == 201
@@ -98,6 +98,8 @@ class Scene:
                 made = self.ask("POST", path, body)
                 assert made.status_code == 201, made.text
                 there[kind] = made.json()["id"]
+        if "operation" in wanted:
+            there["operation"] = self.ask("GET", "/v1/operations").json()[0]["id"]
         if "token" in wanted:
             self.ask("POST", "/v1/tokens", {"name": "spare"})
         assert wanted <= there.keys(), "say here how one comes to be"

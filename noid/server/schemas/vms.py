@@ -6,7 +6,6 @@ from noid.core.model import CPUS_MAX, DEFAULT_CPUS, DEFAULT_MEM_MIB, MEM_MIB_MIN
 from noid.core.power import GRACE_SECS, GRACE_SECS_MAX
 from noid.server.schemas.paths import NAME
 from noid.server.schemas.vocabulary import (
-    Content,
     array,
     boolean,
     choice,
@@ -87,8 +86,6 @@ VM = record(
         "unresponsive_since": nullable(TIME, about="When its guest was first asked in vain, UTC."),
     },
 )
-
-DESTROYED = Content(headers={"Server-Timing": text(about="Milliseconds by phase.")})
 
 VM_CHANGED = extended(
     "VmChanged",

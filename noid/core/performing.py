@@ -1,0 +1,299 @@
+"""Performing: a saga carried out as an operation, which has an id, can be looked at, waited for and cancelled.
+
+The journal is where operations live: a row begins with the first transaction of its saga and gets its result in the
+last one. What this module adds is the part that runs, for as long as it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import trio
+
+from noid.core import calls, saga
+from noid.core.backends import Event
+from noid.core.calls import Call
+from noid.core.model import User, Vm, now
+from noid.core.operations import Operations
+from noid.core.outcomes import Operation, OperationState, Outcome, Recorded
+from noid.core.records import from_json, to_json
+from noid.core.saga import Facts, Progress, Saga
+from noid.core.services import Services
+from noid.core.store import Tx
+from noid.core.supervisor import GuestLink
+from noid.core.work import Work
+from noid.errors import Conflict, DependencyDown, NoidError, NotFound, OperationCancelled
+
+logger = logging.getLogger(__name__)
+
+AFTER_SECS = 30.0
+#: How long an operation that has ended can be looked at, and a key's answer be repeated.
+KEPT = timedelta(hours=24)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Performance(Progress):
+    """An operation while it runs."""
+
+    table: Saga[Work]
+    owner: str
+    vm_name: str
+    facts: Facts
+    work: Work
+    call: Call | None = None
+    started_at: datetime = field(default_factory=now)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    done: trio.Event = field(default_factory=trio.Event)
+    outcome: Outcome | None = None
+    on_open: Callable[[Performance], None] | None = None
+
+    def opening(self, tx: Tx) -> None:
+        """Write what the call wants written in the same transaction."""
+        if self.call is not None and self.call.opening is not None:
+            self.call.opening(tx, self.operation)
+
+    def opened(self) -> None:
+        """Tell whoever asked."""
+        if self.on_open is not None:
+            self.on_open(self)
+        if self.call is not None:
+            self.call.begin(self.operation)
+
+    def result(self, tx: Tx) -> Mapping[str, Any]:
+        """Make the outcome, from what the commit has just written, and keep it."""
+        self.outcome = outcome_of(tx, self)
+        return dict(to_json(self.outcome))
+
+    def view(self) -> Operation:
+        """Return the operation as it is now."""
+        return Operation(
+            id=self.operation,
+            kind=self.table.kind,
+            owner=self.owner,
+            vm=self.vm_name,
+            state=OperationState.RUNNING,
+            step=self.step,
+            started_at=self.started_at,
+            timings=dict(self.timings),
+        )
+
+
+def outcome_of(tx: Tx, performance: Performance) -> Outcome:
+    """Return what the operation has come to, inside the transaction that commits it."""
+    facts, work, timings = performance.facts, performance.work, dict(performance.timings)
+    if "pause_secs" in facts:
+        timings["pause"] = facts["pause_secs"]
+    vm_id = facts.get("vm_id") or (work.vm.id if work.vm is not None else None)
+    vm = None if vm_id is None else tx.find(vm_id)
+    if vm is not None:
+        vm = seen_by(vm, work.link)
+    return Outcome(
+        kind=performance.table.kind,
+        operation=performance.operation,
+        vm=vm,
+        checkpoint=work.checkpoint,
+        timings=timings,
+        changed_bytes=facts.get("changed_bytes"),
+        how=facts.get("how"),
+    )
+
+
+def seen_by(vm: Vm, link: GuestLink | None) -> Vm:
+    """Return *vm* with what is known of its guest's health; None: nothing."""
+    if link is None:
+        return vm
+    health = link.health
+    return dataclasses.replace(vm, responding=health.responding, unresponsive_since=health.unresponsive_since)
+
+
+class Performer:
+    """Carries out sagas as operations. Whoever asks for one of a user's sees that user's only."""
+
+    def __init__(self, services: Services, operations: Operations) -> None:
+        self._services = services
+        self._store = services.store
+        self._operations = operations
+        self._live: dict[str, Performance] = {}
+
+    async def run(
+        self,
+        table: Saga[Work],
+        what: str,
+        user: User,
+        vm_names: tuple[str, ...],
+        facts: Facts,
+        work: Work,
+        *,
+        after: Callable[[], Awaitable[None]] | None = None,
+    ) -> Outcome:
+        """Carry out *table* as an operation; hold its machine, tell of it, and finish with *after*.
+
+        Cancelling the caller changes nothing.
+
+        Raises:
+            Busy: names the operation that holds one of the VMs.
+            OperationCancelled: somebody asked for that; what had begun is undone.
+            DependencyDown: the agent is stopping.
+            NoidError: what the steps raise; what had begun is undone.
+        """
+        performance = Performance(
+            table=table,
+            owner=user.id,
+            vm_name=vm_names[0],
+            facts=facts,
+            work=work,
+            call=calls.CURRENT.get(),
+            on_open=self._opened,
+        )
+
+        async def job() -> Outcome:
+            calls.CURRENT.set(None)  # this task's own: what it starts is not what was asked for
+            try:
+                return await self._perform(performance, what, after)
+            finally:
+                self._ended(performance)
+
+        return await self._operations.run(what, user.id, vm_names, job, performance.scope)
+
+    async def _perform(
+        self, performance: Performance, what: str, after: Callable[[], Awaitable[None]] | None
+    ) -> Outcome:
+        table, work, facts = performance.table, performance.work, performance.facts
+        owner, vm_name = performance.owner, performance.vm_name
+        try:
+            await saga.run(table, work, self._store, owner=owner, vm_name=vm_name, facts=facts, progress=performance)
+        except NoidError:
+            raise
+        except Exception:  # a bug; the journal's text refers to this line
+            logger.exception("operation %s: %s of %s failed", performance.operation, table.kind, vm_name)
+            raise
+        # It has happened: from here to the end nothing may be interrupted. The commit itself did not await after its
+        # transaction, so there is no instant at which a committed machine has no holder.
+        replaced = None
+        if work.machine is not None and work.link is not None:  # a new machine has woken
+            replaced = self._services.supervisor.hold(facts["vm_id"], facts["instance"], work.machine, work.link)
+        with trio.move_on_after(AFTER_SECS, shield=True):
+            try:
+                if after is not None:
+                    await after()
+            finally:
+                if replaced is not None:
+                    await replaced.machine.aclose()
+        logger.info("%s %s", what, vm_name, extra={"op": table.kind, "owner": owner, "vm": vm_name})
+        self._tell(Event(kind=table.kind, owner=owner, vm=vm_name))
+        assert performance.outcome is not None  # noqa: S101  # the commit made it
+        return performance.outcome
+
+    # --- looking at them ---------------------------------------------------------------------------------------------
+
+    def get(self, user: User, operation: str) -> Operation:
+        """Return *user*'s operation; one that has ended for `KEPT`.
+
+        Raises:
+            NotFound: there is none of that id, or it is not theirs, or it ended long ago.
+        """
+        found = self._view(self._store.operation(user.id, operation))
+        if found.started_at < now() - KEPT:
+            raise NotFound(f"operation {operation!r} not found")
+        return found
+
+    def all(
+        self,
+        user: User,
+        *,
+        vm: str | None = None,
+        before: str | None = None,
+        limit: int = -1,
+    ) -> list[Operation]:
+        """Return *user*'s operations of the last `KEPT`, newest first: of one VM's name, older than *before*."""
+        rows = self._store.operations(user.id, since=now() - KEPT, vm_name=vm, before=before, limit=limit)
+        return [self._view(row) for row in rows]
+
+    async def ended(self, user: User, operation: str) -> Operation:
+        """Return *user*'s operation when it has ended.
+
+        Raises:
+            NotFound: there is no such operation.
+        """
+        self.get(user, operation)
+        if (performance := self._live.get(operation)) is not None:
+            await performance.done.wait()
+        return self.get(user, operation)
+
+    def cancel(self, user: User, operation: str) -> Operation:
+        """Cancel *user*'s operation: what it has begun is undone, and whoever waits for it hears `OperationCancelled`.
+
+        Returns at once. It may still succeed, if it was about to.
+
+        Raises:
+            NotFound: there is no such operation.
+            Conflict: it has ended, or it is one that can only go forward.
+        """
+        found = self.get(user, operation)
+        performance = self._live.get(operation)
+        if performance is None or performance.committed:
+            raise Conflict(f"operation {operation} has ended: it {found.state}. It cannot be cancelled any more.")
+        if performance.table.forward:
+            raise Conflict(f"a {found.kind} cannot be cancelled: what it has removed cannot be brought back.")
+        performance.cancelled = performance.cancelled or OperationCancelled(
+            f"{found.kind} of {found.vm!r} was cancelled; what it had begun is undone."
+        )
+        performance.scope.cancel()
+        return found
+
+    def _view(self, row: Mapping[str, Any]) -> Operation:
+        performance = self._live.get(row["id"])
+        return view_of(row) if performance is None else performance.view()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _opened(self, performance: Performance) -> None:
+        self._live[performance.operation] = performance
+
+    def _ended(self, performance: Performance) -> None:
+        self._live.pop(performance.operation, None)
+        performance.done.set()
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self._services.plugins.hook.on_event(event=event)
+        except Exception:  # a listener's fault is not the operation's
+            logger.exception("a plugin failed to hear of %s", event.kind)
+
+
+def view_of(row: Mapping[str, Any]) -> Operation:
+    """Return the operation that *row* of the journal tells of, which does not run in this agent."""
+    finished = row["outcome"] == "finished"
+    interrupted = not finished and row["code"] is None
+    error: NoidError | None = None
+    if interrupted:
+        error = DependencyDown(
+            "it was interrupted because the noid agent ended. What it had begun is undone, at the latest by the next "
+            "start. Ask for it again."
+        )
+    elif not finished:
+        error = Recorded(row["error"], row["code"], row["status"])
+    state = OperationState.SUCCEEDED if finished else OperationState.FAILED
+    if row["code"] == OperationCancelled.code:
+        state = OperationState.CANCELLED
+    outcome = from_json(Outcome, json.loads(row["result"])) if row["result"] else None
+    return Operation(
+        id=row["id"],
+        kind=row["kind"],
+        owner=row["owner"],
+        vm=row["vm_name"],
+        state=state,
+        step=None if finished else row["step"],
+        started_at=datetime.fromisoformat(row["started_at"]),
+        ended_at=None if row["ended_at"] is None else datetime.fromisoformat(row["ended_at"]),
+        timings=json.loads(row["timings"] or "{}") if outcome is None else outcome.timings,
+        error=error,
+        outcome=outcome,
+        interrupted=interrupted,
+    )
