@@ -183,6 +183,10 @@ class Agent:
 
         return await self._run(lifecycle.RESTORE_VM, "restore", user, (name,), facts, work, after=end_old)
 
+    async def settled(self, user: User, name: str) -> None:
+        """Return when no operation holds *user*'s VM *name*. The next may be faster than whoever waited."""
+        await self._locks.free(user.id, name)
+
     # --- power -----------------------------------------------------------------------------------------------------
 
     async def stop_vm(self, user: User, name: str, grace_secs: float) -> Outcome:

@@ -135,6 +135,10 @@ class Users:
         """
         await self._auth.revoke_token(user, checked_name(name, "token name"))
 
+    async def revoke_tokens(self, user: User) -> None:
+        """Make every token of *user* invalid, from the next request on."""
+        await self._auth.revoke_tokens(user)
+
     async def note(self, command: str, target: str) -> None:
         """Write into the audit log that somebody on this host has carried out an admin *command*."""
         entry = AuditEntry(at=now(), user=local_user_name(), action=f"noid-server {command}", target=target, status=0)

@@ -24,6 +24,7 @@ _ELSEWHERE = {
     "list-users": "noid.server.user_commands:list_users",
     "plugins": "noid.server.serve_commands:plugins",
     "quota": "noid.server.quota_commands:quota",
+    "remove-user": "noid.server.user_commands:remove_user",
     "rotate-token": "noid.server.user_commands:rotate_token",
     "serve": "noid.server.serve_commands:serve",
     "token": "noid.server.token_commands:token",

@@ -35,6 +35,7 @@ from noid.server.rest import VmRoutes, refuse_no_name
 from noid.server.streams import ExecRoutes
 from noid.server.table import Route, add_routes
 from noid.server.tokens import TokenRoutes
+from noid.server.users import UserRoutes
 from noid.server.websockets import WebSockets
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def all_routes(agent: Agent, websockets: WebSockets) -> list[Route]:
         *VmRoutes(agent).routes(),
         *TokenRoutes(agent).routes(),
         *QuotaRoutes(agent).routes(),
+        *UserRoutes(agent).routes(),
         *PowerRoutes(agent).routes(),
         *OperationRoutes(agent).routes(),
         *ExecRoutes(agent, websockets).routes(),

@@ -1,8 +1,9 @@
-"""``noid-server add-user``, ``rotate-token``, ``list-users``: who may come in. They work beside a running agent."""
+"""``noid-server add-user``, ``rotate-token``, ``list-users``, ``remove-user``: who may come in."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,38 @@ def list_users(config_path: Path | None, data_dir: Path | None) -> None:
             click.echo(f"{user.id:<36} {user.name:<20} {wire_time(user.created_at)}")
 
     run(job)
+
+
+@click.command("remove-user", epilog=examples("noid-server remove-user alice"))
+@config_options
+@click.argument("name")
+def remove_user(config_path: Path | None, data_dir: Path | None, name: str) -> None:
+    """Remove a user with all they have: tokens, VMs, checkpoints, files.
+
+    A running server does it; without one, this command does. Cut off, it can be repeated.
+    """
+    from noid.core import departures
+    from noid.core.model import checked_name
+    from noid.core.opening import open_agent
+    from noid.server import running
+
+    checked_name(name, "user name")
+    config, plugins = config_and_plugins(config_path, data_dir)
+    removed = running.ask(config, "DELETE", f"/v1/users/{name}")
+
+    async def job() -> dict[str, int]:
+        async with open_agent(config, plugins) as agent:
+            removed = await departures.remove_user(agent, name)
+            await agent.users.note("remove-user", name)
+            return dataclasses.asdict(removed)
+
+    if removed is None:
+        removed = run(job)
+    mib = removed["bytes"] / (1 << 20)
+    click.echo(
+        f"User '{name}' removed, with {removed['vms']} VMs and {removed['checkpoints']} checkpoints: {mib:.1f} MiB.",
+        err=True,
+    )
 
 
 class Spellings(click.Group):

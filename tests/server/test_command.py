@@ -16,10 +16,11 @@ from typing import IO, Any
 
 import pytest
 import trio
+import trio.lowlevel
 
 from noid.server.command import main
 from noid.testing.processes import marked_processes
-from noid.testing.simulated_agent import give_default_image
+from noid.testing.simulated_agent import give_default_image, simulated_plugins
 
 Server = Any  # see conftest.py
 Run = Callable[..., tuple[int, str, str]]
@@ -167,6 +168,64 @@ def test_an_admin_sees_and_changes_what_a_user_may_have(run: Run, data_dir: Path
     ]
     assert run("quota", "alice", "--vms", "-1")[0] == 2
     assert "'bob' not found" in refused(run("quota", "bob"))
+
+
+async def test_a_user_is_removed_through_the_running_server_with_all_they_had(server: Server) -> None:
+    token = await server.add_user("alice")
+    made = await server.create("web", token=token)
+    await server.create("web")
+    await server.ask("POST", "/v1/vms/web/checkpoints", token=token)
+    home = server.agent.services.layout.users / (await server.ask("GET", "/v1/whoami", token=token)).json()["user_id"]
+    assert home.is_dir()
+    processes = len(marked_processes(server.config.data_dir))
+
+    command = [sys.executable, "-m", "noid.server", "remove-user", "alice", "--data-dir", str(server.config.data_dir)]
+    done = await trio.run_process(command, capture_stderr=True)
+    assert re.fullmatch(rb"User 'alice' removed, with 1 VMs and 1 checkpoints: \d+\.\d MiB\.\n", done.stderr)
+    assert len(marked_processes(server.config.data_dir)) == processes - 1
+    assert not home.exists()
+    assert [vm.id for vm in server.agent.services.store.all_vms()] != [made["id"]]
+    assert (await server.refused("GET", "/v1/vms", token=token))[0] == 401
+    assert [vm["name"] for vm in (await server.ask("GET", "/v1/vms")).json()] == ["web"]
+    assert (await server.ask("GET", "/v1/vms", token=await server.add_user("alice"))).json() == []
+
+    again = await trio.run_process([*command[:4], "nobody", *command[5:]], capture_stderr=True, check=False)
+    assert (again.returncode, again.stderr) == (1, b"Error: user 'nobody' not found\n")
+
+
+async def test_a_user_can_be_removed_while_their_vm_is_being_made(server: Server) -> None:
+    token = await server.add_user("alice")
+    answers: list[int] = []
+
+    async def create() -> None:
+        answers.append((await server.ask("POST", "/v1/vms", {"name": "web", "mem_mib": 128}, token=token)).status)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(create)
+        while not server.agent.services.store.all_vms():  # noqa: ASYNC110  # nobody tells of a reservation
+            await trio.lowlevel.checkpoint()
+        assert (await server.ask("DELETE", "/v1/users/alice")).json()["vms"] == 1
+    assert server.agent.services.store.all_vms() == []
+    assert not marked_processes(server.config.data_dir)
+
+
+async def test_nobody_is_removed_over_tcp_and_the_local_user_not_at_all(server: Server) -> None:
+    token = await server.add_user("alice")
+    status, code, text = await server.refused("DELETE", "/v1/users/alice", token=token)
+    assert (status, code, "'admin'" in text) == (403, "scope", True)
+    local = server.agent.local_user().name
+    assert (await server.refused("DELETE", f"/v1/users/{local}"))[:2] == (400, "invalid")
+
+
+def test_a_user_is_removed_without_a_running_server_too(
+    run: Run, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("noid.core.plugins.Plugins", simulated_plugins)
+    (data_dir / "server.toml").write_text(CONFIG)
+    run("add-user", "alice")
+    assert run("user", "delete", "alice") == (0, "", "User 'alice' removed, with 0 VMs and 0 checkpoints: 0.0 MiB.\n")
+    assert "alice" not in run("list-users")[1]
+    assert "remove-user alice" in run("audit")[1]
 
 
 async def test_a_user_added_beside_a_running_server_can_come_in_at_once(server: Server) -> None:
