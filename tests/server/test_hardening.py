@@ -82,6 +82,11 @@ class Rig:
                 await trio.sleep_forever()
             raise AssertionError
 
+        @app.route("/long")
+        async def long() -> Response:
+            await trio.sleep(3 * Quick.keep_alive_timeout)
+            return Response(b"at last")
+
         @app.route("/put/<int:pieces>", methods=["PUT"])
         async def put(pieces: int) -> Response:
             size = 0
@@ -460,3 +465,32 @@ async def test_v_a_response_that_breaks_off_ends_without_its_end_mark_and_is_no_
     assert not received.endswith(b"0\r\n\r\n")
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
     assert (await (await rig.connect()).ask("GET", "/")).status == 200
+
+
+async def test_w_a_request_may_take_longer_than_a_connection_may_idle_which_counts_anew_after_it(rig: Rig) -> None:
+    client = await rig.connect()
+    with trio.fail_after(10):
+        assert (await client.ask("GET", "/long")).body == b"at last"
+        assert (await client.ask("GET", "/long")).body == b"at last"
+        assert await client.until_closed() == b""
+
+
+async def test_w_a_connection_that_was_closed_is_gone_without_waiting_for_its_idle_timer(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Quick, "keep_alive_timeout", 60.0)
+    client = await rig.connect()
+    await client.ask("GET", "/")
+    await client.stream.aclose()
+    assert rig.transport is not None
+    with trio.fail_after(5):
+        while rig.transport._socket.fileno() >= 0:  # noqa: ASYNC110  # nothing tells of it
+            await trio.sleep(0.01)
+
+
+async def test_w_requests_sent_at_once_are_answered_in_order(rig: Rig) -> None:
+    client = await rig.connect()
+    request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n"
+    await client.stream.send_all(b"".join(request + b"%d" % number for number in range(9)))
+    for number in range(9):
+        assert (await client.receive("POST")).body == b"%d" % number

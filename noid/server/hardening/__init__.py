@@ -1,7 +1,8 @@
 """Hypercorn and Quart-Trio, made fit to stand in the open. The only package that knows their private seams.
 
-`noid.server.hardening.settings` has the limits, `connection` what is one TCP or unix connection, `http` a request,
-`websocket` a WebSocket; here is how they take the libraries' places.
+`noid.server.hardening.settings` has the limits, `connection` what is one TCP or unix connection, `http` a request
+and its body, `dispatch` the application that finds its handler, `websocket` a WebSocket; here is how they take the
+libraries' places.
 
 Each item carries a letter, and so does its test in ``tests/server/test_hardening.py``. The pins in pyproject are exact
 because of this file: after changing them, these tests decide.
@@ -9,8 +10,8 @@ because of this file: after changing them, these tests decide.
 ====  ==============================================================  ================================================
       what the libraries do                                           what happens here
 ====  ==============================================================  ================================================
-A     a response cancels its own connection's bookkeeping: keep-alive  the last message of a response is shielded
-      never times out, ``Connection: close`` never closes
+A     a response cancels its own connection's bookkeeping: keep-alive  `HttpStream` cancels a handler only before its
+      never times out, ``Connection: close`` never closes             response is sent
 B     a client that does not read blocks a write, and shutdown, for    each piece of a write has a deadline, and all of
       ever                                                             them together have one once the server stops
 C     a client that leaves cancels its handler                         intended: handlers only wait, operations live in
@@ -36,6 +37,9 @@ U     a request's body is kept until somebody reads it, however    a PUT's body 
       large                                                           nobody reads is not taken from the socket
 V     a response that fails in its middle is logged as a bug          `BrokenOff` ends the connection, with no end mark
 T     a target without a path, `GET ?x`, is an IndexError in the log  400
+W     a queue, a nursery, five tasks and three writes for every       one task and one write: `HttpStream`,
+      request; a connection that was closed is kept until its idle    `IdleWatch`, and `noid.server.hardening.dispatch`
+      timer runs out                                                  for Quart's part
 ====  ==============================================================  ================================================
 """
 
@@ -44,12 +48,12 @@ from __future__ import annotations
 import hypercorn.protocol
 import hypercorn.protocol.h11
 import hypercorn.trio.run
-from quart_trio import QuartTrio
 
 from noid.server.hardening.connection import TcpServer, Transport
-from noid.server.hardening.http import BrokenOff, Http1Protocol, HttpConnection, Upload, upload
+from noid.server.hardening.dispatch import App
+from noid.server.hardening.http import BrokenOff, Http1Protocol, HttpStream, Upload, upload
 from noid.server.hardening.settings import MESSAGE_BYTES_MAX, Settings
-from noid.server.hardening.websocket import WebsocketConnection, WebsocketStream, hold_websocket
+from noid.server.hardening.websocket import WebsocketStream, hold_websocket
 
 __all__ = [
     "MESSAGE_BYTES_MAX",
@@ -64,17 +68,11 @@ __all__ = [
 ]
 
 
-class App(QuartTrio):
-    """A Quart application with the connections above."""
-
-    asgi_http_class = HttpConnection
-    asgi_websocket_class = WebsocketConnection
-
-
 # worker_serve, ProtocolWrapper and H11Protocol look these names up in their modules when a connection arrives.
 for _module, _name, _ours in (
     (hypercorn.trio.run, "TCPServer", TcpServer),
     (hypercorn.protocol, "H11Protocol", Http1Protocol),
+    (hypercorn.protocol.h11, "HTTPStream", HttpStream),
     (hypercorn.protocol.h11, "WSStream", WebsocketStream),
 ):
     assert issubclass(_ours, getattr(_module, _name))  # noqa: S101  # the seam is where it was in the pinned release

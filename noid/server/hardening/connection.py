@@ -13,7 +13,8 @@ from typing import Any
 import trio
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import TrioSingleTask
+from hypercorn.trio.worker_context import EventWrapper, TrioSingleTask
+from hypercorn.typing import TaskGroup
 
 from noid.server.hardening.settings import Settings
 
@@ -63,8 +64,61 @@ class Transport:
             await self.say_interim()
 
 
+class IdleWatch:
+    """W: tells when a connection has been idle for *limit_secs*, or is idle when *terminated* is set.
+
+    In place of hypercorn's `TrioSingleTask`, with the same methods. Between two requests nothing is started or ended,
+    and nothing wakes up for a connection that stays busy.
+    """
+
+    def __init__(self, limit_secs: float, terminated: EventWrapper) -> None:
+        self._limit_secs = limit_secs
+        self._terminated = terminated
+        self._idle_since: float | None = None
+        self._busy = trio.CancelScope()
+        self._life: trio.CancelScope | None = None
+
+    async def restart(self, task_group: TaskGroup, action: Callable[[], Awaitable[None]]) -> None:
+        """Say that the connection is idle from now on. The first time, start *action*, which awaits `over`."""
+        self._idle_since = trio.current_time()
+        self._busy.cancel()
+        if self._life is None:
+            self._life = trio.CancelScope()
+            task_group.spawn(self._run, action)
+
+    async def stop(self) -> None:
+        """Say that the connection is busy."""
+        self._idle_since = None
+
+    def end(self) -> None:
+        """End *action*: the connection ends by itself."""
+        if self._life is not None:
+            self._life.cancel()
+
+    async def over(self) -> None:
+        """Return when the connection is to be closed."""
+        while True:
+            if self._idle_since is None:
+                with trio.CancelScope() as self._busy:
+                    await self._terminated.wait()
+            else:
+                with trio.move_on_at(self._idle_since + self._limit_secs):
+                    await self._terminated.wait()
+            if self._idle_since is not None and (
+                self._terminated.is_set() or trio.current_time() >= self._idle_since + self._limit_secs
+            ):
+                return
+            if self._terminated.is_set():  # hypercorn ends the connection with its last answer
+                await trio.sleep_forever()
+
+    async def _run(self, action: Callable[[], Awaitable[None]]) -> None:
+        assert self._life is not None  # noqa: S101  # made before this was started
+        with self._life:
+            await action()
+
+
 class TcpServer(TCPServer):
-    """One connection. B: bounded writes. I: keepalive. L: peer credentials. R: lingering close."""
+    """One connection. B: bounded writes. I: keepalive. L: peer credentials. R: lingering close. W: an idle watch."""
 
     config: Settings
 
@@ -78,6 +132,8 @@ class TcpServer(TCPServer):
         self._transport = Transport(sock)
         super().__init__(app, config, context, type(state)({**state, STATE_KEY: self._transport}), stream)
         self._linger_task = TrioSingleTask()
+        self._idle = IdleWatch(config.keep_alive_timeout, context.terminated)
+        self.idle_task = self._idle  # type: ignore[assignment]  # the same methods
         self._lingering = False
         self._final_deadline: float | None = None
 
@@ -138,6 +194,12 @@ class TcpServer(TCPServer):
             await self.context.terminated.wait()
         await trio.aclose_forcefully(self.stream)
 
+    async def _idle_timeout(self) -> None:
+        await self._idle.over()
+        with trio.CancelScope(shield=True):
+            await self._initiate_server_close()
+
     async def _read_data(self) -> None:
         await super()._read_data()
         await self._linger_task.stop()
+        self._idle.end()

@@ -1,23 +1,37 @@
-"""One request over HTTP/1: its body, its response, and the protocol under both."""
+"""One request over HTTP/1, one task for its handler and for most of them one write; and the protocol under it.
+
+Hypercorn and quart-trio serve a request with a queue, three tasks and a nursery, which cost more than what they carry.
+Here the connection's reader fills the request's body itself, and cancels the handler itself when the client is gone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import h11
 import trio
-from hypercorn.events import Closed
+from hypercorn.events import Closed, RawData
+from hypercorn.protocol.events import Body, EndBody, Event, Request, StreamClosed
+from hypercorn.protocol.events import Response as ResponseHead
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
-from quart import Request, request
-from quart_trio.asgi import TrioASGIHTTPConnection
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+from hypercorn.utils import suppress_body
+from quart import request
+from quart.typing import ResponseTypes
+from quart.utils import encode_headers
+from quart.wrappers.response import DataBody, Response
+from werkzeug.wrappers import Response as WerkzeugResponse
 
 from noid.errors import DeadlineExceeded
 from noid.server.hardening.connection import STATE_KEY
+from noid.server.hardening.dispatch import App
 
-LET_GO_SECS = 5.0
+logger = logging.getLogger(__name__)
 
 _UPLOAD_KEY = "noid.upload"
 
@@ -32,13 +46,15 @@ class Upload:
     def __init__(self) -> None:
         self._put, self._pieces = trio.open_memory_channel[bytes](0)
 
-    async def put(self, data: bytes, *, more: bool) -> None:
+    async def put(self, data: bytes) -> None:
         """Hand on a piece; waits until it is taken. Once nobody wants it, it is dropped."""
         if data:
             with contextlib.suppress(trio.BrokenResourceError):
                 await self._put.send(data)
-        if not more:
-            self._put.close()
+
+    def end(self) -> None:
+        """Say that nothing follows."""
+        self._put.close()
 
     def abandon(self) -> None:
         """Drop what still comes."""
@@ -64,70 +80,147 @@ class Upload:
 def upload() -> Upload:
     """Return the body of the current request, a PUT."""
     stream = request.scope["state"][_UPLOAD_KEY]
-    assert isinstance(stream, Upload)  # noqa: S101  # HttpConnection put it there
+    assert isinstance(stream, Upload)  # noqa: S101  # HttpStream put it there
     return stream
 
 
-class HttpConnection(TrioASGIHTTPConnection):
-    """A: the end of a response completes even though the request it belongs to is already over. U and V."""
+@dataclass(frozen=True)
+class WholeResponse(Event):
+    """A response with all of its body, for the protocol to send in one go."""
 
-    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        """Serve one request."""
-        stream = Upload() if self.scope["method"] == "PUT" else None
+    status_code: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
 
-        async def send_whole(message: ASGISendEvent) -> None:
-            if stream is not None and message["type"] == "http.response.start":
-                stream.abandon()
-            last = message["type"] == "http.response.body" and not message.get("more_body")
-            with trio.CancelScope(shield=last):
-                await trio.lowlevel.checkpoint()  # S
-                await send(message)
 
-        self.scope["state"][_UPLOAD_KEY] = stream
-        try:
-            await super().__call__(receive, send_whole)
-        except* BrokenOff:
-            pass  # nothing more is sent: hypercorn closes the connection, and the client sees that the end is missing
-        finally:
-            if stream is not None:
-                await self._let_go(receive, send)  # noqa: ASYNC102  # shields itself
+class HttpStream(HTTPStream):
+    """A request and its response. Everything but the handler runs in the task that reads the connection."""
 
-    @staticmethod
-    async def _let_go(receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        """End the request although parts of its body wait to be received: hypercorn waits until somebody takes them."""
-
-        async def drop() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        with trio.move_on_after(LET_GO_SECS, shield=True):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(drop)
-                await send(None)  # type: ignore[arg-type]  # hypercorn's own end mark; a second one does nothing
-                nursery.cancel_scope.cancel()
-
-    async def handle_messages(  # type: ignore[override]  # quart-trio changes the signature of quart's method as well
-        self, nursery: trio.Nursery, request: Request, receive: ASGIReceiveCallable
-    ) -> None:
-        """Hand the body on until the client is gone; then cancel the handler."""
-        stream = self.scope["state"][_UPLOAD_KEY]
-        if stream is None:
-            await super().handle_messages(nursery, request, receive)
+    async def handle(self, event: Event) -> None:
+        """Take what the protocol has read."""
+        if self.closed:
             return
-        while (message := await receive())["type"] != "http.disconnect":
-            if message["type"] == "http.request":
-                await stream.put(message.get("body", b""), more=message.get("more_body", False))
-        nursery.cancel_scope.cancel()
+        if isinstance(event, Request):
+            self._begin(event)
+        elif isinstance(event, Body):
+            if self._upload is None:
+                self._request.body.append(bytes(event.data))
+            else:
+                await self._upload.put(bytes(event.data))
+        elif isinstance(event, EndBody):
+            if self._upload is None:
+                self._request.body.set_complete()
+            else:
+                self._upload.end()
+        elif isinstance(event, StreamClosed):
+            self.closed = True
+            if self.state is not ASGIHTTPState.CLOSED:
+                self._life.cancel()
+
+    def _begin(self, event: Request) -> None:
+        path, _, query_string = event.raw_path.partition(b"?")
+        self._upload = Upload() if event.method == "PUT" else None
+        state: dict[str, Any] = {**event.state, _UPLOAD_KEY: self._upload}
+        app = self.app.app  # type: ignore[attr-defined]  # hypercorn's wrapper of an ASGI application
+        assert isinstance(app, App)  # noqa: S101  # the only kind there is here
+        self._app = app
+        self._request = app.request_of(
+            {
+                "type": "http",
+                "http_version": event.http_version,
+                "method": event.method,
+                "scheme": self.scheme,
+                "path": unquote(path.decode("ascii")),
+                "raw_path": path,
+                "query_string": query_string,
+                "headers": event.headers,
+                "client": self.client,
+                "server": self.server,
+                "state": state,
+            }
+        )
+        self._life = trio.CancelScope()
+        self.task_group.spawn(self._serve)
+
+    async def _serve(self) -> None:
+        """Call the handler, send what it returns, and end the request whatever happens."""
+        try:
+            with self._life:
+                await self._send_response(await self._app.respond(self._request))
+        except* BrokenOff:
+            pass  # nothing more is sent: the connection is closed, and the client sees that the end is missing
+        except* Exception as errors:
+            logger.error("a response failed", exc_info=errors)  # noqa: TRY400  # the same, said of the whole group
+        finally:
+            if self._upload is not None:
+                self._upload.abandon()
+            if not self.closed:
+                await self._end()  # noqa: ASYNC102  # its writes have deadlines of their own
+
+    async def _end(self) -> None:
+        if self.state is ASGIHTTPState.REQUEST:
+            await self._send_error_response(500)
+        await self.send(StreamClosed(stream_id=self.stream_id))
+
+    async def _send_response(self, response: ResponseTypes) -> None:
+        if self._upload is not None:
+            self._upload.abandon()
+        headers, status = encode_headers(response.headers), response.status_code
+        silent = suppress_body(self._request.method, status)
+        if isinstance(response, WerkzeugResponse):  # what the framework's own errors are
+            body = response.get_data()
+        elif isinstance(whole := response.response, DataBody):
+            body = whole.data[whole.begin : whole.end]
+        else:
+            await self._send_pieces(response, status, headers, silent=silent)
+            return
+        self.state = ASGIHTTPState.CLOSED
+        await self.send(
+            WholeResponse(stream_id=self.stream_id, status_code=status, headers=headers, body=b"" if silent else body)
+        )
+
+    async def _send_pieces(
+        self, response: Response, status: int, headers: list[tuple[bytes, bytes]], *, silent: bool
+    ) -> None:
+        self.state = ASGIHTTPState.RESPONSE
+        await self.send(ResponseHead(stream_id=self.stream_id, headers=headers, status_code=status))
+        async with response.response as pieces:
+            async for piece in pieces:
+                await trio.lowlevel.checkpoint()  # S: a send on a closed connection does not yield
+                if piece and not silent:
+                    await self.send(Body(stream_id=self.stream_id, data=bytes(piece)))
+        self.state = ASGIHTTPState.CLOSED
+        await self.send(EndBody(stream_id=self.stream_id))
 
 
 class Http1Protocol(H11Protocol):
-    """N and T: HTTP/1.0 and 1.1 and nothing else, and only for something that has a path."""
+    """N and T: HTTP/1.0 and 1.1 and nothing else, and only for something that has a path. W: one write a response."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         transport = self.connection_state.get(STATE_KEY)
         if transport is not None:
             transport.say_interim = self.send_interim
+
+    async def stream_send(self, event: Event) -> None:
+        """Send what a stream says; a whole response in one write."""
+        if not isinstance(event, WholeResponse):
+            await super().stream_send(event)
+            return
+        headers = [*event.headers, *self.config.response_headers("h11")]
+        if self.keep_alive_requests >= self.config.keep_alive_max_requests:
+            headers.append((b"connection", b"close"))
+        connection = self.connection
+        try:
+            data = connection.send(h11.Response(headers=headers, status_code=event.status_code))
+            if event.body:
+                data += connection.send(h11.Data(data=event.body))
+            data += connection.send(h11.EndOfMessage())
+        except h11.LocalProtocolError:
+            if connection.their_state is not h11.ERROR:
+                raise
+        else:
+            await self.send(RawData(data=data))
 
     async def send_interim(self) -> None:
         """Send ``100 Continue`` if an HTTP/1.1 request waits for its response."""
