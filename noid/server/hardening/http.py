@@ -184,7 +184,10 @@ class HttpStream(HTTPStream):
     ) -> None:
         self.state = ASGIHTTPState.RESPONSE
         await self.send(ResponseHead(stream_id=self.stream_id, headers=headers, status_code=status))
-        async with response.response as pieces:
+        async with response.response as body, contextlib.AsyncExitStack() as stack:
+            pieces = aiter(body)
+            if isinstance(pieces, AsyncGenerator):
+                await stack.enter_async_context(contextlib.aclosing(pieces))
             async for piece in pieces:
                 await trio.lowlevel.checkpoint()  # S: a send on a closed connection does not yield
                 if piece and not silent:
