@@ -101,6 +101,7 @@ class Config:
     initrd: Path | None = None
     max_ws_sessions: int = setting(32, above=0)
     trust_forwarded_for: bool = False
+    metrics_users: tuple[str, ...] = ()
     exec_timeout_secs: float = setting(30.0, above=0)
     exec_reattach_secs: float = setting(10.0, above=0)
     console_timeout_secs: float = setting(3600.0, above=0)

@@ -222,6 +222,12 @@ class Store:
         """Return everybody's VMs: for start-up and the supervisor."""
         return [_vm(row) for row in self._read("SELECT * FROM vms ORDER BY created_at, id")]
 
+    def vms_by_state(self) -> dict[VmState, int]:
+        """Return how many VMs everybody has in each state there is a VM in."""
+        return {
+            VmState(row["state"]): row["n"] for row in self._read("SELECT state, count(*) AS n FROM vms GROUP BY 1")
+        }
+
     def checkpoint(self, owner: str, checkpoint_id: str) -> Checkpoint:
         """Return *owner*'s checkpoint, or raise `NotFound`."""
         what = f"checkpoint {checkpoint_id!r}"

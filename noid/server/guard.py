@@ -17,6 +17,7 @@ from noid.core.model import Caller, Credentials
 from noid.errors import Forbidden, TooManyRequests, Unauthenticated
 from noid.server.hardening import App, Transport
 from noid.server.limiter import FailureLimiter
+from noid.server.metrics import Metrics
 from noid.server.table import Route
 from noid.server.visit import Visit, visit
 
@@ -24,8 +25,9 @@ from noid.server.visit import Visit, visit
 class Guard:
     """Stands before every route of an app: authentication first, then routing."""
 
-    def __init__(self, agent: Agent, config: Config) -> None:
+    def __init__(self, agent: Agent, config: Config, metrics: Metrics) -> None:
         self._agent = agent
+        self._metrics = metrics
         self._config = config
         self._limiter = FailureLimiter()
         self._routes: Mapping[str, Route] = {}
@@ -46,6 +48,7 @@ class Guard:
         try:
             self._admit(call)
         except (Unauthenticated, TooManyRequests, Forbidden) as error:
+            self._metrics.refused(error)
             rule = call.url_rule.endpoint if isinstance(error, Forbidden) else AUTHENTICATE
             here = visit()
             await self._agent.audit.record(

@@ -25,6 +25,7 @@ from noid.server.guard import Guard
 from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
 from noid.server.listening import tcp_listeners, unix_listener
 from noid.server.logs import LogRoutes
+from noid.server.metrics import Metrics, MetricsRoutes
 from noid.server.openapi import DocumentRoutes
 from noid.server.operations import OperationRoutes
 from noid.server.power import PowerRoutes
@@ -68,11 +69,13 @@ async def serve_until(
         listeners = [stack.enter_context(unix_listener(config.socket_path))]
         if not config.local:
             listeners += stack.enter_context(tcp_listeners(config.listen))
+        metrics = Metrics()
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(metrics.watch_loop, stopping)
             await nursery.start(
                 partial(
                     worker_serve,
-                    wrap_app(create_app(agent, config, stopping), MESSAGE_BYTES_MAX, "asgi"),
+                    wrap_app(create_app(agent, config, stopping, metrics), MESSAGE_BYTES_MAX, "asgi"),
                     settings or Settings(),
                     sockets=Sockets([], listeners, []),
                     shutdown_trigger=stopping.wait,
@@ -84,8 +87,8 @@ async def serve_until(
             gc.freeze()  # what exists by now is permanent: not walking it again keeps pauses below a millisecond
 
 
-def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
-    """Return the application: every route, behind the guard. *stopping* ends its WebSockets."""
+def create_app(agent: Agent, config: Config, stopping: trio.Event, metrics: Metrics) -> App:
+    """Return the application: every route, behind the guard, counted. *stopping* ends its WebSockets."""
     app = App("noid.server", static_folder=None)
     app.config.update(
         MAX_CONTENT_LENGTH=MESSAGE_BYTES_MAX,
@@ -97,15 +100,18 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event) -> App:
     app.url_map.merge_slashes = False
     answers = Answers(config)
     log_requests(app)
-    table = Calls(agent).around(all_routes(agent, WebSockets(config, answers, stopping)))
+    websockets = WebSockets(config, answers, stopping)
+    table = Calls(agent).around(all_routes(agent, websockets, metrics))
     routes = add_routes(app, audited(agent, table))
-    Guard(agent, config).protect(app, routes)
+    metrics.watch(app, routes)
+    metrics.watch_agent(agent, websockets)
+    Guard(agent, config, metrics).protect(app, routes)
     app.before_request(refuse_no_name)
     app.register_error_handler(Exception, answers.answer)
     return app
 
 
-def all_routes(agent: Agent, websockets: WebSockets) -> list[Route]:
+def all_routes(agent: Agent, websockets: WebSockets, metrics: Metrics) -> list[Route]:
     """Return everything a server answers, as a table."""
     routes = [
         *VmRoutes(agent).routes(),
@@ -119,6 +125,7 @@ def all_routes(agent: Agent, websockets: WebSockets) -> list[Route]:
         *ConsoleRoutes(agent, websockets).routes(),
         *LogRoutes(agent, websockets).routes(),
         *FileRoutes(agent).routes(),
+        *MetricsRoutes(agent, metrics).routes(),
     ]
     routes += DocumentRoutes(lambda: routes).routes()
     return routes

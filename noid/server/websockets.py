@@ -26,6 +26,11 @@ class WebSockets:
         self._stopping = stopping
         self._sessions = 0
 
+    @property
+    def open_sessions(self) -> int:
+        """How many there are now."""
+        return self._sessions
+
     async def hold(self, session: Callable[[], Awaitable[None]]) -> None:
         """Upgrade the current request, run *session* on it and close it; see `hold_websocket`.
 

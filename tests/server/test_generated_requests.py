@@ -64,7 +64,7 @@ def closed(described: dict[str, Any]) -> dict[str, Any]:
     return strict
 
 
-DOCUMENT = closed(document(all_routes(Mock(), Mock())))
+DOCUMENT = closed(document(all_routes(Mock(), Mock(), Mock())))
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS = [result.ok() for result in SCHEMA.get_all_operations()]
 

@@ -22,7 +22,7 @@ from noid.server.table import WS, Route
 
 Server = Any  # see conftest.py
 
-ROUTES = all_routes(Mock(), Mock())
+ROUTES = all_routes(Mock(), Mock(), Mock())
 DOCUMENT = document(ROUTES)
 
 # --- the table -------------------------------------------------------------------------------------------------------
