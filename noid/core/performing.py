@@ -120,6 +120,11 @@ class Performer:
         self._store = services.store
         self._operations = operations
         self._live: dict[str, Performance] = {}
+        self._watchers: list[Callable[[Operation], None]] = []
+
+    def watch(self, watcher: Callable[[Operation], None]) -> None:
+        """Have *watcher* called with every operation that ends from now on, everybody's; it must not block."""
+        self._watchers.append(watcher)
 
     async def run(
         self,
@@ -257,8 +262,19 @@ class Performer:
         self._live[performance.operation] = performance
 
     def _ended(self, performance: Performance) -> None:
-        self._live.pop(performance.operation, None)
+        known = self._live.pop(performance.operation, None) is not None
         performance.done.set()
+        if known and self._watchers:
+            ended = view_of(self._store.operation(performance.owner, performance.operation))
+            if not ended.interrupted:  # by the end of this agent: the next one will know what became of it
+                self._show(ended)
+
+    def _show(self, ended: Operation) -> None:
+        for watcher in self._watchers:
+            try:
+                watcher(ended)
+            except Exception:  # a watcher's fault is not the operation's
+                logger.exception("operation %s: somebody failed to take note of its end", ended.id)
 
     def _tell(self, event: Event) -> None:
         try:

@@ -22,6 +22,7 @@ from quart.typing import ResponseTypes
 from noid import __version__
 from noid.core.agent import Agent
 from noid.core.model import Scope, VmState
+from noid.core.outcomes import Operation, OperationState
 from noid.errors import Forbidden, NoidError
 from noid.server.hardening import App
 from noid.server.schemas.vocabulary import Content, text
@@ -81,19 +82,24 @@ class Metrics:
         app.after_websocket(self._not_upgraded)
 
     def watch_agent(self, agent: Agent, websockets: WebSockets) -> None:
-        """Show the VMs, the pool and the disk of *agent*, and its open *websockets*, from now on."""
+        """Show the operations, VMs, pool and disk of *agent*, and its open *websockets*, from now on."""
         self._registry.register(_Standing(agent, websockets))
+        agent.operations.watch(self.operation_ended)
 
     def refused(self, error: NoidError) -> None:
         """Take note of somebody who was not let in."""
         self._refusals.labels(error.code).inc()
 
-    def operation_ended(self, kind: str, outcome: str, secs: float, timings: Mapping[str, float]) -> None:
-        """Take note of an operation: *outcome* is how it ended, *timings* what its phases took, in seconds."""
+    def operation_ended(self, operation: Operation) -> None:
+        """Take note of an operation, its time and its phases."""
+        kind, outcome = operation.kind, operation.state.value
         self._operations.labels(kind, outcome).inc()
-        self._operation_secs.labels(kind, outcome).observe(secs)
-        for phase, phase_secs in timings.items():
-            self._phase_secs.labels(kind, phase).observe(phase_secs)
+        if operation.ended_at is not None:
+            secs = (operation.ended_at - operation.started_at).total_seconds()
+            self._operation_secs.labels(kind, outcome).observe(max(0.0, secs))
+        if operation.state is OperationState.SUCCEEDED:
+            for phase, secs in operation.timings.items():
+                self._phase_secs.labels(kind, phase).observe(secs)
 
     async def watch_loop(self, stopping: trio.Event) -> None:
         """Measure how late the loop is, until *stopping* is set."""

@@ -10,7 +10,9 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
+from noid.errors import BackendError
 from noid.server.metrics import Metrics
+from noid.testing.faults import fail
 
 Server = Any  # see conftest.py
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -93,15 +95,22 @@ async def test_the_loop_is_measured_until_the_server_stops() -> None:
         stopping.set()
 
 
-def test_an_operation_is_a_count_a_time_and_its_phases() -> None:
-    counted = Metrics()
-    counted.operation_ended("vm.create", "succeeded", 0.2, {"disk": 0.05, "wake": 0.1})
-    found = samples(counted.show().decode())
+async def test_operations_are_counted_with_how_they_ended_and_what_their_phases_took(web: Server) -> None:
+    await web.ask("POST", "/v1/vms/web/checkpoints")
+    web.faults.arm("capture", fail(BackendError("the disk is on fire")))
+    await web.refused("POST", "/v1/vms/web/checkpoints")
+    found = await metrics(web)
     assert found[key("noid_operations_total", kind="vm.create", outcome="succeeded")] == 1
-    assert found[key("noid_operation_phase_seconds_sum", kind="vm.create", phase="disk")] == pytest.approx(0.05)
+    for outcome in ("succeeded", "failed"):
+        assert found[key("noid_operations_total", kind="vm.checkpoint", outcome=outcome)] == 1
+        assert found[key("noid_operation_seconds_count", kind="vm.checkpoint", outcome=outcome)] == 1
+    pause = {"kind": "vm.checkpoint", "phase": "pause"}
+    assert found[key("noid_operation_phase_seconds_count", **pause)] == 1
+    assert 0 < found[key("noid_operation_phase_seconds_sum", **pause)] < 10
 
 
 async def test_every_metric_is_on_its_page_with_its_labels(web: Server, request: pytest.FixtureRequest) -> None:
+    await web.refused("GET", "/v1/vms", token="noid_tok_" + "0" * 64)
     page = (request.config.rootpath / "docs/operations.md").read_text()
     rows = re.findall(r"^\| (`noid_[^|]*) \| ([^|]*)\|", page, re.MULTILINE)
     documented = {
