@@ -23,6 +23,13 @@ def json_reply(body: Any, status: int = 200) -> Response:
     return Response(text.encode("utf-8", "backslashreplace"), status, content_type="application/json")
 
 
+def empty_reply() -> Response:
+    """Return the answer that has nothing to say: 204, without a body or a type of one."""
+    reply = Response(b"", 204)
+    del reply.headers["Content-Type"]
+    return reply
+
+
 def upgrade_required(text: str) -> Response:
     """Return the answer to a plain GET where a WebSocket is: 426."""
     reply = json_reply({"error": text}, 426)

@@ -14,7 +14,7 @@ from noid.core.agent import Agent
 from noid.core.model import Scope, checked_name
 from noid.core.session import Session
 from noid.errors import InvalidRequest, NoidError
-from noid.server.answers import json_reply, upgrade_required
+from noid.server.answers import empty_reply, json_reply, upgrade_required
 from noid.server.hardening import Transport
 from noid.server.interim import still_working
 from noid.server.relay import await_goodbye, converse
@@ -112,14 +112,14 @@ class ProcessRoutes:
         signo = signal_number((await read_body()).fields.get("signal"))
         session = await self._session(name, process)
         await session.signal(signo)
-        return Response(b"", 204)
+        return empty_reply()
 
     async def end(self, name: str, process: str) -> Response:
         """End the process if it runs (TERM, then KILL), and forget it and its output: 204."""
         session = await self._session(name, process)
         async with still_working():
             await session.owner.finish(session)
-        return Response(b"", 204)
+        return empty_reply()
 
     async def upgrade_required(self, name: str, process: str) -> Response:
         """Say that this is for WebSockets: 426."""

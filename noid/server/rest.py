@@ -27,7 +27,7 @@ from noid.core.outcomes import Outcome
 from noid.core.users import ordered
 from noid.core.wire import API_VERSION
 from noid.errors import InvalidRequest
-from noid.server.answers import json_reply
+from noid.server.answers import empty_reply, json_reply
 from noid.server.interim import still_working
 from noid.server.schemas.checkpoints import CHECKPOINT, CHECKPOINT_TAKEN, TAKE
 from noid.server.schemas.server import CAPABILITIES, HEALTH, VERSION, WHOAMI
@@ -217,7 +217,7 @@ def outcome_answer(outcome: Outcome) -> tuple[int, dict[str, Any] | None]:
 def outcome_reply(outcome: Outcome) -> Response:
     """Return what an operation's outcome is answered with."""
     status, body = outcome_answer(outcome)
-    return Response(b"", status) if body is None else json_reply(body, status)
+    return empty_reply() if body is None else json_reply(body, status)
 
 
 async def refuse_no_name() -> None:

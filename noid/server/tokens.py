@@ -10,7 +10,7 @@ from noid.core.agent import Agent
 from noid.core.model import TOKEN_SCOPES, Scope, now
 from noid.core.users import ordered, token_fields
 from noid.errors import Forbidden, InvalidRequest
-from noid.server.answers import json_reply
+from noid.server.answers import empty_reply, json_reply
 from noid.server.rest import Body, read_body
 from noid.server.schemas.tokens import CREATE, EXPIRES_SECS_MAX, TOKEN, TOKEN_MADE
 from noid.server.schemas.vocabulary import array
@@ -65,7 +65,7 @@ class TokenRoutes:
     async def revoke(self, token: str) -> Response:
         """Make the caller's token of that name invalid, from the next request on: 204."""
         await self._agent.users.revoke_token(current_user(), token)
-        return Response(b"", 204)
+        return empty_reply()
 
 
 def _scopes(body: Body) -> frozenset[Scope]:
