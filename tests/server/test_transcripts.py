@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import trio
 
+from noid.core.config import Config
+from noid.core.config_reading import build_record
+from noid.core.config_spellings import settled
 from noid.errors import NoSpace
 from noid.server.schemas import failures
 from noid.server.serve import all_routes
@@ -63,10 +66,12 @@ class Stage:
 
 
 def settings(steps: list[Step]) -> dict[str, Any]:
-    """Return the lines of server.toml that a transcript needs."""
-    lines = [step.words.partition(" ")[2] for step in steps if isinstance(step, Given)]
-    said = [step.words.startswith("server.toml ") for step in steps if isinstance(step, Given)]
-    return tomllib.loads("\n".join(line for line, wanted in zip(lines, said, strict=True) if wanted))
+    """Return what the lines of server.toml that a transcript needs set."""
+    said = [step.words for step in steps if isinstance(step, Given)]
+    lines = [words.removeprefix("server.toml ") for words in said if words.startswith("server.toml ")]
+    table, _ = settled(tomllib.loads("\n".join(lines)), "transcript")
+    config = build_record(Config, {"data_dir": "/nowhere", **table}, "transcript")
+    return {key: getattr(config, key) for key in table}
 
 
 def played() -> Iterator[Any]:
@@ -88,6 +93,9 @@ NOT_SHOWN = {
     "GET /openapi.json": {200: "the document itself; test_openapi.py holds it to the table"},
 }
 """Answers of routes that no transcript shows, and why."""
+
+NOT_YET: frozenset[str] = frozenset()
+"""Endpoints whose transcripts are still to be written."""
 
 ONCE_IS_ENOUGH = frozenset({409, 501, 503, 507}).union(
     failures.OF_A_SCOPE, failures.OF_A_NAME_IN_THE_PATH, failures.OF_A_QUERY, failures.OF_A_BODY
@@ -129,7 +137,9 @@ ROUTES: list[Route] = all_routes(Any, Any)  # type: ignore[arg-type]  # nothing 
 SHOWN = shown()
 
 
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.endpoint)
+@pytest.mark.parametrize(
+    "route", [route for route in ROUTES if route.endpoint not in NOT_YET], ids=lambda route: route.endpoint
+)
 def test_every_answer_of_a_route_is_in_a_transcript(route: Route) -> None:
     wanted = {*route.answers, *(status for status in route.errors if status not in {*ONCE_IS_ENOUGH, *NEVER_SHOWN})}
     missing = {status for status in wanted if (route.endpoint, status) not in SHOWN}
