@@ -21,8 +21,8 @@ _KINDS = {opcode: kind for kind, opcode in _OPCODES.items()} | {Opcode.CLOSE: "c
 class Stage(Protocol):
     """The server that a transcript is played to."""
 
-    async def connect(self) -> trio.abc.HalfCloseableStream:
-        """Return a new connection to it."""
+    async def connect(self, *, local: bool) -> trio.abc.HalfCloseableStream:
+        """Return a new connection to it; a *local* one is of somebody who needs no token."""
         ...
 
     async def given(self, words: str) -> Mapping[str, str]:
@@ -42,6 +42,7 @@ class Player:
         self._known: dict[str, str] = {}
         self._connections: dict[str, Connection] = {}
         self._current = "1"
+        self._local: set[str] = set()
         self._rounds = 1
 
     async def play(self, steps: Iterable[Step]) -> None:
@@ -72,8 +73,10 @@ class Player:
                     await trio.aclose_forcefully(connection.stream)
 
     async def _given(self, step: Given) -> None:
-        if found := re.fullmatch(r"connection (\S+)", step.words):
+        if found := re.fullmatch(r"connection (\S+)( on the unix socket)?", step.words):
             self._current = found[1]
+            if found[2]:
+                self._local.add(found[1])
         elif found := re.fullmatch(r"(\d+) times:", step.words):
             self._rounds = int(found[1])
         else:
@@ -94,7 +97,9 @@ class Player:
         if connection is None or (connection.ended and isinstance(step, Request)):
             if connection is not None:
                 await connection.hang_up()
-            connection = self._connections[self._current] = Connection(await self._stage.connect())
+            connection = self._connections[self._current] = Connection(
+                await self._stage.connect(local=self._current in self._local)
+            )
         match step:
             case Request():
                 await connection.request(step, self._known)

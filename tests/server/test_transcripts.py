@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -35,8 +36,10 @@ class Stage:
         self._server = server
         self._tokens: dict[str, str] = {}
 
-    async def connect(self) -> trio.SocketStream:
+    async def connect(self, *, local: bool) -> trio.SocketStream:
         """Return a new connection to it."""
+        if local:
+            return await trio.open_unix_socket(str(self._server.config.socket_path))
         host, _, port = self._server.config.listen.rpartition(":")
         return await trio.open_tcp_stream(host, int(port))
 
@@ -133,7 +136,7 @@ def endpoint(request: Request) -> str:
     return "nobody"
 
 
-ROUTES: list[Route] = all_routes(Any, Any)  # type: ignore[arg-type]  # nothing is asked of what they serve
+ROUTES = all_routes(Mock(), Mock(), Mock())
 SHOWN = shown()
 
 
