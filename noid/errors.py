@@ -15,6 +15,7 @@
     │   ├── OperationCancelled  409  cancelled        somebody asked for it; what had begun is undone
     │   ├── Incompatible        409  incompatible     checkpoint and host differ; names the field
     │   └── LineageEnded        409  lineage          the VM was put back since; its processes are others
+    ├── KeyReused               422  idempotency      an Idempotency-Key was used for another request
     ├── TooLarge                413  too_large
     ├── TooManyRequests         429  rate_limited
     ├── BackendError            500  backend          a VMM, storage, exec or network backend failed
@@ -131,6 +132,19 @@ class LineageEnded(Conflict):
         super().__init__(
             "the VM was put back to a checkpoint since, which ended this process. If it existed at the checkpoint, "
             "that copy of it runs on: see `noid ps`."
+        )
+
+
+class KeyReused(NoidError):
+    """An Idempotency-Key that was used for another request."""
+
+    code = "idempotency"
+    status = 422
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this Idempotency-Key was used for another request within the last day. Use another key for another "
+            "request, and repeat a request exactly as it was."
         )
 
 

@@ -14,6 +14,7 @@ from noid.core import checkpointing, lifecycle, pausing, power, states
 from noid.core.audit import AuditLog
 from noid.core.backends import Guest
 from noid.core.console import Console
+from noid.core.keys import Keys
 from noid.core.model import (
     Checkpoint,
     ExecRequest,
@@ -67,6 +68,7 @@ class Agent:
         self.audit = audit
         self._locks = operations
         self.operations = Performer(services, operations)
+        self.keys = Keys(services.store, self.operations)
         self._templates = templates
         self._pool = pool
         self._sessions = sessions

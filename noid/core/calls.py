@@ -23,8 +23,11 @@ class Call:
         begun: Set then.
     """
 
-    def __init__(self, opening: Callable[[Tx, str], None] | None = None) -> None:
+    def __init__(
+        self, opening: Callable[[Tx, str], None] | None = None, on_begin: Callable[[], None] | None = None
+    ) -> None:
         self.opening = opening
+        self._on_begin = on_begin
         self.operation: str | None = None
         self.begun = trio.Event()
 
@@ -32,6 +35,8 @@ class Call:
         """Let whoever asked know that *operation* is in the journal."""
         self.operation = operation
         self.begun.set()
+        if self._on_begin is not None:
+            self._on_begin()
 
 
 CURRENT: ContextVar[Call | None] = ContextVar("noid.call", default=None)

@@ -121,6 +121,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             endings.serve(agent.boot_again)
             nursery.start_soon(users.keep_saving_uses)
             nursery.start_soon(audit.keep_flushing)
+            nursery.start_soon(agent.keys.keep_forgetting)
             for vm in interrupted:
                 nursery.start_soon(agent.finish_reboot, vm)
             yield agent

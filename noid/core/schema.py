@@ -70,3 +70,15 @@ def operations_as_objects(db: Database) -> None:
         "CREATE INDEX operations_of_owner ON operations(owner, id)",
     ):
         db.execute(statement)
+
+
+@migrations()
+def idempotency_keys(db: Database) -> None:
+    """The keys that calls are repeated with, and what these came to."""
+    db.execute(
+        """CREATE TABLE idempotency (
+            owner TEXT NOT NULL REFERENCES users(id) ON DELETE CASCADE, key TEXT NOT NULL, request TEXT NOT NULL,
+            operation TEXT, status INTEGER, body BLOB, at TEXT NOT NULL,
+            PRIMARY KEY (owner, key)) STRICT, WITHOUT ROWID"""
+    )
+    db.execute("CREATE INDEX idempotency_at ON idempotency(at)")

@@ -51,7 +51,7 @@ class Tx:
         self._connection = connection
 
     def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:
-        """Run one statement. For this module and those with tables of their own: `audit`, `quotas`, `departures`."""
+        """Run one statement. For this module and those with tables of their own: `audit`, `keys` and so on."""
         return self._connection.execute(sql, arguments)
 
     def insert_user(self, name: str, user_id: str, created_at: datetime | None = None) -> User:

@@ -15,7 +15,7 @@ from typing import Any
 from noid.core.model import Scope
 from noid.server.hardening import App
 from noid.server.schemas import failures
-from noid.server.schemas.operations import ACCEPTED, ASYNCHRONOUS
+from noid.server.schemas.operations import ACCEPTED, ASYNCHRONOUS, KEYED
 from noid.server.schemas.vocabulary import Answer, Content, Schema
 
 _PREFIX = "/v1"
@@ -71,14 +71,22 @@ class Route:
         return tuple(re.findall("<([a-z_]+)>", self.path))
 
     @property
+    def keyed(self) -> bool:
+        """Whether an ``Idempotency-Key`` means something: it changes something, and somebody in particular asks.
+
+        Not for a PUT, which can be repeated as it is, and whose body may be of any length.
+        """
+        return self.method in ("POST", "PATCH", "DELETE") and self.scope is not None
+
+    @property
     def every_answer(self) -> Mapping[int, Answer]:
         """What each status that is no failure comes with, also those that follow from its being an operation."""
         return {**self.answers, 202: ACCEPTED} if self.operation else self.answers
 
     @property
     def every_header(self) -> Mapping[str, Schema]:
-        """Request headers that mean something here, also those that follow from its being an operation."""
-        return {**self.headers, **ASYNCHRONOUS} if self.operation else self.headers
+        """Request headers that mean something here, also those that follow from its being an operation or `keyed`."""
+        return {**self.headers, **(ASYNCHRONOUS if self.operation else {}), **(KEYED if self.keyed else {})}
 
     @property
     def failures(self) -> frozenset[int]:
@@ -91,6 +99,7 @@ class Route:
             (self.body is not None, failures.OF_A_BODY),
             (self.method == WS, failures.OF_A_WEBSOCKET),
             (self.operation, failures.OPERATION),
+            (self.keyed, failures.OF_A_KEY),
         ):
             if applies:
                 derived |= statuses

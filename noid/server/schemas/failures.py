@@ -21,6 +21,7 @@ OF_A_SCOPE = frozenset({401, 403, 429})
 OF_A_NAME_IN_THE_PATH = frozenset({400, 404})
 OF_A_QUERY = frozenset({400})
 OF_A_BODY = frozenset({400, 408, 413})
+OF_A_KEY = frozenset({400, 408, 409, 413, 422})  # what the key stands for includes the body
 OF_A_WEBSOCKET = frozenset({503})  # there may be too many already
 
 UPGRADE_REQUIRED = Content(

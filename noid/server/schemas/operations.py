@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from noid.core.keys import KEY_LENGTH_MAX
 from noid.core.outcomes import OperationState
 from noid.server.schemas.vms import TIMINGS
 from noid.server.schemas.vocabulary import JSON, Content, choice, integer, nullable, record, shape, text
 
 OPERATION_HEADER = "X-Noid-Operation"
+KEY_HEADER = "Idempotency-Key"
+REPLAYED_HEADER = "Idempotency-Replayed"
 
 _MOMENT = text(about="RFC 3339, UTC.")
 
@@ -37,5 +40,11 @@ ACCEPTED = Content(
 ASYNCHRONOUS = {
     "Prefer?": text(
         about="`respond-async` is answered with 202 once it has begun; with `, wait=N`, N seconds later (RFC 7240)."
+    )
+}
+
+KEYED = {
+    f"{KEY_HEADER}?": text(
+        least=1, most=KEY_LENGTH_MAX, pattern="^[!-~]+$", about="Repeated with the same key, the call is made once."
     )
 }
