@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of a server, made of the table of routes, and the route that sends it."""
+"""The OpenAPI 3.1 document of a server, made of the table of routes, and the routes that send it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from quart import Response
 
 from noid import __version__
 from noid.core.wire import API_VERSION, API_VERSION_HEADER
+from noid.server import docs_page
 from noid.server.schemas.failures import error_content, error_statuses
 from noid.server.schemas.paths import PATH_PARAMETERS
 from noid.server.schemas.vocabulary import JSON, Answer, Content, Record, Schema, choice, text
@@ -23,6 +24,8 @@ _IN_EVERY_ANSWER: Mapping[str, Schema] = {
     API_VERSION_HEADER: choice(str(API_VERSION)),
     "X-Request-Id": text(about="The server's log says more under it."),
 }
+_POLICY = "Content-Security-Policy"
+_PAGE = Content(media={"text/html": text()}, headers={_POLICY: text()})
 _ABOUT = (
     "Virtual machines that can be frozen, forked and woken in milliseconds. WebSockets are described as GET with the "
     "answer 101; what travels over them is in noid's documentation, HTTP. Requests may have fields and words in the "
@@ -31,7 +34,7 @@ _ABOUT = (
 
 
 class DocumentRoutes:
-    """``/openapi.json``, about all *routes* there are, itself among them: asked for when the first client asks."""
+    """``/openapi.json`` and ``/docs``, about all *routes* there are, these among them; made when the first one asks."""
 
     def __init__(self, routes: Callable[[], Sequence[Route]]) -> None:
         self._all_routes = routes
@@ -41,16 +44,25 @@ class DocumentRoutes:
         return [
             Route(
                 method="GET", path="/openapi.json", handler=self.document, scope=None, answers={200: {"type": "object"}}
-            )
+            ),
+            Route(method="GET", path="/docs", handler=self.page, scope=None, answers={200: _PAGE}),
         ]
 
     async def document(self) -> Response:
         """Describe every route: this document."""
         return Response(self._document, content_type=JSON)
 
+    async def page(self) -> Response:
+        """Describe every route: the same as a page for people."""
+        return Response(self._page, content_type="text/html; charset=utf-8", headers={_POLICY: docs_page.POLICY})
+
     @cached_property
     def _document(self) -> bytes:
         return json.dumps(document(self._all_routes()), ensure_ascii=False, separators=(",", ":")).encode()
+
+    @cached_property
+    def _page(self) -> str:
+        return docs_page.page(document(self._all_routes()))
 
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:

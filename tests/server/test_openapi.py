@@ -13,6 +13,7 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31
 
 from noid.core.model import Scope, checked_name
 from noid.errors import InvalidRequest
+from noid.server.docs_page import page
 from noid.server.openapi import document, said
 from noid.server.schemas import paths
 from noid.server.schemas.failures import error_statuses
@@ -112,6 +113,28 @@ async def test_the_document_is_served_without_a_token(server: Server) -> None:
     answer = await (await server.tcp()).ask("GET", "/openapi.json")
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     assert answer.json() == DOCUMENT
+
+
+async def test_the_page_for_people_has_everything_and_needs_nothing(server: Server) -> None:
+    answer = await (await server.tcp()).ask("GET", "/docs")
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    text = answer.body.decode()
+    ids = re.findall(r'id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', text)) <= set(ids)
+    operations = [operation for methods in DOCUMENT["paths"].values() for operation in methods.values()]
+    assert {*(operation["operationId"] for operation in operations)} <= set(ids)
+    assert {f"schema-{name}" for name in DOCUMENT["components"]["schemas"]} <= set(ids)
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.findall(r"<script|src=|https?://", text)
+
+
+def test_the_page_escapes_what_it_shows() -> None:
+    async def handler() -> None:
+        """Say ``<b>`` & more."""
+
+    text = page(document([Route(method="GET", path="/x", handler=handler, answers={200: None})]))
+    assert "<code>&lt;b&gt;</code> &amp; more." in text
 
 
 # --- the vocabulary --------------------------------------------------------------------------------------------------
