@@ -83,7 +83,9 @@ class Scene:
 
     def set(self, wanted: set[str]) -> dict[str, str]:
         """Make what there is not, and return what the names in paths that are *wanted* shall be."""
-        there = {"name": "web", "log": "console", "token": "spare"}
+        there = {"name": "web", "log": "console", "token": "spare", "user": "nobody"}
+        for running in self.ask("GET", "/v1/operations?state=running").json():  # nobody has waited for it
+            self.ask("GET", f"/v1/operations/{running['id']}?wait={PATIENCE_SECS:g}")
         if wanted & {"name", "operation"}:
             state = self.ask("GET", "/v1/vms/web").json().get("state")
             if state is None:
