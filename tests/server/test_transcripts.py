@@ -93,7 +93,6 @@ async def test_what_a_transcript_says_happens(server: Server, steps: list[Step])
 NOT_SHOWN = {
     "GET /v1/vms/<name>/files": {200: "simulated guests have no files", 206: "as 200", 416: "as 200"},
     "PUT /v1/vms/<name>/files": {200: "as GET"},
-    "GET /openapi.json": {200: "the document itself; test_openapi.py holds it to the table"},
 }
 """Answers of routes that no transcript shows, and why."""
 
