@@ -78,7 +78,7 @@ class Forbidden(NoidError):
             remedy = "which no token has: run noid-server on the server's own machine"
         else:
             remedy = f"which token {token!r} has not. Use one that has, or make one: `noid-server token create`"
-        super().__init__(f"this needs the scope {scope!r}, {remedy}.")
+        super().__init__(f"this needs the scope '{scope}', {remedy}.")
 
 
 class QuotaExceeded(NoidError):

@@ -172,5 +172,5 @@ def _files(directories: list[Path]) -> Iterator[Path]:
 
 def _sentence(resource: str, most: int, used: int) -> str:
     held = f"That would be {used}" if resource not in ("bytes", "exec_sessions") else f"There are {used}"
-    relief = _RELIEF.get(resource, "Destroy a VM, or make a smaller one")
+    relief = _RELIEF.get(resource, "Destroy a VM")
     return f"{most} {_WORDS[resource]} is the most you may have. {held}. {relief} first, or ask for a higher quota."

@@ -49,10 +49,11 @@ class Guard:
             self._admit(call)
         except (Unauthenticated, TooManyRequests, Forbidden) as error:
             self._metrics.refused(error)
-            rule = call.url_rule.endpoint if isinstance(error, Forbidden) else AUTHENTICATE
-            here = visit()
+            here, action, target = visit(), AUTHENTICATE, ""
+            if isinstance(error, Forbidden):
+                action, target = call.url_rule.endpoint, "/".join((call.view_args or {}).values())
             await self._agent.audit.record(
-                AuditEntry.of(here.caller, rule, "", error.status, address=here.address, request=here.id)
+                AuditEntry.of(here.caller, action, target, error.status, address=here.address, request=here.id)
             )
             raise
 

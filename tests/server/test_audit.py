@@ -91,8 +91,9 @@ async def test_a_missing_scope_is_in_the_log_also_of_who_only_looks(server: Serv
     await server.add_user("alice")
     token, _ = await server.agent.users.create_token(server.agent.users.named("alice"), "less", frozenset({Scope.EXEC}))
     await server.refused("GET", "/v1/vms", token=token)
-    assert told(server) == [("alice", "GET /v1/vms", "", 403)]
-    assert [entry.token for entry in entries(store_of(server))] == ["less"]
+    await server.refused("DELETE", "/v1/vms/web", token=token)
+    assert told(server) == [("alice", "GET /v1/vms", "", 403), ("alice", "DELETE /v1/vms/<name>", "web", 403)]
+    assert [entry.token for entry in entries(store_of(server))] == ["less"] * 2
 
 
 async def test_a_flood_of_refusals_from_everywhere_is_a_bounded_number_of_rows(
