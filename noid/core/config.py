@@ -80,9 +80,10 @@ class QuotaConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggingConfig:
-    """What goes into the server's log."""
+    """What goes into the server's log, and how it looks there."""
 
     level: str = setting("info", one_of=("debug", "info", "warning", "error"))
+    format: str = setting("text", one_of=("text", "json"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

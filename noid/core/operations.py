@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 import trio
 
+from noid.core import tracing
 from noid.errors import Busy, DependencyDown, OperationCancelled
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,8 @@ class Operations:
         self._started.set()
         self._started = trio.Event()
         try:
-            yield
+            with tracing.carrying_on():
+                yield
         finally:
             for key in keys:
                 del self._holders[key]

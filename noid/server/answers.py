@@ -45,15 +45,14 @@ class Answers:
 
     async def answer(self, error: Exception) -> Response:
         """Return what the client hears of *error*. The one place where errors become statuses."""
-        here = visit()
         if isinstance(error, HTTPException):
             return self._http_answer(error)
         if not isinstance(error, NoidError):
-            logger.error("[%s] request failed", here.id, exc_info=error)
-            text = f"internal error; the server's log says more under {here.id}"
+            logger.error("request failed", exc_info=error)
+            text = f"internal error; the server's log says more under {visit().id}"
             return json_reply({"error": text, "code": NoidError.code}, NoidError.status)
         if error.status >= 500:
-            logger.warning("[%s] %s: %s", here.id, error.code, error, exc_info=error.__cause__)
+            logger.warning("%s: %s", error.code, error, exc_info=error.__cause__)
         reply = json_reply({"error": self.public_text(error), "code": error.code}, error.status)
         if isinstance(error, Unauthenticated):
             reply.headers["WWW-Authenticate"] = "Bearer"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
-import time
 from collections.abc import Mapping
 from typing import Any
 
-from quart import g, request, websocket
+from quart import request, websocket
 
 from noid.core.agent import Agent
 from noid.core.audit import AUTHENTICATE, AuditEntry
@@ -19,7 +17,7 @@ from noid.server.hardening import App, Transport
 from noid.server.limiter import FailureLimiter
 from noid.server.metrics import Metrics
 from noid.server.table import Route
-from noid.server.visit import Visit, visit
+from noid.server.visit import visit
 
 
 class Guard:
@@ -59,7 +57,8 @@ class Guard:
 
     def _admit(self, call: Any) -> None:
         transport = Transport.of(call.scope)
-        g.visit = here = Visit(id=secrets.token_hex(4), began=time.monotonic(), address=self._address(call))
+        here = visit()
+        here.address = self._address(call)
         route = self._routes[call.url_rule.endpoint] if call.url_rule is not None else None
         if route is not None and route.scope is None:
             return

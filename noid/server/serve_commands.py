@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 from pathlib import Path
 
 import click
@@ -32,16 +31,16 @@ def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd
             os.set_inheritable(ready_fd, False)  # or every VM would keep the pipe open
         except OSError as error:
             raise ConfigError(f"--ready-fd {ready_fd} is not an open file descriptor.") from error
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("noid.server.hypercorn").setLevel(logging.WARNING)  # its "Running on" is said better by ours
-
+    from noid.core.config import LoggingConfig
     from noid.core.config_reading import load_config
     from noid.core.opening import open_agent
     from noid.core.plugins import Plugins
+    from noid.server.logformat import set_up
     from noid.server.serve import serve as serve_agent
 
+    set_up(LoggingConfig())
     config = load_config(config_path, data_dir=data_dir, local=local)
-    logging.getLogger().setLevel(config.logging.level.upper())
+    set_up(config.logging)
     logger.info("configuration: %s; data: %s", config.source or "no file", config.data_dir)
     for note in config.notes:
         logger.warning("%s: %s", config.source, note)

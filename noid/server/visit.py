@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-
-from quart import g
 
 from noid.core.model import Caller, User
 
@@ -21,11 +20,11 @@ class Visit:
     began: float
     address: str
     caller: Caller | None = None
+    reply_headers: dict[str, str] = field(default_factory=dict)
     target: str = ""
     """What it is about, for the audit log: what the path names, unless the handler knows better."""
     upgraded: Callable[[], Awaitable[None]] | None = None
     """What is to be done once it has become a WebSocket."""
-    reply_headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def user(self) -> User | None:
@@ -36,6 +35,10 @@ class Visit:
     def is_local(self) -> bool:
         """Whether it came through the local socket, without a token."""
         return self.caller is not None and self.caller.token is None
+
+
+current: ContextVar[Visit] = ContextVar("noid.visit")
+"""Set by `noid.server.requestlog` around every request."""
 
 
 def current_caller() -> Caller:
@@ -52,6 +55,4 @@ def current_user() -> User:
 
 def visit() -> Visit:
     """Return the current request's `Visit`."""
-    found = g.visit
-    assert isinstance(found, Visit)  # noqa: S101  # the guard put it there
-    return found
+    return current.get()

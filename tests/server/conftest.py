@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ from noid.core.config import Config
 from noid.core.model import ExecRequest
 from noid.core.opening import open_agent
 from noid.core.plugins import Plugins
+from noid.server import logformat
 from noid.server.hardening import Settings
 from noid.server.serve import serve_until
 from noid.testing.faults import Faults
@@ -26,6 +29,47 @@ from noid.testing.raw_http import Answer, RawClient, open_ws
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
 
 SHAPE: dict[str, Any] = {"cpus": 1, "mem_mib": 128}
+
+
+class Log(logging.Handler):
+    """Everything that was logged, down to debug, as JSON lines have it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[dict[str, Any]] = []
+        self.secrets: set[str] = set()
+        self.leaks: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(json.loads(logformat.JsonFormatter().format(record)))
+        if record.name.startswith("noid"):  # what the simulated guest's own libraries say is nobody's log
+            everything = f"{logging.Formatter().format(record)} {record.__dict__}"
+            self.leaks += [everything for secret in (*self.secrets, "noid_tok_") if secret in everything]
+
+    def of(self, request_id: str) -> list[dict[str, Any]]:
+        """Return what was logged on behalf of a request."""
+        return [line for line in self.lines if line.get("request") == request_id]
+
+    async def request(self, request_id: str) -> dict[str, Any]:
+        """Return the line of a request, which is there a moment after its answer."""
+        with trio.fail_after(10):
+            while not (found := [line for line in self.of(request_id) if "method" in line]):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        [line] = found
+        return line
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[Log]:
+    """Everything that is logged meanwhile. Afterwards no token and none of `secrets` may be among it."""
+    root, log = logging.getLogger(), Log()
+    level = root.level
+    root.addHandler(log)
+    root.setLevel(logging.DEBUG)
+    yield log
+    root.setLevel(level)
+    root.removeHandler(log)
+    assert log.leaks == []
 
 
 class Quick(Settings):

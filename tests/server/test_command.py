@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -49,6 +50,8 @@ network = "none"
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data_dir: Path) -> Run:
     """Return a function that runs ``noid-server`` with its arguments; it returns exit code, stdout and stderr."""
     monkeypatch.setenv("NOID_DATA_DIR", str(data_dir))
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", list(root.handlers))  # serve adds its own
 
     def run(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["noid-server", *args])
@@ -64,8 +67,8 @@ def refused(result: tuple[int, str, str]) -> str:
     """Return the one paragraph of a command that could not be carried out."""
     code, out, err = result
     assert (code, out) == (1, "")
-    assert re.fullmatch(r"Error: [^\n]+\n", err), err
-    return err
+    assert re.fullmatch(r"(\S+Z INFO [^\n]+\n)*Error: [^\n]+\n", err), err
+    return err.splitlines()[-1]
 
 
 # --- users -----------------------------------------------------------------------------------------------------------

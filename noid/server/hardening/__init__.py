@@ -1,7 +1,7 @@
 """Hypercorn and Quart-Trio, made fit to stand in the open. The only package that knows their private seams.
 
-`noid.server.hardening.settings` has the limits, `connection` what is one TCP or unix connection, `http` a request
-and its body, `dispatch` the application that finds its handler, `websocket` a WebSocket; here is how they take the
+`settings` has the limits, `connection` what is one TCP or unix connection, `http` a request and its body, `exchange`
+what surrounds it, `dispatch` the application that finds its handler, `websocket` a WebSocket; here is how they take the
 libraries' places.
 
 Each item carries a letter, and so does its test in ``tests/server/test_hardening.py``. The pins in pyproject are exact
@@ -51,6 +51,7 @@ import hypercorn.trio.run
 
 from noid.server.hardening.connection import TcpServer, Transport
 from noid.server.hardening.dispatch import App
+from noid.server.hardening.exchange import Exchange
 from noid.server.hardening.http import BrokenOff, Http1Protocol, HttpStream, Upload, upload
 from noid.server.hardening.settings import MESSAGE_BYTES_MAX, Settings
 from noid.server.hardening.websocket import WebsocketStream, hold_websocket
@@ -59,6 +60,7 @@ __all__ = [
     "MESSAGE_BYTES_MAX",
     "App",
     "BrokenOff",
+    "Exchange",
     "Settings",
     "TcpServer",
     "Transport",

@@ -18,14 +18,14 @@ from quart.ctx import _AppCtxGlobals
 from quart.globals import _cv_app, _cv_request
 from quart.typing import ResponseTypes
 from quart.wrappers import Response
-from quart_trio import QuartTrio
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 
+from noid.server.hardening.exchange import WatchedApp
 from noid.server.hardening.websocket import WebsocketConnection
 
 
-class App(QuartTrio):
+class App(WatchedApp):
     """A Quart application. WebSockets it serves as Quart does, requests by `respond`."""
 
     asgi_websocket_class = WebsocketConnection

@@ -30,6 +30,7 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 from noid.errors import DeadlineExceeded
 from noid.server.hardening.connection import STATE_KEY
 from noid.server.hardening.dispatch import App
+from noid.server.hardening.exchange import Exchange, surrounded
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +145,14 @@ class HttpStream(HTTPStream):
 
     async def _serve(self) -> None:
         """Call the handler, send what it returns, and end the request whatever happens."""
+        exchange = Exchange()
+        with surrounded(self._app, self._request.scope, exchange):
+            await self._respond(exchange)
+
+    async def _respond(self, exchange: Exchange) -> None:
         try:
             with self._life:
-                await self._send_response(await self._app.respond(self._request))
+                await self._send_response(await self._app.respond(self._request), exchange)
         except* BrokenOff:
             pass  # nothing more is sent: the connection is closed, and the client sees that the end is missing
         except* Exception as errors:
@@ -155,35 +161,37 @@ class HttpStream(HTTPStream):
             if self._upload is not None:
                 self._upload.abandon()
             if not self.closed:
-                await self._end()  # noqa: ASYNC102  # its writes have deadlines of their own
+                await self._end(exchange)  # noqa: ASYNC102  # its writes have deadlines of their own
 
-    async def _end(self) -> None:
+    async def _end(self, exchange: Exchange) -> None:
         if self.state is ASGIHTTPState.REQUEST:
+            exchange.status = 500
             await self._send_error_response(500)
         await self.send(StreamClosed(stream_id=self.stream_id))
 
-    async def _send_response(self, response: ResponseTypes) -> None:
+    async def _send_response(self, response: ResponseTypes, exchange: Exchange) -> None:
         if self._upload is not None:
             self._upload.abandon()
-        headers, status = encode_headers(response.headers), response.status_code
+        exchange.status = status = response.status_code
+        headers = [*encode_headers(response.headers), *exchange.raw_headers()]
         silent = suppress_body(self._request.method, status)
         if isinstance(response, WerkzeugResponse):  # what the framework's own errors are
             body = response.get_data()
         elif isinstance(whole := response.response, DataBody):
             body = whole.data[whole.begin : whole.end]
         else:
-            await self._send_pieces(response, status, headers, silent=silent)
+            await self._send_pieces(response, headers, exchange, silent=silent)
             return
+        body = b"" if silent else body
         self.state = ASGIHTTPState.CLOSED
-        await self.send(
-            WholeResponse(stream_id=self.stream_id, status_code=status, headers=headers, body=b"" if silent else body)
-        )
+        await self.send(WholeResponse(stream_id=self.stream_id, status_code=status, headers=headers, body=body))
+        exchange.sent_bytes, exchange.ended = len(body), True
 
     async def _send_pieces(
-        self, response: Response, status: int, headers: list[tuple[bytes, bytes]], *, silent: bool
+        self, response: Response, headers: list[tuple[bytes, bytes]], exchange: Exchange, *, silent: bool
     ) -> None:
         self.state = ASGIHTTPState.RESPONSE
-        await self.send(ResponseHead(stream_id=self.stream_id, headers=headers, status_code=status))
+        await self.send(ResponseHead(stream_id=self.stream_id, headers=headers, status_code=response.status_code))
         async with response.response as body, contextlib.AsyncExitStack() as stack:
             pieces = aiter(body)
             if isinstance(pieces, AsyncGenerator):
@@ -192,8 +200,10 @@ class HttpStream(HTTPStream):
                 await trio.lowlevel.checkpoint()  # S: a send on a closed connection does not yield
                 if piece and not silent:
                     await self.send(Body(stream_id=self.stream_id, data=bytes(piece)))
+                    exchange.sent_bytes += len(piece)
         self.state = ASGIHTTPState.CLOSED
         await self.send(EndBody(stream_id=self.stream_id))
+        exchange.ended = True
 
 
 class Http1Protocol(H11Protocol):

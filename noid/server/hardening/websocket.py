@@ -9,7 +9,7 @@ from typing import Any
 import trio
 from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.ws_stream import WSStream
-from hypercorn.typing import ASGIReceiveCallable, ASGISendEvent
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
 from quart import websocket
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIWebsocketConnection
@@ -19,6 +19,7 @@ from wsproto.events import Event as WsEvent
 
 from noid.errors import DependencyDown, NoidError
 from noid.server.hardening.connection import Transport
+from noid.server.hardening.exchange import Exchange, surrounded
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,27 @@ class WebsocketConnection(TrioASGIWebsocketConnection):
     def __init__(self, app: QuartTrio, scope: Any) -> None:
         super().__init__(app, scope)
         self.send_channel, self.receive_channel = trio.open_memory_channel[str | bytes](0)
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Serve one WebSocket, or the request that did not become one."""
+        exchange = Exchange()
+
+        async def send_noted(message: ASGISendEvent) -> None:
+            if message["type"] == "websocket.accept":
+                exchange.status = 101
+                message["headers"] = [*message["headers"], *exchange.raw_headers()]
+            elif message["type"] == "websocket.http.response.start":
+                exchange.status = message["status"]
+                message["headers"] = [*message["headers"], *exchange.raw_headers()]
+            await send(message)
+            if message["type"] == "websocket.close":
+                exchange.ended, exchange.close_code = True, message["code"]
+            elif message["type"] == "websocket.http.response.body":
+                exchange.sent_bytes += len(message["body"])
+                exchange.ended = not message["more_body"]
+
+        with surrounded(self.app, self.scope, exchange):
+            await super().__call__(receive, send_noted)
 
     async def handle_messages(  # type: ignore[override]  # quart-trio changes the signature of quart's method as well
         self, nursery: trio.Nursery, receive: ASGIReceiveCallable
