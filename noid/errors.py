@@ -103,12 +103,12 @@ class Conflict(NoidError):
 
 
 class Busy(Conflict):
-    """Another operation holds the VM."""
+    """Another operation holds the VM, or the checkpoint."""
 
     code = "busy"
 
-    def __init__(self, vm: str, holder: str) -> None:
-        super().__init__(f"VM {vm!r} is busy with {holder}. Wait until that has ended and try again.")
+    def __init__(self, name: str, holder: str, *, what: str = "VM") -> None:
+        super().__init__(f"{what} {name!r} is busy with {holder}. Wait until that has ended and try again.")
 
 
 class OperationCancelled(Conflict):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from types import MappingProxyType
 
 import trio
 
-from noid.core import checkpointing, lifecycle, pausing, power, states
+from noid.core import changing, checkpointing, discarding, lifecycle, pausing, power, states
 from noid.core.audit import AuditLog
 from noid.core.backends import Guest
 from noid.core.console import Console
 from noid.core.keys import Keys
+from noid.core.listing import ALL, Wanted
 from noid.core.model import (
     Checkpoint,
     ExecRequest,
@@ -22,6 +25,7 @@ from noid.core.model import (
     Vm,
     VmSpec,
     VmState,
+    checked_labels,
     checked_name,
     wire_time,
 )
@@ -46,6 +50,8 @@ logger = logging.getLogger(__name__)
 HANDOVER_SECS = 2.0
 CONNECT_SECS = 10.0
 RECOVERED_SECS = 2.0
+#: No labels, or no change of any.
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Agent:
@@ -77,9 +83,9 @@ class Agent:
 
     # --- VMs -------------------------------------------------------------------------------------------------------
 
-    def vms(self, user: User) -> list[Vm]:
-        """Return *user*'s VMs, oldest first."""
-        return [self._with_busy(vm) for vm in self._store.vms(user.id)]
+    def vms(self, user: User, wanted: Wanted = ALL) -> list[Vm]:
+        """Return those of *user*'s VMs that are *wanted*, oldest first."""
+        return [self._with_busy(vm) for vm in self._store.vms(user.id, wanted)]
 
     def vm(self, user: User, name: str) -> Vm:
         """Return *user*'s VM.
@@ -119,7 +125,34 @@ class Agent:
         work = self._work(user, vm=vm)
         return await self._run(lifecycle.DESTROY_VM, "destroy", user, (name,), lifecycle.facts_of_destroy(vm), work)
 
-    async def checkpoint_vm(self, user: User, name: str, label: str | None) -> Outcome:
+    async def change_vm(
+        self, user: User, name: str, *, new_name: str | None = None, labels: Mapping[str, str | None] = NOTHING
+    ) -> Outcome:
+        """Give the VM another name, which its checkpoints follow, and patch its labels: None removes one.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: the name is taken; or it is being made or destroyed.
+            InvalidRequest: the name or the labels cannot be, here.
+        """
+        vm = self._store.vm(user.id, checked_name(name))
+        states.require("change", name, vm.state)
+        if new_name in (None, name) and not labels:
+            return Outcome(kind=changing.CHANGE_VM.kind, vm=self._with_busy(vm))
+        changing.patched(vm.labels, labels)
+        own: list[Checkpoint] = []
+        names: tuple[str, ...] = (name,)
+        if new_name is not None and new_name != name:
+            spec = VmSpec(name=new_name, cpus=vm.cpus, mem_mib=vm.mem_mib, image=vm.image, labels=vm.labels)
+            self.services.plugins.hook.validate_vm(spec=spec, owner=user)
+            own = [c for c in self._store.checkpoints(user.id) if c.vm_id == vm.id]
+            names = (name, checked_name(new_name, "new VM name"), *(changing.held_checkpoint(c.id) for c in own))
+        facts = changing.facts_of_vm(vm, name=new_name, labels=labels, checkpoints=own)
+        return await self._run(changing.CHANGE_VM, "change", user, names, facts, self._work(user, vm=vm))
+
+    async def checkpoint_vm(
+        self, user: User, name: str, label: str | None, labels: Mapping[str, str] = NOTHING
+    ) -> Outcome:
         """Freeze memory, devices and disk of a running VM. The VM goes on, whatever happens here.
 
         Raises:
@@ -133,25 +166,82 @@ class Agent:
             raise Busy(name, holder)
         work = self._work(user, vm=vm)
         work.machine = self.services.supervisor.get(vm).machine
-        facts = checkpointing.facts_of_checkpoint(vm, label)
+        facts = checkpointing.facts_of_checkpoint(vm, label, labels)
         return await self._run(checkpointing.CHECKPOINT_VM, "checkpoint", user, (name,), facts, work)
 
-    def checkpoints(self, user: User, name: str) -> list[Checkpoint]:
-        """Return the checkpoints *user* has of the VM *name*, oldest first; they outlive the VM.
+    def checkpoints(self, user: User, name: str, wanted: Wanted = ALL) -> list[Checkpoint]:
+        """Return those *wanted* of the checkpoints *user* has of the VM *name*, oldest first; they outlive the VM.
 
         Raises:
             NotFound: there is neither such a VM nor a checkpoint of one.
         """
-        found = self._store.checkpoints(user.id, checked_name(name))
-        if not found:
+        found = self._store.checkpoints(user.id, dataclasses.replace(wanted, vm_name=checked_name(name)))
+        if not found and not self._store.checkpoints(user.id, Wanted(vm_name=name, limit=1)):
             self._store.vm(user.id, name)
         return found
 
-    async def restore_vm(self, user: User, name: str, checkpoint_id: str, new_name: str | None) -> Outcome:
+    def all_checkpoints(self, user: User, wanted: Wanted = ALL) -> list[Checkpoint]:
+        """Return those *wanted* of all checkpoints *user* has, also of VMs that are gone, oldest first."""
+        return self._store.checkpoints(user.id, wanted)
+
+    def checkpoint(self, user: User, name: str, checkpoint_id: str) -> Checkpoint:
+        """Return the checkpoint that *user* has of the VM *name*.
+
+        Raises:
+            NotFound: there is none, or it is of another VM.
+        """
+        checkpoint = self._store.checkpoint(user.id, checkpoint_id)
+        if checkpoint.vm_name != checked_name(name):
+            raise NotFound(f"checkpoint {checkpoint_id!r} not found: VM {name!r} has none of that id")
+        return checkpoint
+
+    async def change_checkpoint(
+        self, user: User, checkpoint: Checkpoint, *, label: str | None, labels: Mapping[str, str | None] = NOTHING
+    ) -> Outcome:
+        """Say something else of *checkpoint*: *label* is its text from now on, *labels* a patch where None removes.
+
+        Raises:
+            NotFound: it has gone.
+            Conflict: it is being changed or deleted.
+            InvalidRequest: the labels cannot be.
+        """
+        facts = changing.facts_of_checkpoint(checkpoint, label=label, labels=labels)
+        names, work = (changing.held_checkpoint(checkpoint.id),), self._work(user)
+        table, of = changing.CHANGE_CHECKPOINT, checkpoint.vm_name
+        return await self._run(table, "change", user, names, facts, work, vm_name=of)
+
+    async def delete_checkpoint(self, user: User, checkpoint: Checkpoint) -> Outcome:
+        """Delete *checkpoint*. VMs and checkpoints that were made from it live on.
+
+        Raises:
+            NotFound: it has gone.
+            Conflict: it is being restored, changed or deleted.
+        """
+        work, facts = self._work(user), discarding.facts_of_discard(checkpoint)
+        return await self._run(
+            discarding.DELETE_CHECKPOINT,
+            "delete",
+            user,
+            (changing.held_checkpoint(checkpoint.id),),
+            facts,
+            work,
+            after=functools.partial(discarding.remove_files, work, facts),
+            vm_name=checkpoint.vm_name,
+        )
+
+    async def restore_vm(
+        self,
+        user: User,
+        name: str,
+        checkpoint_id: str,
+        new_name: str | None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Outcome:
         """Continue a checkpoint: as a new VM *new_name*, or in place of VM *name*.
 
         In place, the new machine is built beside the old one, which ends only when the new one has woken; on any
-        failure it still runs. A VM that was destroyed meanwhile comes back under its name.
+        failure it still runs. A VM that was destroyed meanwhile comes back under its name. *labels* are those it has
+        then; None: none for a new VM, in place those it has.
 
         Raises:
             NotFound: no such checkpoint.
@@ -161,21 +251,29 @@ class Agent:
         checked_name(name)
         checkpoint = self._store.checkpoint(user.id, checkpoint_id)
         if new_name is None and any(vm.name == name for vm in self._store.vms(user.id)):
-            return await self._restore_in_place(user, name, checkpoint)
+            return await self._restore_in_place(user, name, checkpoint, labels)
         if new_name is None and checkpoint.vm_name != name:
             raise NotFound(f"VM {name!r} not found")
         target = checked_name(new_name or name, "new VM name")
-        spec = VmSpec(name=target, cpus=checkpoint.cpus, mem_mib=checkpoint.mem_mib, image=checkpoint.image)
+        spec = VmSpec(
+            name=target,
+            cpus=checkpoint.cpus,
+            mem_mib=checkpoint.mem_mib,
+            image=checkpoint.image,
+            labels=checked_labels(labels or {}),
+        )
         self.services.plugins.hook.validate_vm(spec=spec, owner=user)
         facts = lifecycle.facts_of_new_vm(target, checkpoint.id)
         return await self._run(lifecycle.FORK_VM, "restore", user, (target,), facts, self._work(user, spec=spec))
 
-    async def _restore_in_place(self, user: User, name: str, checkpoint: Checkpoint) -> Outcome:
+    async def _restore_in_place(
+        self, user: User, name: str, checkpoint: Checkpoint, labels: Mapping[str, str] | None
+    ) -> Outcome:
         old = self._store.vm(user.id, name)
         states.require("restore", name, old.state)
         lifecycle.require_own_checkpoint(old, checkpoint)
         work = self._work(user, vm=old)
-        facts = lifecycle.facts_of_restore(old, checkpoint.id)
+        facts = lifecycle.facts_of_restore(old, checkpoint.id, None if labels is None else checked_labels(labels))
 
         async def end_old() -> None:
             try:
@@ -440,9 +538,10 @@ class Agent:
         work: Work,
         *,
         after: Callable[[], Awaitable[None]] | None = None,
+        vm_name: str | None = None,
     ) -> Outcome:
         """Carry out a saga as an operation: see `Performer.run`."""
-        return await self.operations.run(table, what, user, vm_names, facts, work, after=after)
+        return await self.operations.run(table, what, user, vm_names, facts, work, after=after, vm_name=vm_name)
 
 
 def host_mem_mib() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from noid.core.backends import FreezePlan
 from noid.core.ids import new_checkpoint_id
 from noid.core.machines import GOLDEN
 from noid.core.manifest import Manifest
-from noid.core.model import Checkpoint, Vm, VmState, now
+from noid.core.model import Checkpoint, Vm, VmState, checked_labels, now
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.work import Work, given
@@ -75,6 +76,7 @@ async def finish_image(work: Work, facts: Facts) -> None:
         vm_id=vm.id,
         vm_name=vm.name,
         label=facts["label"],
+        labels=facts["labels"],
         cpus=vm.cpus,
         mem_mib=vm.mem_mib,
         image=vm.image,
@@ -86,6 +88,7 @@ async def finish_image(work: Work, facts: Facts) -> None:
         vm_id=vm.id,
         vm_name=vm.name,
         label=checkpoint.label,
+        labels=checkpoint.labels,
         parent=checkpoint.parent,
         created_at=checkpoint.created_at,
         cpus=vm.cpus,
@@ -120,9 +123,10 @@ def commit_checkpoint(work: Work, facts: Facts, tx: Tx) -> None:
     tx.insert_checkpoint(given(work.checkpoint))
 
 
-def facts_of_checkpoint(vm: Vm, label: str | None) -> Facts:
+def facts_of_checkpoint(vm: Vm, label: str | None, labels: Mapping[str, str]) -> Facts:
     """Decide every name a checkpoint will use."""
-    return {"checkpoint_id": new_checkpoint_id(), "instance": vm.instance, "label": label}
+    named = {"checkpoint_id": new_checkpoint_id(), "instance": vm.instance}
+    return {**named, "label": label, "labels": checked_labels(labels)}
 
 
 def _partial(work: Work, facts: Facts) -> Path:

@@ -49,6 +49,7 @@ async def reserve_name(work: Work, facts: Facts) -> None:
         mem_mib=spec.mem_mib,
         image=spec.image,
         instance=facts["instance"],
+        labels=spec.labels,
         created_at=now(),
     )
     quotas = work.services.quotas
@@ -83,6 +84,7 @@ def commit_machine(work: Work, facts: Facts, tx: Tx) -> None:
         network=work.lease.kind if work.lease else "none",
         origin=facts["origin"],
         receipt=work.receipt,
+        labels=vm.labels if facts.get("labels") is None else facts["labels"],
     )
     if frozen.cpus > vm.cpus or frozen.mem_mib > vm.mem_mib:
         work.services.quotas.reshape_vm(tx, vm.owner)
@@ -137,14 +139,18 @@ FORK_VM: Saga[Work] = Saga(
 # --- restore in place: a new machine beside the old one, then they change places -------------------------------------
 
 
-def facts_of_restore(vm: Vm, origin: str) -> Facts:
-    """Decide every name an in-place restore will use. The VM keeps its id, so it keeps its machine-id too."""
+def facts_of_restore(vm: Vm, origin: str, labels: Mapping[str, str] | None = None) -> Facts:
+    """Decide every name an in-place restore will use. The VM keeps its id, so it keeps its machine-id too.
+
+    *labels* None: it keeps those as well.
+    """
     return {
         "vm_id": vm.id,
         "instance": new_instance(),
         "name": vm.name,
         "origin": origin,
         "old_instance": vm.instance,
+        "labels": labels,
     }
 
 

@@ -38,7 +38,8 @@ async def find_template(work: Work, facts: Facts) -> dict[str, Any]:
 
 
 async def find_checkpoint(work: Work, facts: Facts) -> None:
-    """Verify the checkpoint."""
+    """Verify the checkpoint, which must be there still: from here on it cannot be deleted before the end."""
+    work.services.store.checkpoint(given(work.user).id, facts["origin"])
     directory = work.services.layout.checkpoint(given(work.user).id, facts["origin"])
     work.source = await verified(work.services, directory)
 

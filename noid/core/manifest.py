@@ -60,6 +60,7 @@ class Manifest:
     network: str
     fingerprint: Mapping[str, str]
     exec: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
     disk_format: str = ""
     disk_top: str = ""
     disk_files: tuple[str, ...] = ()
@@ -101,8 +102,13 @@ def write(directory: Path, manifest: Manifest) -> None:
     (directory / _NAME).write_text(_text(manifest))
 
 
+def path_in(directory: Path) -> Path:
+    """Return where the manifest of a checkpoint in *directory* is. Without one it is none."""
+    return directory / _NAME
+
+
 def amend(directory: Path, **changes: Any) -> None:
-    """Replace fields of the manifest that lies with a VM's machine, at one instant. Not for checkpoints: no seal.
+    """Replace fields of the manifest in *directory*, at one instant and durably. Not those about files: no seal.
 
     Raises:
         NotFound, Damaged: see `read`.
@@ -110,7 +116,10 @@ def amend(directory: Path, **changes: Any) -> None:
     """
     manifest = replace(read(directory), **changes)
     partial = directory / f"{_NAME}.partial"
-    partial.write_text(_text(manifest))
+    with partial.open("w") as file:
+        file.write(_text(manifest))
+        file.flush()
+        os.fsync(file.fileno())  # a name that a power cut leaves without content would be a lost checkpoint
     partial.rename(directory / _NAME)
 
 

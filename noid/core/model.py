@@ -26,6 +26,8 @@ LOG_BYTES = 1 << 20
 LOG_BYTES_MIN = 4096
 LOG_BYTES_MAX = 16 << 20
 LABEL_BYTES_MAX = 8192
+LABELS_MAX = 64
+LABEL_VALUE_LENGTH_MAX = 256
 
 #: Ends when systemd has finished booting. The agent answers long before systemd can be asked, hence the patience; a
 #: guest whose PID 1 is something else is ready at once, one whose PID 1 stays our own init after five seconds.
@@ -41,6 +43,7 @@ DEFAULT_READY = (
 )
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_LABEL_KEY = re.compile(r"[A-Za-z0-9_./-]{1,63}")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -119,6 +122,24 @@ def checked_env(entries: list[str] | tuple[str, ...]) -> dict[str, str]:
             raise InvalidRequest(f"the value of {key} contains a NUL byte, which no environment can hold.")
         env[key] = value
     return env
+
+
+def checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return *labels*, sorted by key, if they are legal: what owners tell their VMs and checkpoints apart by.
+
+    Raises:
+        InvalidRequest: too many, a key that is not 1 to 63 of ``A-Z a-z 0-9 _ . / -``, a value too long.
+    """
+    if len(labels) > LABELS_MAX:
+        raise InvalidRequest(f"too many labels: {len(labels)}; at most {LABELS_MAX} are allowed.")
+    for key, value in labels.items():
+        if not _LABEL_KEY.fullmatch(key):
+            raise InvalidRequest(f"label key {key[:80]!r} is not 1 to 63 characters of A-Z a-z 0-9 _ . / and '-'.")
+        if len(value) > LABEL_VALUE_LENGTH_MAX:
+            raise InvalidRequest(
+                f"the value of label {key!r} has {len(value)} characters; at most {LABEL_VALUE_LENGTH_MAX} are allowed."
+            )
+    return dict(sorted(labels.items()))
 
 
 def checked_argv(argv: list[str] | tuple[str, ...]) -> tuple[str, ...]:
@@ -212,6 +233,7 @@ class VmSpec:
     cpus: int = DEFAULT_CPUS
     mem_mib: int = DEFAULT_MEM_MIB
     image: str = "default"
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def checked(self, host_mem_mib: int) -> VmSpec:
         """Return self.
@@ -221,6 +243,7 @@ class VmSpec:
         """
         checked_name(self.name)
         checked_name(self.image, "image name")
+        checked_labels(self.labels)
         if not 1 <= self.cpus <= CPUS_MAX:
             raise InvalidRequest(f"cpus is {self.cpus}; it must be between 1 and {CPUS_MAX}.")
         if not MEM_MIB_MIN <= self.mem_mib <= host_mem_mib:
@@ -297,9 +320,9 @@ class Vm:
 
     *instance* names the VM's directory and run directory; an in-place restore gives the VM a new one. *origin* is the
     checkpoint or template it was restored from. *generation* grows with every change of the row. *ended* says how its
-    last machine ended. What follows is of the moment and not stored: *busy* names the operation that holds the VM,
-    *responding* says whether its guest answers (None: not known), and *unresponsive_since* when it was first asked in
-    vain.
+    last machine ended. *labels* are its owner's words. What follows is of the moment and not stored: *busy* names the
+    operation that holds the VM, *responding* says whether its guest answers (None: not known), and
+    *unresponsive_since* when it was first asked in vain.
     """
 
     id: str
@@ -318,6 +341,7 @@ class Vm:
     receipt: Receipt | None = None
     created_at: datetime
     ended: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     busy: str | None = None
     responding: bool | None = None
     unresponsive_since: datetime | None = None
@@ -340,6 +364,7 @@ class Checkpoint:
     image: str
     parent: str | None
     created_at: datetime
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

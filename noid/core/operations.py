@@ -56,7 +56,7 @@ class Operations:
         Cancelling the caller does not cancel the job. Cancelling *scope* does.
 
         Raises:
-            Busy: names the operation that holds one of the VMs.
+            Busy: names the operation that holds one of *vm_names*, which may be ``checkpoint/<id>`` too.
             DependencyDown: the agent is stopping.
             OperationCancelled: *scope* was cancelled before the job was done.
         """
@@ -116,7 +116,8 @@ class Operations:
         keys = [(owner, name) for name in dict.fromkeys(vm_names)]
         for key in keys:
             if key in self._holders:
-                raise Busy(key[1], self._holders[key])
+                kind, _, name = key[1].rpartition("/")
+                raise Busy(name, self._holders[key], what=kind or "VM")
         self._holders.update(dict.fromkeys(keys, what))
         self._running += 1
         if self._running == 1:

@@ -136,10 +136,11 @@ class Performer:
         work: Work,
         *,
         after: Callable[[], Awaitable[None]] | None = None,
+        vm_name: str | None = None,
     ) -> Outcome:
         """Carry out *table* as an operation; hold its machine, tell of it, and finish with *after*.
 
-        Cancelling the caller changes nothing.
+        It is about the VM *vm_name*, else about the first of the *vm_names* that it holds. Cancelling the caller changes nothing.
 
         Raises:
             Busy: names the operation that holds one of the VMs.
@@ -150,7 +151,7 @@ class Performer:
         performance = Performance(
             table=table,
             owner=user.id,
-            vm_name=vm_names[0],
+            vm_name=vm_name or vm_names[0],
             facts=facts,
             work=work,
             call=calls.CURRENT.get(),

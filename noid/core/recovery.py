@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from noid import hostfs
-from noid.core import checkpointing, deeds, lifecycle, pausing, power, processes, saga
+from noid.core import changing, checkpointing, deeds, discarding, lifecycle, pausing, power, processes, saga
 from noid.core import manifest as manifests
 from noid.core.backends import Machine, MachinePlan
 from noid.core.model import Checkpoint, User, Vm, VmState, now
@@ -50,6 +50,9 @@ SAGAS: dict[str, Saga[Work]] = {
         power.REBOOT_VM,
         pausing.PAUSE_VM,
         pausing.RESUME_VM,
+        changing.CHANGE_VM,
+        changing.CHANGE_CHECKPOINT,
+        discarding.DELETE_CHECKPOINT,
     )
 }
 
@@ -237,7 +240,7 @@ async def _restore_checkpoint_rows(services: Services) -> None:
             if manifest.id != directory.name:
                 logger.warning("not a checkpoint: %s holds a copy of %s", directory, manifest.id)
                 continue
-            names = ("id", "vm_id", "vm_name", "label", "cpus", "mem_mib", "image", "parent", "created_at")
+            names = ("id", "vm_id", "vm_name", "label", "cpus", "mem_mib", "image", "parent", "created_at", "labels")
             checkpoints.append(Checkpoint(owner=owner, **{name: getattr(manifest, name) for name in names}))
         return checkpoints
 

@@ -82,3 +82,10 @@ def idempotency_keys(db: Database) -> None:
             PRIMARY KEY (owner, key)) STRICT, WITHOUT ROWID"""
     )
     db.execute("CREATE INDEX idempotency_at ON idempotency(at)")
+
+
+@migrations()
+def labels(db: Database) -> None:
+    """What owners tell their VMs and checkpoints apart by."""
+    for table in ("vms", "checkpoints"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN labels TEXT NOT NULL DEFAULT '{{}}'")

@@ -38,6 +38,7 @@ ALLOWED: dict[str, frozenset[VmState]] = {
     "stop": frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DEAD}),
     "start": frozenset({_S.RUNNING, _S.STOPPED, _S.DEAD}),
     "reboot": frozenset({_S.RUNNING, _S.PAUSED}),
+    "change": frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DEAD}),
     "pause": frozenset({_S.RUNNING, _S.PAUSED}),
     "resume": frozenset({_S.RUNNING, _S.PAUSED}),
 }

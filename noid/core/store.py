@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -21,17 +21,14 @@ from typing import Any, TypeVar
 import trio
 from sqlite_utils import Database
 
+from noid.core.listing import ALL, Wanted
 from noid.core.model import (
     Checkpoint,
-    NetLease,
-    ProcessRef,
-    Receipt,
-    ReceiptItem,
     User,
     Vm,
-    VmState,
     now,
 )
+from noid.core.rows import checkpoint_of, encode, text_of, user_of, vm_of, vm_row
 from noid.core.schema import migrations
 from noid.core.states import may_follow
 from noid.errors import BackendError, Conflict, Damaged, DependencyDown, NoidError, NoSpace, NotFound
@@ -62,7 +59,7 @@ class Tx:
         """
         user = User(id=user_id, name=name, created_at=created_at or now())
         try:
-            self.execute("INSERT INTO users VALUES (?, ?, ?)", user.id, user.name, _time(user.created_at))
+            self.execute("INSERT INTO users VALUES (?, ?, ?)", user.id, user.name, text_of(user.created_at))
         except sqlite3.IntegrityError as error:
             raise Conflict(f"user {name!r} already exists") from error
         return user
@@ -73,32 +70,30 @@ class Tx:
         Raises:
             Conflict: its owner has a VM of that name.
         """
-        row = _vm_row(vm)
+        row = vm_row(vm)
         marks = ", ".join("?" * len(row))
         try:
             self.execute(f"INSERT INTO vms ({', '.join(row)}) VALUES ({marks})", *row.values())  # noqa: S608  # own names
         except sqlite3.IntegrityError as error:
-            if "vms.owner" in str(error):
-                raise Conflict(f"VM {vm.name!r} already exists") from error
-            raise
+            raise _taken(error, vm.name) from error
 
     def update_vm(self, vm: Vm, **changes: Any) -> None:
         """Change columns of *vm*'s row if it still is the row that was read (same generation), and bump that.
 
         Raises:
-            Conflict: the row has changed or gone since, or the new state may not follow the old one.
+            Conflict: the row has changed or gone since, the new state may not follow the old one, or the new name is
+                taken.
         """
         state = changes.get("state")
         if state is not None and not may_follow(vm.state, state):
             raise Conflict(f"VM {vm.name!r} cannot become {state}: it is {vm.state}.")
-        columns = {name: _encode(value) for name, value in changes.items()}
+        columns = {name: encode(value) for name, value in changes.items()}
         assignments = ", ".join(f"{name} = ?" for name in columns)
-        done = self.execute(
-            f"UPDATE vms SET {assignments}, generation = generation + 1 WHERE id = ? AND generation = ?",  # noqa: S608  # own names
-            *columns.values(),
-            vm.id,
-            vm.generation,
-        )
+        sql = f"UPDATE vms SET {assignments}, generation = generation + 1 WHERE id = ? AND generation = ?"  # noqa: S608  # own names
+        try:
+            done = self.execute(sql, *columns.values(), vm.id, vm.generation)
+        except sqlite3.IntegrityError as error:
+            raise _taken(error, changes.get("name")) from error
         if done.rowcount != 1:
             raise Conflict(f"VM {vm.name!r} changed at the same time. Look at it again and repeat.")
 
@@ -107,7 +102,7 @@ class Tx:
         cursor = self._connection.cursor()
         cursor.row_factory = sqlite3.Row
         row = cursor.execute("SELECT * FROM vms WHERE id = ?", (vm_id,)).fetchone()
-        return None if row is None else _vm(row)
+        return None if row is None else vm_of(row)
 
     def current(self, vm_id: str) -> Vm:
         """Return the VM's row as it is now, for a change that does not depend on what was read before.
@@ -131,24 +126,49 @@ class Tx:
 
     def insert_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add a checkpoint; adding the same one again does nothing."""
-        row = {name: _encode(value) for name, value in asdict(checkpoint).items()}
+        row = {name: encode(value) for name, value in asdict(checkpoint).items()}
         marks = ", ".join("?" * len(row))
         sql = f"INSERT OR IGNORE INTO checkpoints ({', '.join(row)}) VALUES ({marks})"  # noqa: S608  # own names
         self.execute(sql, *row.values())
 
+    def update_checkpoint(self, owner: str, checkpoint_id: str, **changes: Any) -> Checkpoint:
+        """Change columns of a checkpoint's row and return it as it is then, or raise `NotFound`."""
+        assignments = ", ".join(f"{name} = ?" for name in changes)
+        cursor = self._connection.cursor()
+        cursor.row_factory = sqlite3.Row
+        row = cursor.execute(
+            f"UPDATE checkpoints SET {assignments} WHERE owner = ? AND id = ? RETURNING *",  # noqa: S608  # own names
+            (*map(encode, changes.values()), owner, checkpoint_id),
+        ).fetchone()
+        if row is None:
+            raise NotFound(f"checkpoint {checkpoint_id!r} not found")
+        return checkpoint_of(row)
+
+    def rename_checkpoints(self, owner: str, vm_id: str, vm_name: str) -> None:
+        """Let the checkpoints of a VM follow its new name."""
+        self.execute("UPDATE checkpoints SET vm_name = ? WHERE owner = ? AND vm_id = ?", vm_name, owner, vm_id)
+
     def delete_checkpoint(self, owner: str, checkpoint_id: str) -> None:
-        """Remove a checkpoint's row."""
-        self.execute("DELETE FROM checkpoints WHERE owner = ? AND id = ?", owner, checkpoint_id)
+        """Remove a checkpoint's row, or raise `NotFound`."""
+        if not self.execute("DELETE FROM checkpoints WHERE owner = ? AND id = ?", owner, checkpoint_id).rowcount:
+            raise NotFound(f"checkpoint {checkpoint_id!r} not found")
+
+    def operation_from(self, owner: str, checkpoint_id: str) -> str | None:
+        """Return the kind of an operation under way that makes a machine from a checkpoint, or None."""
+        sql = """SELECT kind FROM operations
+            WHERE outcome IS NULL AND owner = ? AND json_extract(facts, '$.origin') = ?"""
+        row = self.execute(sql, owner, checkpoint_id).fetchone()
+        return None if row is None else str(row[0])
 
     def open_operation(self, operation: str, kind: str, owner: str, vm_name: str, facts: dict[str, Any]) -> None:
         """Begin an operation's page in the journal."""
         sql = "INSERT INTO operations (id, kind, owner, vm_name, facts, started_at) VALUES (?, ?, ?, ?, ?, ?)"
-        self.execute(sql, operation, kind, owner, vm_name, json.dumps(facts), _time(now()))
+        self.execute(sql, operation, kind, owner, vm_name, json.dumps(facts), text_of(now()))
 
     def note(self, operation: str, step: str, event: str, facts: dict[str, Any] | None) -> None:
         """Append to an operation's page; with *facts*, make these the operation's."""
         sql = "INSERT INTO journal (operation, step, event, at) VALUES (?, ?, ?, ?)"
-        self.execute(sql, operation, step, event, _time(now()))
+        self.execute(sql, operation, step, event, text_of(now()))
         if facts is not None:
             self.execute("UPDATE operations SET facts = ? WHERE id = ?", json.dumps(facts), operation)
 
@@ -161,19 +181,19 @@ class Tx:
         """End the page of an operation that has happened, with what it came to."""
         sql = "UPDATE operations SET outcome = 'finished', result = ?, timings = ?, ended_at = ? WHERE id = ?"
         kept = None if result is None else json.dumps(result)
-        self.execute(sql, kept, json.dumps(timings), _time(now()), operation)
+        self.execute(sql, kept, json.dumps(timings), text_of(now()), operation)
 
     def close_unwound(self, operation: str) -> None:
         """End the page of an operation that was undone: ``unwound`` if it failed, else ``interrupted``."""
         sql = """UPDATE operations SET outcome = iif(code IS NULL, 'interrupted', 'unwound'), ended_at = ?
             WHERE id = ?"""
-        self.execute(sql, _time(now()), operation)
+        self.execute(sql, text_of(now()), operation)
 
     def forget_operations(self, ended_before: datetime) -> None:
         """Remove what ended before that time, with its journal: both are for recovery and for looking back a while."""
         old = "SELECT id FROM operations WHERE ended_at < ?"
-        self.execute(f"DELETE FROM journal WHERE operation IN ({old})", _time(ended_before))  # noqa: S608  # own text
-        self.execute("DELETE FROM operations WHERE ended_at < ?", _time(ended_before))
+        self.execute(f"DELETE FROM journal WHERE operation IN ({old})", text_of(ended_before))  # noqa: S608  # own text
+        self.execute("DELETE FROM operations WHERE ended_at < ?", text_of(ended_before))
 
 
 class Store:
@@ -200,27 +220,27 @@ class Store:
 
     def user(self, user_id: str) -> User:
         """Return a user by id, or raise `NotFound`."""
-        return self._one(_user, "user", "SELECT * FROM users WHERE id = ?", user_id)
+        return self._one(user_of, "user", "SELECT * FROM users WHERE id = ?", user_id)
 
     def user_named(self, name: str) -> User:
         """Return a user by name, or raise `NotFound`."""
-        return self._one(_user, f"user {name!r}", "SELECT * FROM users WHERE name = ?", name)
+        return self._one(user_of, f"user {name!r}", "SELECT * FROM users WHERE name = ?", name)
 
     def users(self) -> list[User]:
         """Return all users, oldest first."""
-        return [_user(row) for row in self._read("SELECT * FROM users ORDER BY created_at, id")]
+        return [user_of(row) for row in self._read("SELECT * FROM users ORDER BY created_at, id")]
 
     def vm(self, owner: str, name: str) -> Vm:
         """Return *owner*'s VM *name*, or raise `NotFound`."""
-        return self._one(_vm, f"VM {name!r}", "SELECT * FROM vms WHERE owner = ? AND name = ?", owner, name)
+        return self._one(vm_of, f"VM {name!r}", "SELECT * FROM vms WHERE owner = ? AND name = ?", owner, name)
 
-    def vms(self, owner: str) -> list[Vm]:
-        """Return *owner*'s VMs, oldest first."""
-        return [_vm(row) for row in self._read("SELECT * FROM vms WHERE owner = ? ORDER BY created_at, id", owner)]
+    def vms(self, owner: str, wanted: Wanted = ALL) -> list[Vm]:
+        """Return those of *owner*'s VMs that are *wanted*, oldest first."""
+        return [vm_of(row) for row in self._selected("vms", owner, wanted)]
 
     def all_vms(self) -> list[Vm]:
         """Return everybody's VMs: for start-up and the supervisor."""
-        return [_vm(row) for row in self._read("SELECT * FROM vms ORDER BY created_at, id")]
+        return [vm_of(row) for row in self._read("SELECT * FROM vms ORDER BY created_at, id")]
 
     def vms_by_state(self) -> dict[VmState, int]:
         """Return how many VMs everybody has in each state there is a VM in."""
@@ -232,15 +252,31 @@ class Store:
         """Return *owner*'s checkpoint, or raise `NotFound`."""
         what = f"checkpoint {checkpoint_id!r}"
         return self._one(
-            _checkpoint, what, "SELECT * FROM checkpoints WHERE owner = ? AND id = ?", owner, checkpoint_id
+            checkpoint_of, what, "SELECT * FROM checkpoints WHERE owner = ? AND id = ?", owner, checkpoint_id
         )
 
-    def checkpoints(self, owner: str, vm_name: str | None = None) -> list[Checkpoint]:
-        """Return *owner*'s checkpoints (of *vm_name*), oldest first."""
-        sql, arguments = "SELECT * FROM checkpoints WHERE owner = ?", [owner]
-        if vm_name is not None:
-            sql, arguments = f"{sql} AND vm_name = ?", [owner, vm_name]
-        return [_checkpoint(row) for row in self._read(f"{sql} ORDER BY created_at, id", *arguments)]
+    def checkpoints(self, owner: str, wanted: Wanted = ALL) -> list[Checkpoint]:
+        """Return those of *owner*'s checkpoints that are *wanted*, oldest first."""
+        return [checkpoint_of(row) for row in self._selected("checkpoints", owner, wanted)]
+
+    def _selected(self, table: str, owner: str, wanted: Wanted) -> list[sqlite3.Row]:
+        conditions: list[str] = ["owner = ?"]
+        arguments: list[object] = [owner]
+        for key, value in wanted.labels:
+            with_value = "" if value is None else " AND value = ?"
+            conditions.append(f"EXISTS (SELECT 1 FROM json_each(labels) WHERE key = ?{with_value})")  # noqa: S608  # own text
+            arguments += [key] if value is None else [key, value]
+        if wanted.states:
+            conditions.append(f"state IN ({', '.join('?' * len(wanted.states))})")
+            arguments += [state.value for state in wanted.states]
+        if wanted.vm_name is not None:
+            conditions.append("vm_name = ?")
+            arguments.append(wanted.vm_name)
+        if wanted.after is not None:
+            conditions.append("(created_at, id) > (?, ?)")
+            arguments += wanted.after
+        sql = f"SELECT * FROM {table} WHERE {' AND '.join(conditions)} ORDER BY created_at, id LIMIT ?"  # noqa: S608  # own text
+        return self._read(sql, *arguments, -1 if wanted.limit is None else wanted.limit)
 
     def open_operations(self) -> list[dict[str, Any]]:
         """Return the operations that have no outcome, with their journal events, oldest first."""
@@ -268,7 +304,7 @@ class Store:
 
         Those of the VM named *vm_name*; those older than the operation *before*; at most *limit*.
         """
-        sql, arguments = "owner = ? AND started_at > ?", [owner, _time(since)]
+        sql, arguments = "owner = ? AND started_at > ?", [owner, text_of(since)]
         if vm_name is not None:
             sql, arguments = f"{sql} AND vm_name = ?", [*arguments, vm_name]
         if before is not None:
@@ -394,50 +430,11 @@ def _sqlite_errors(path: Path | None = None) -> Iterator[None]:
         ) from error
 
 
-def _time(moment: datetime) -> str:
-    return moment.isoformat(timespec="microseconds")
-
-
-def _encode(value: Any) -> Any:
-    """Return *value* as SQLite stores it: records as JSON, times as RFC 3339."""
-    if isinstance(value, datetime):
-        return _time(value)
-    if isinstance(value, NetLease | ProcessRef | Receipt):
-        return json.dumps(asdict(value))
-    return str(value) if isinstance(value, VmState) else value
-
-
-def _vm_row(vm: Vm) -> dict[str, Any]:
-    names = (name for name in Vm.__dataclass_fields__ if name not in _OF_THE_MOMENT)
-    return {name: _encode(getattr(vm, name)) for name in names}
-
-
-def _vm(row: sqlite3.Row) -> Vm:
-    lease, process, receipt = (json.loads(row[name] or "null") for name in ("lease", "process", "receipt"))
-    items: Iterable[dict[str, Any]] = (receipt or {}).get("items", ())
-    return Vm(
-        **{key: row[key] for key in row.keys() if key not in _DECODED},  # noqa: SIM118  # Row iterates over values
-        state=VmState(row["state"]),
-        lease=NetLease(**lease) if lease else None,
-        process=ProcessRef(**process) if process else None,
-        receipt=Receipt(items=tuple(ReceiptItem(**item) for item in items)) if receipt else None,
-        created_at=datetime.fromisoformat(row["created_at"]),
-    )
-
-
 #: What is told of an operation: not its facts, which are recovery's.
 _OPERATION = """id, kind, owner, vm_name, outcome, error, code, status, started_at, ended_at, timings, result,
     (SELECT step FROM journal WHERE operation = operations.id AND event = 'doing' ORDER BY seq DESC LIMIT 1) AS step"""
 
-#: What a VM has that its row has not.
-_OF_THE_MOMENT = frozenset({"busy", "responding", "unresponsive_since"})
-_DECODED = frozenset({"state", "lease", "process", "receipt", "created_at"})
 
-
-def _user(row: sqlite3.Row) -> User:
-    return User(id=row["id"], name=row["name"], created_at=datetime.fromisoformat(row["created_at"]))
-
-
-def _checkpoint(row: sqlite3.Row) -> Checkpoint:
-    fields = {key: row[key] for key in row.keys() if key != "created_at"}  # noqa: SIM118  # Row iterates over values
-    return Checkpoint(**fields, created_at=datetime.fromisoformat(row["created_at"]))
+def _taken(error: sqlite3.IntegrityError, name: str | None) -> Exception:
+    """Return what *error* means, if that is that a VM of that name exists."""
+    return Conflict(f"VM {name!r} already exists") if "vms.owner" in str(error) else error

@@ -17,13 +17,16 @@ from quart.wrappers.response import ResponseBody
 
 from noid.core import wire
 from noid.core.agent import Agent
+from noid.core.listing import Position
 from noid.core.logs import PIECE_BYTES, Log, LogExtent, LogReader
 from noid.core.model import Gap, Scope, checked_name
 from noid.core.vmlogs import CONSOLE, LogInfo
 from noid.errors import DeadlineExceeded
 from noid.server.answers import json_reply
+from noid.server.lists import Page
+from noid.server.schemas.lists import PAGE, listed
 from noid.server.schemas.logs import FOLLOW, LOG, READ, READ_PART, STREAM
-from noid.server.schemas.vocabulary import array, text
+from noid.server.schemas.vocabulary import text
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
 from noid.server.websockets import WebSockets, flag, whole_number
@@ -44,7 +47,9 @@ class LogRoutes:
         """Return the lines of the table."""
         logs = "/v1/vms/<name>/logs"
         return [
-            Route(method="GET", path=logs, handler=self.infos, scope=Scope.EXEC, answers={200: array(LOG)}),
+            Route(
+                method="GET", path=logs, handler=self.infos, scope=Scope.EXEC, query=PAGE, answers={200: listed(LOG)}
+            ),
             Route(
                 method="GET", path=f"{logs}/<log>", handler=self.read, scope=Scope.EXEC,
                 query=FOLLOW, headers={"Range?": text()}, answers={200: READ, 206: READ_PART}, errors=frozenset({416}),
@@ -66,7 +71,9 @@ class LogRoutes:
     async def infos(self, name: str) -> Response:
         """List the VM's logs."""
         vm = self._agent.vm(current_user(), checked_name(name))
-        return json_reply([log_fields(info) for info in await self._agent.logs.infos(vm)])
+        page = Page.asked()
+        infos = sorted(await self._agent.logs.infos(vm), key=_position)
+        return page.reply(page.cut(infos, _position), log_fields, _position)
 
     async def read(self, name: str, log: str) -> Response:
         """Send a log: all that is kept of it (200), or the part of it a ``Range`` names (206, 416); or follow it."""
@@ -181,3 +188,8 @@ def _kept(start: int, stop: int, extent: LogExtent) -> tuple[int, int]:
         elif start < gap.start:
             stop = min(stop, gap.start)
     return start, stop
+
+
+def _position(info: LogInfo) -> Position:
+    """Return where a log is among its VM's: the console's, then those of processes."""
+    return "" if info.name == CONSOLE else "process", info.name

@@ -11,17 +11,20 @@ from quart import Response, request, websocket
 
 from noid.core import wire
 from noid.core.agent import Agent
+from noid.core.listing import Position
 from noid.core.model import Scope, checked_name
 from noid.core.session import Session
 from noid.errors import InvalidRequest, NoidError
 from noid.server.answers import empty_reply, json_reply, upgrade_required
 from noid.server.hardening import Transport
 from noid.server.interim import still_working
+from noid.server.lists import Page
 from noid.server.relay import await_goodbye, converse
 from noid.server.rest import read_body
 from noid.server.schemas.failures import GUEST, UPGRADE_REQUIRED
+from noid.server.schemas.lists import PAGE, listed
 from noid.server.schemas.processes import ATTACH, COMMAND, PROCESS, SIGNAL
-from noid.server.schemas.vocabulary import array, number
+from noid.server.schemas.vocabulary import number
 from noid.server.streams import leave, start
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
@@ -46,7 +49,7 @@ class ProcessRoutes:
         return [
             Route(
                 method="GET", path=processes, handler=self.all, scope=Scope.EXEC,
-                answers={200: array(PROCESS)}, errors=GUEST,
+                query=PAGE, answers={200: listed(PROCESS)}, errors=GUEST,
             ),
             Route(
                 method="POST", path=processes, handler=self.start, scope=Scope.EXEC,
@@ -80,7 +83,8 @@ class ProcessRoutes:
     async def all(self, name: str) -> Response:
         """List the VM's processes, oldest first."""
         sessions = await self._agent.sessions(current_user(), checked_name(name))
-        return json_reply([process_fields(session) for session in await sessions.all()])
+        page = Page.asked()
+        return page.reply(page.cut(await sessions.all(), _position), process_fields, _position)
 
     async def start(self, name: str) -> Response:
         """Start a process that runs on by itself: 201."""
@@ -208,3 +212,8 @@ def _seconds(text: str | None) -> float:
     if not 0 <= secs <= WAIT_SECS_MAX:
         raise InvalidRequest(f"timeout_secs is {text[:40]!r}; it must be a number from 0 to {WAIT_SECS_MAX:g}.")
     return secs
+
+
+def _position(session: Session) -> Position:
+    """Return where a process is among its VM's, oldest first."""
+    return f"{session.started_at_unix_ns:020d} {session.pid:010d}", session.name

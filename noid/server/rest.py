@@ -6,12 +6,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 from quart import Response, request
 
 from noid import __version__
 from noid.core.agent import Agent
+from noid.core.listing import Wanted, position_of
 from noid.core.model import (
     DEFAULT_CPUS,
     DEFAULT_MEM_MIB,
@@ -29,10 +30,12 @@ from noid.core.wire import API_VERSION
 from noid.errors import InvalidRequest
 from noid.server.answers import empty_reply, json_reply
 from noid.server.interim import still_working
-from noid.server.schemas.checkpoints import CHECKPOINT, CHECKPOINT_TAKEN, TAKE
+from noid.server.lists import Page, wanted_labels, wanted_states
+from noid.server.schemas.checkpoints import CHECKPOINT_TAKEN, TAKE
+from noid.server.schemas.lists import IN_STATE, LABELLED, PAGE, listed
 from noid.server.schemas.server import CAPABILITIES, HEALTH, VERSION, WHOAMI
-from noid.server.schemas.vms import CREATE, RESTORE, VM, VM_CHANGED
-from noid.server.schemas.vocabulary import array, optional_json
+from noid.server.schemas.vms import CHANGE, CREATE, RESTORE, VM, VM_CHANGED
+from noid.server.schemas.vocabulary import optional_json
 from noid.server.streams import OUTPUT_BYTES_MAX
 from noid.server.table import Route
 from noid.server.visit import current_caller, current_user, visit
@@ -64,8 +67,15 @@ class VmRoutes:
                 method="POST", path=vms, handler=self.create, scope=Scope.MANAGE, operation=True,
                 body=CREATE, answers={201: VM_CHANGED}, errors=frozenset({404}),
             ),
-            Route(method="GET", path=vms, handler=self.vms, answers={200: array(VM)}),
+            Route(
+                method="GET", path=vms, handler=self.vms,
+                query={**LABELLED, **IN_STATE, **PAGE}, answers={200: listed(VM)},
+            ),
             Route(method="GET", path=vm, handler=self.vm, answers={200: VM}),
+            Route(
+                method="PATCH", path=vm, handler=self.change, scope=Scope.MANAGE, operation=True,
+                body=CHANGE, answers={200: VM_CHANGED},
+            ),
             Route(
                 method="DELETE", path=vm, handler=self.destroy, scope=Scope.MANAGE, operation=True,
                 answers={204: None},
@@ -73,9 +83,6 @@ class VmRoutes:
             Route(
                 method="POST", path=f"{vm}/checkpoints", handler=self.checkpoint, scope=Scope.MANAGE, operation=True,
                 body=optional_json(TAKE), answers={201: CHECKPOINT_TAKEN},
-            ),
-            Route(
-                method="GET", path=f"{vm}/checkpoints", handler=self.checkpoints, answers={200: array(CHECKPOINT)}
             ),
             Route(
                 method="POST", path=f"{vm}/restore", handler=self.restore, scope=Scope.MANAGE, operation=True,
@@ -120,6 +127,7 @@ class VmRoutes:
             cpus=body.integer("cpus", DEFAULT_CPUS),
             mem_mib=body.integer("mem_mib", DEFAULT_MEM_MIB),
             image=body.optional_text("image") or "default",
+            labels=body.labels("labels") or {},
         )
         visit().target = spec.name
         async with still_working():
@@ -128,11 +136,24 @@ class VmRoutes:
 
     async def vms(self) -> Response:
         """List the caller's VMs, oldest first."""
-        return json_reply([vm_fields(vm) for vm in self._agent.vms(current_user())])
+        page = Page.asked()
+        wanted = page.of(Wanted(labels=wanted_labels(), states=wanted_states()))
+        return page.reply(self._agent.vms(current_user(), wanted), vm_fields, position_of)
 
     async def vm(self, name: str) -> Response:
         """Show one VM."""
         return json_reply(vm_fields(self._agent.vm(current_user(), checked_name(name))))
+
+    async def change(self, name: str) -> Response:
+        """Change a VM's name, and its labels by a JSON merge patch. Its guest keeps the hostname it has."""
+        checked_name(name)
+        body = await read_body()
+        new_name, labels = body.optional_text("name"), body.labels("labels", may_be_null=True)
+        if new_name is not None:
+            checked_name(new_name, "new VM name")
+        async with still_working():
+            outcome = await self._agent.change_vm(current_user(), name, new_name=new_name, labels=labels or {})
+        return outcome_reply(outcome)
 
     async def destroy(self, name: str) -> Response:
         """Destroy a VM: 204."""
@@ -144,15 +165,10 @@ class VmRoutes:
         """Checkpoint a VM: 201. The body may be missing altogether."""
         checked_name(name)
         body = await read_body(may_be_empty=True)
-        label = body.optional_text("label")
+        label, labels = body.optional_text("label"), body.labels("labels")
         async with still_working():
-            outcome = await self._agent.checkpoint_vm(current_user(), name, label)
+            outcome = await self._agent.checkpoint_vm(current_user(), name, label, labels or {})
         return outcome_reply(outcome)
-
-    async def checkpoints(self, name: str) -> Response:
-        """List a VM's checkpoints, oldest first."""
-        found = self._agent.checkpoints(current_user(), checked_name(name))
-        return json_reply([checkpoint_fields(checkpoint) for checkpoint in found])
 
     async def restore(self, name: str) -> Response:
         """Restore a checkpoint, in place or as a new VM: 200, as the predecessor does for both."""
@@ -161,8 +177,9 @@ class VmRoutes:
         checkpoint_id, new_name = body.text("checkpoint_id"), body.optional_text("new_name")
         if new_name is not None:
             checked_name(new_name, "new VM name")
+        labels = body.labels("labels")
         async with still_working():
-            outcome = await self._agent.restore_vm(current_user(), name, checkpoint_id, new_name)
+            outcome = await self._agent.restore_vm(current_user(), name, checkpoint_id, new_name, labels)
         return outcome_reply(outcome)
 
 
@@ -184,6 +201,7 @@ def vm_fields(vm: Vm) -> dict[str, Any]:
         "ended": vm.ended,
         "responding": vm.responding,
         "unresponsive_since": None if vm.unresponsive_since is None else wire_time(vm.unresponsive_since),
+        "labels": dict(vm.labels),
     }
 
 
@@ -198,6 +216,7 @@ def checkpoint_fields(checkpoint: Checkpoint) -> dict[str, Any]:
         "mem_mib": checkpoint.mem_mib,
         "image": checkpoint.image,
         "parent": checkpoint.parent,
+        "labels": dict(checkpoint.labels),
     }
 
 
@@ -207,7 +226,8 @@ def outcome_answer(outcome: Outcome) -> tuple[int, dict[str, Any] | None]:
         return 204, None
     status, timings = 201 if outcome.kind in _MAKING else 200, {"timings": dict(outcome.timings)}
     if outcome.checkpoint is not None:
-        return status, checkpoint_fields(outcome.checkpoint) | timings | {"changed_bytes": outcome.changed_bytes}
+        changed = {"changed_bytes": outcome.changed_bytes} if outcome.kind in _MAKING else {}
+        return status, checkpoint_fields(outcome.checkpoint) | timings | changed
     if outcome.vm is None:  # destroyed in the same instant
         return 204, None
     how = {} if outcome.how is None else {"how": outcome.how}
@@ -285,6 +305,30 @@ class Body:
         if not isinstance(value, bool):
             raise InvalidRequest(f"invalid request body: {name!r} must be true or false.")
         return value
+
+    @overload
+    def labels(self, name: str) -> dict[str, str] | None: ...
+
+    @overload
+    def labels(self, name: str, *, may_be_null: Literal[True]) -> dict[str, str | None] | None: ...
+
+    def labels(self, name: str, *, may_be_null: bool = False) -> Any:
+        """Return an object of strings, or None if it is missing. In a patch a value *may be null*.
+
+        Raises:
+            InvalidRequest: it is something else.
+        """
+        if name not in self.fields:
+            return None
+        value = self.fields[name]
+        if not isinstance(value, dict):
+            raise InvalidRequest(f"invalid request body: {name!r} must be an object of strings.")
+        return {
+            _checked_text(f"a key of {name}", key): None
+            if text is None and may_be_null
+            else _checked_text(f"{name}.{key[:80]}", text)
+            for key, text in value.items()
+        }
 
 
 async def read_body(*, may_be_empty: bool = False) -> Body:

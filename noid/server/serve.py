@@ -19,6 +19,7 @@ from noid.core.config import Config
 from noid.server.answers import Answers
 from noid.server.auditing import audited
 from noid.server.calls import Calls
+from noid.server.checkpoints import CheckpointRoutes
 from noid.server.console import ConsoleRoutes
 from noid.server.files import FileRoutes
 from noid.server.guard import Guard
@@ -118,6 +119,7 @@ def all_routes(agent: Agent, websockets: WebSockets, metrics: Metrics) -> list[R
         *TokenRoutes(agent).routes(),
         *QuotaRoutes(agent).routes(),
         *UserRoutes(agent).routes(),
+        *CheckpointRoutes(agent).routes(),
         *PowerRoutes(agent).routes(),
         *OperationRoutes(agent).routes(),
         *ExecRoutes(agent, websockets).routes(),

@@ -17,7 +17,7 @@ from unittest import mock
 
 import trio
 
-from noid.core import checkpointing, lifecycle, pausing, power
+from noid.core import changing, checkpointing, discarding, lifecycle, pausing, power
 from noid.core import saga as engine
 from noid.core.saga import Facts, Saga, Step
 from noid.core.work import Work
@@ -36,6 +36,9 @@ SAGAS: Mapping[str, tuple[ModuleType, str]] = {
     "reboot": (power, "REBOOT_VM"),
     "pause": (pausing, "PAUSE_VM"),
     "resume": (pausing, "RESUME_VM"),
+    "rename": (changing, "CHANGE_VM"),
+    "relabel": (changing, "CHANGE_CHECKPOINT"),
+    "discard": (discarding, "DELETE_CHECKPOINT"),
 }
 
 #: How a step is broken. ``killed in undo``: the last step fails, and the agent is killed right after this one's undo.
@@ -75,6 +78,9 @@ CALLS: Mapping[str, tuple[str, ...]] = {
     "reboot": ("reboot", "launch", "connect", "start", "wake"),
     "pause": ("pause",),
     "resume": ("resume",),
+    "rename": (),
+    "relabel": (),
+    "discard": (),
 }
 
 _SENSELESS = {

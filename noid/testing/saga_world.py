@@ -26,10 +26,12 @@ from typing import NoReturn
 
 import trio
 
+from noid.core import manifest as manifests
 from noid.core.agent import Agent
 from noid.core.backends import Guest
 from noid.core.layout import Layout
-from noid.core.model import ExecRequest, OutputChunk, ProcessRef, VmSpec, VmState
+from noid.core.listing import Wanted
+from noid.core.model import Checkpoint, ExecRequest, OutputChunk, ProcessRef, VmSpec, VmState
 from noid.core.opening import open_agent
 from noid.core.store import open_store
 from noid.errors import NoidError
@@ -44,7 +46,10 @@ CELL_SECS = 30.0
 GRACE_SECS = 5.0
 POWER = ("stop", "start", "reboot", "pause", "resume")
 #: What is done to another VM than ``web``, which is made for it.
-VICTIMS = ("destroy", *POWER)
+VICTIMS = ("destroy", "rename", *POWER)
+#: What is done to another checkpoint than the one that every world has.
+OF_CHECKPOINTS = ("relabel", "discard")
+SPARES = Wanted(labels=(("spare", None),))
 
 
 @dataclass(slots=True)
@@ -101,6 +106,12 @@ class World:
                 await agent.pause_vm(user, "victim")
             case "resume":
                 await agent.resume_vm(user, "victim")
+            case "rename":
+                await agent.change_vm(user, "victim", new_name="renamed", labels={"renamed": "yes"})
+            case "relabel":
+                await agent.change_checkpoint(user, _spare(agent), label="relabelled", labels={"relabelled": "yes"})
+            case "discard":
+                await agent.delete_checkpoint(user, _spare(agent))
 
     def run_broken(self, cell: Cell) -> str:
         """Run the operation, broken, in a process of its own; return how it ended: an error, ``done``, ``killed``."""
@@ -129,6 +140,8 @@ class World:
             user = agent.local_user()
             if cell.saga in VICTIMS:
                 await self._make_victim(agent, cell.saga)
+            if cell.saga in OF_CHECKPOINTS:
+                await agent.checkpoint_vm(user, "web", "spare", {"spare": ""})
             with broken(cell, faults):
                 try:
                     await self.operate(agent, cell.saga)
@@ -164,6 +177,15 @@ class World:
             if cell.saga in POWER:
                 expected |= {"victim"}
                 await self._look_at_victim(agent, cell, happened=happened)
+            if cell.saga == "rename":
+                expected |= {"renamed" if happened else "victim"}
+                assert _spare(agent).vm_name in expected, "the name of the checkpoint's VM"
+                assert agent.vm(user, _spare(agent).vm_name).labels == ({"renamed": "yes"} if happened else {})
+            if cell.saga == "relabel":
+                assert (_spare(agent).label == "relabelled") is happened, f"the label is {_spare(agent).label}"
+            if cell.saga == "discard":
+                left = len(agent.all_checkpoints(user, SPARES))
+                assert left == (0 if happened else 1), f"{left} are left of the checkpoint"
             assert names == expected, f"VMs are {names}, not {expected}, after {outcome}"
             web = agent.vm(user, "web")
             assert (web.state, web.busy) == (VmState.RUNNING, None), f"web is {web.state}, busy with {web.busy}"
@@ -189,6 +211,8 @@ class World:
             await agent.stop_vm(user, "victim", GRACE_SECS)
         if saga == "resume":
             await agent.pause_vm(user, "victim")
+        if saga == "rename":
+            await agent.checkpoint_vm(user, "victim", "spare", {"spare": ""})
 
     async def _look_at_victim(self, agent: Agent, cell: Cell, *, happened: bool) -> None:
         """See to it that the victim is what it may be, and says so; a reboot cut off by a crash is finished."""
@@ -233,6 +257,10 @@ class World:
             await agent.destroy_vm(user, "new")
         if cell.saga == "destroy" and all(vm.name != "victim" for vm in agent.vms(user)):
             await agent.restore_vm(user, "web", self.checkpoint, "victim")
+        if happened and cell.saga == "rename":
+            await agent.change_vm(user, "renamed", new_name="victim", labels={"renamed": None})
+        if happened and cell.saga == "discard":
+            await agent.checkpoint_vm(user, "web", "spare", {"spare": ""})
         if cell.saga == "reboot" and agent.vm(user, "victim").state is VmState.STOPPED:
             await agent.start_vm(user, "victim")
         await self.operate(agent, cell.saga)
@@ -242,6 +270,12 @@ class World:
             async with agent.guest(user, "new") as guest:
                 await guest.ping()
             await agent.destroy_vm(user, "new")
+        if cell.saga == "rename":
+            await agent.destroy_vm(user, "renamed")
+        if cell.saga == "discard":
+            assert agent.all_checkpoints(user, SPARES) == [], "the checkpoint was deleted and is still there"
+        elif cell.saga in ("rename", "relabel"):
+            await agent.delete_checkpoint(user, _spare(agent))
         if cell.saga == "destroy":
             assert all(vm.name != "victim" for vm in agent.vms(user)), "the victim was destroyed and is still there"
         async with agent.guest(user, "web") as guest:
@@ -259,8 +293,11 @@ class World:
         assert _names(layout.vms) == instances, "directories of VMs"
         assert _names(config.run_dir) - {"agent.sock"} == instances, "directories of sockets"
         assert _names(layout.scratch) == set(), "scratch directories"
-        checkpoints = {c.id for c in agent.checkpoints(user, "web")}
+        checkpoints = {c.id for c in agent.all_checkpoints(user)}
         assert _names(layout.checkpoint(user.id, "x").parent) == checkpoints, "directories of checkpoints"
+        for row in agent.all_checkpoints(user):
+            said = manifests.read(layout.checkpoint(user.id, row.id))
+            assert (said.vm_name, said.label, said.labels) == (row.vm_name, row.label, row.labels), "manifest and row"
         assert self.checkpoint in checkpoints, "the checkpoint's row"
         assert not [name for name in _names(layout.golden) if "." in name], "half a template"
         with open_store(config.database) as store:
@@ -270,6 +307,12 @@ class World:
         root = Layout(self.data_dir).users
         files = [path for path in root.glob(f"*/checkpoints/{self.checkpoint}/**/*") if path.is_file()]
         return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _spare(agent: Agent) -> Checkpoint:
+    """Return the checkpoint that is there to be changed or deleted."""
+    (spare,) = agent.all_checkpoints(agent.local_user(), SPARES)
+    return spare
 
 
 def _names(directory: Path) -> set[str]:

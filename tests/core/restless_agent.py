@@ -14,6 +14,7 @@ from pathlib import Path
 import trio
 
 from noid.core.agent import Agent
+from noid.core.listing import Wanted
 from noid.core.model import ExecRequest, ProcessExit, VmSpec
 from noid.core.opening import open_agent
 from noid.testing.simulated_agent import simulated_config, simulated_plugins
@@ -44,7 +45,7 @@ async def act(agent: Agent, chance: random.Random) -> None:
         await agent.create_vm(user, VmSpec(name=name, mem_mib=128))
         say("done", "create", name=name)
         return
-    mine = [c.id for c in agent.services.store.checkpoints(user.id, name)]
+    mine = [c.id for c in agent.services.store.checkpoints(user.id, Wanted(vm_name=name))]
     op = chance.choice(["write", "write", "checkpoint", "checkpoint", "restore", "restore", "destroy"])
     if op == "write":
         token = f"{chance.getrandbits(32):08x}"

@@ -29,6 +29,7 @@ MAY = {
     "stop": "rpsd",
     "start": "rsd",
     "reboot": "rp",
+    "change": "rpsd",
     "pause": "rp",
     "resume": "rp",
 }

@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from noid.core.ids import new_id, new_instance
+from noid.core.listing import Wanted
 from noid.core.model import (
     Checkpoint,
     NetLease,
@@ -338,7 +339,7 @@ def test_nobody_sees_what_belongs_to_another(store: Store) -> None:
     store.write_now(lambda tx: tx.insert_checkpoint(a_checkpoint(owner="you")))
     assert store.vms("me") == []
     assert store.checkpoints("me") == []
-    assert store.checkpoints("me", "web") == []
+    assert store.checkpoints("me", Wanted(vm_name="web")) == []
     with pytest.raises(NotFound, match="VM 'web' not found"):
         store.vm("me", "web")
     with pytest.raises(NotFound, match="not found"):
@@ -358,7 +359,7 @@ def test_checkpoints_outlive_the_row_of_their_vm(store: Store) -> None:
     store.write_now(lambda tx: tx.insert_vm(vm))
     store.write_now(lambda tx: tx.insert_checkpoint(a_checkpoint()))
     store.write_now(lambda tx: tx.delete_vm(vm.id))
-    assert [c.id for c in store.checkpoints("me", "web")] == [a_checkpoint().id]
+    assert [c.id for c in store.checkpoints("me", Wanted(vm_name="web"))] == [a_checkpoint().id]
 
 
 def test_a_write_that_raises_is_as_if_it_never_was(store: Store) -> None:

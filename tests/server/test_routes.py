@@ -20,9 +20,9 @@ SHAPE = {"cpus": 1, "mem_mib": 128}
 VM_FIELDS = {
     *("name", "state", "cpus", "mem_mib", "created_at"),  # the predecessor's
     *("id", "generation", "busy", "image", "network", "origin", "receipt"),
-    *("ended", "responding", "unresponsive_since"),
+    *("ended", "responding", "unresponsive_since", "labels"),
 }
-CHECKPOINT_FIELDS = {"id", "vm_name", "label", "created_at", "cpus", "mem_mib", "image", "parent"}
+CHECKPOINT_FIELDS = {"id", "vm_name", "label", "created_at", "cpus", "mem_mib", "image", "parent", "labels"}
 
 
 async def test_what_needs_no_token(server: Server) -> None:

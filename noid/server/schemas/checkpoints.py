@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from noid.server.schemas.lists import LABELS, LABELS_PATCH
 from noid.server.schemas.paths import CHECKPOINT_ID
 from noid.server.schemas.vms import TIME, TIMINGS
 from noid.server.schemas.vocabulary import extended, integer, nullable, record, text
 
-TAKE = record("TakeCheckpoint", "A checkpoint to be taken.", {"label?": nullable(text())})
+TAKE = record("TakeCheckpoint", "A checkpoint to be taken.", {"label?": nullable(text()), "labels?": LABELS})
+
+CHANGE = record(
+    "ChangeCheckpoint",
+    "What of a checkpoint changes; what is missing stays.",
+    {"label?": nullable(text()), "labels?": LABELS_PATCH},
+)
 
 CHECKPOINT = record(
     "Checkpoint",
@@ -20,8 +27,11 @@ CHECKPOINT = record(
         "mem_mib": integer(1),
         "image": text(),
         "parent": nullable(text(), about="The checkpoint its VM was restored from."),
+        "labels": LABELS,
     },
 )
+
+CHECKPOINT_CHANGED = extended("CheckpointChanged", "A checkpoint after a change.", CHECKPOINT, {"timings": TIMINGS})
 
 CHECKPOINT_TAKEN = extended(
     "CheckpointTaken",

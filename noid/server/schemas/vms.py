@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from noid.core.model import CPUS_MAX, DEFAULT_CPUS, DEFAULT_MEM_MIB, MEM_MIB_MIN, VmState
 from noid.core.power import GRACE_SECS, GRACE_SECS_MAX
+from noid.server.schemas.lists import LABELS, LABELS_PATCH
 from noid.server.schemas.paths import NAME
 from noid.server.schemas.vocabulary import (
     array,
@@ -29,7 +30,14 @@ CREATE = record(
         "cpus?": integer(1, CPUS_MAX, default=DEFAULT_CPUS),
         "mem_mib?": integer(MEM_MIB_MIN, default=DEFAULT_MEM_MIB, about="At most what the host has."),
         "image?": nullable(NAME, about="An image of the server; `default` if missing."),
+        "labels?": LABELS,
     },
+)
+
+CHANGE = record(
+    "ChangeVm",
+    "What of a VM changes; what is missing stays.",
+    {"name?": nullable(NAME, about="Its name from now on."), "labels?": LABELS_PATCH},
 )
 
 STOP = record(
@@ -49,6 +57,7 @@ RESTORE = record(
     {
         "checkpoint_id": text(),
         "new_name?": nullable(NAME, about="As a VM of that name; without it, in place."),
+        "labels?": LABELS,
     },
 )
 
@@ -84,6 +93,7 @@ VM = record(
         "ended": nullable(text(), about="How its last machine ended, where it has none."),
         "responding": nullable(boolean(), about="Whether its guest agent answers; null: nobody knows."),
         "unresponsive_since": nullable(TIME, about="When its guest was first asked in vain, UTC."),
+        "labels": LABELS,
     },
 )
 
