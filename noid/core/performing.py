@@ -140,7 +140,8 @@ class Performer:
     ) -> Outcome:
         """Carry out *table* as an operation; hold its machine, tell of it, and finish with *after*.
 
-        It is about the VM *vm_name*, else about the first of the *vm_names* that it holds. Cancelling the caller changes nothing.
+        It is about the VM *vm_name*, else about the first of the *vm_names* that it holds. Cancelling the caller
+        changes nothing.
 
         Raises:
             Busy: names the operation that holds one of the VMs.

@@ -29,7 +29,9 @@ OWNED = [route for route in GUARDED if route.names and route.scope in TOKEN_SCOP
 
 BODIES: dict[str, Any] = {
     "CreateVm": {"name": "fresh", "cpus": 1, "mem_mib": 128},
+    "ChangeVm": {"labels": {"tier": "front"}},
     "TakeCheckpoint": {},
+    "ChangeCheckpoint": {"label": "kept"},
     "RestoreCheckpoint": {"checkpoint_id": "0123456789abcdef", "new_name": "copy"},
     "StopVm": {"force": True},
     "Command": {"command": ["true"]},

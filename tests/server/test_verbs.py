@@ -9,10 +9,10 @@ Server = Any  # see conftest.py
 
 
 async def test_pause_and_resume_answer_with_the_vm_and_exec_between_them_says_what_to_do(web: Server) -> None:
-    for _ in range(2):
+    for steps in ({"pause"}, set()):
         paused = await web.ask("POST", "/v1/vms/web/pause")
         assert (paused.status, paused.json()["state"], paused.json()["responding"]) == (200, "paused", None)
-    assert paused.json()["timings"] == {}
+        assert paused.json()["timings"].keys() == steps
     refused = await web.refused("POST", "/v1/vms/web/exec", {"command": ["true"]})
     assert refused == (409, "conflict", "cannot exec VM 'web': it is paused. Resume it with `noid resume web`.")
     assert (await web.ask("GET", "/v1/vms/web/logs/console")).status == 200
