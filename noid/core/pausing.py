@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from noid.core import deeds, processes
+import trio
+
+from noid.core import deeds
 from noid.core.model import Vm, VmState
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.supervisor import Live
 from noid.core.work import Work, given
 from noid.errors import DependencyDown
+
+#: How long the end of a machine that does not answer may take to be noticed.
+GONE_SECS = 5.0
 
 
 async def stand_still(live: Live) -> None:
@@ -85,7 +90,9 @@ async def if_it_lives(work: Work, facts: Facts, act: Callable[[Live], Awaitable[
     try:
         await act(live)
     except DependencyDown:
-        if processes.reference(live.machine.ref.pid) == live.machine.ref:
+        with trio.move_on_after(GONE_SECS):
+            await live.gone.wait()
+        if not live.gone.is_set():
             raise
 
 
