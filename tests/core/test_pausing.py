@@ -15,7 +15,7 @@ from noid.core import deeds, health
 from noid.core.agent import Agent
 from noid.core.model import ExecRequest, OutputChunk, User, VmSpec, VmState
 from noid.core.opening import open_agent
-from noid.errors import BackendError, Busy, Conflict, DependencyDown
+from noid.errors import BackendError, Busy, Conflict, DependencyDown, OperationCancelled
 from noid.testing.faults import Faults, die, fail, hang
 from noid.testing.processes import marked_processes
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
@@ -204,18 +204,22 @@ async def test_a_paused_vm_is_stopped_in_order_rebooted_and_destroyed(data_dir: 
         assert marked_processes(data_dir) == {}
 
 
-async def test_a_stop_that_is_cut_off_leaves_a_paused_vm_paused(data_dir: Path) -> None:
+async def test_a_stop_that_is_cancelled_leaves_a_paused_vm_paused(data_dir: Path) -> None:
     faults = Faults()
     async with agent_of(data_dir, faults) as (agent, user):
         await make(agent, user)
         await agent.pause_vm(user, "web")
         faults.arm("power_off", hang)
+
+        async def stop() -> None:
+            with pytest.raises(OperationCancelled):
+                await agent.stop_vm(user, "web", 3000.0)
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(agent.stop_vm, user, "web", 3000.0)
+            nursery.start_soon(stop)
             await faults.reached("power_off")
-            agent._operations._nursery.cancel_scope.cancel()  # as at the end of a shutdown that waited long enough
-            nursery.cancel_scope.cancel()
-    async with agent_of(data_dir) as (agent, user):
+            assert not await is_paused(agent, user)  # it was let go, to hear that it shall end
+            agent.operations.cancel(user, agent.operations.all(user, limit=1)[0].id)
         assert agent.vm(user, "web").state is VmState.PAUSED
         assert await is_paused(agent, user)
         await agent.resume_vm(user, "web")
