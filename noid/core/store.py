@@ -26,6 +26,7 @@ from noid.core.model import (
     Checkpoint,
     User,
     Vm,
+    VmState,
     now,
 )
 from noid.core.rows import checkpoint_of, encode, text_of, user_of, vm_of, vm_row
