@@ -6,9 +6,11 @@ steps, states. Never a user, a VM, an address or a path that somebody has typed.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -19,8 +21,9 @@ from prometheus_client.registry import Collector
 from quart import Response, request, websocket
 from quart.typing import ResponseTypes
 
-from noid import __version__
+from noid import __version__, hostfs
 from noid.core.agent import Agent
+from noid.core.layout import Layout
 from noid.core.model import Scope, VmState
 from noid.core.outcomes import Operation, OperationState
 from noid.errors import Forbidden, NoidError
@@ -30,8 +33,11 @@ from noid.server.table import Route
 from noid.server.visit import current_caller, visit
 from noid.server.websockets import WebSockets
 
+logger = logging.getLogger(__name__)
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LAG_EVERY_SECS = 1.0
+DISK_EVERY_SECS = 300.0
 
 _REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _OPERATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
@@ -68,6 +74,10 @@ class Metrics:
             "noid_operation_phase_seconds", "The steps of operations that succeeded, and what they measured.",
             ("kind", "phase"), buckets=_OPERATION_BUCKETS, registry=registry,
         )  # fmt: skip
+        self._stored = Gauge(
+            "noid_stored_bytes", "What lies on the disk; what several share counts once, for the first.", ("kind",),
+            registry=registry,
+        )  # fmt: skip
         self._lag_secs = Histogram(
             "noid_loop_lag_seconds", "How late the server's loop came to what was due.", buckets=_LAG_BUCKETS,
             registry=registry,
@@ -101,14 +111,30 @@ class Metrics:
             for phase, secs in operation.timings.items():
                 self._phase_secs.labels(kind, phase).observe(secs)
 
-    async def watch_loop(self, stopping: trio.Event) -> None:
-        """Measure how late the loop is, until *stopping* is set."""
-        while not stopping.is_set():
+    async def keep_measuring(self, layout: Layout, stopping: trio.Event) -> None:
+        """Measure how late the loop is and what lies on the disk, until *stopping* is set."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_loop)
+            nursery.start_soon(self._watch_disk, layout)
+            await stopping.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _watch_loop(self) -> None:
+        while True:
             due = trio.current_time() + LAG_EVERY_SECS
-            with trio.move_on_at(due):
-                await stopping.wait()
-                return
+            await trio.sleep_until(due)
             self._lag_secs.observe(trio.current_time() - due)
+
+    async def _watch_disk(self, layout: Layout) -> None:
+        while True:
+            try:
+                stored = await trio.to_thread.run_sync(_stored_bytes, layout, abandon_on_cancel=True)
+            except OSError as error:
+                logger.warning("what lies on the disk cannot be measured, so its metric is old: %s", error)
+            else:
+                for kind, size in stored.items():
+                    self._stored.labels(kind).set(size)
+            await trio.sleep(DISK_EVERY_SECS)
 
     def show(self) -> bytes:
         """Return everything in Prometheus' text format. Blocks for some milliseconds."""
@@ -127,6 +153,20 @@ class Metrics:
         method, path = _NO_ROUTE if rule is None else self._labels.get(rule.endpoint, _NO_ROUTE)
         self._requests.labels(method, path, status).inc()
         self._request_secs.labels(method, path).observe(time.monotonic() - visit().began)
+
+
+def _stored_bytes(layout: Layout) -> dict[str, int]:
+    """Return what each kind of thing adds to those before it. Blocks."""
+    roots = {
+        "images": layout.images, "templates": layout.golden, "checkpoints": layout.users, "vms": layout.vms,
+    }  # fmt: skip
+    stored: dict[str, int] = {}
+    before: list[Path] = []
+    for kind, root in roots.items():
+        own = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+        stored[kind] = hostfs.occupied_bytes(own, before)
+        before += own
+    return stored
 
 
 class _Standing(Collector):

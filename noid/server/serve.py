@@ -72,7 +72,7 @@ async def serve_until(
             listeners += stack.enter_context(tcp_listeners(config.listen))
         metrics = Metrics()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(metrics.watch_loop, stopping)
+            nursery.start_soon(metrics.keep_measuring, agent.services.layout, stopping)
             await nursery.start(
                 partial(
                     worker_serve,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
+from noid.core.layout import Layout
 from noid.errors import BackendError
 from noid.server.metrics import Metrics
 from noid.testing.faults import fail
@@ -85,14 +87,24 @@ async def test_metrics_are_for_the_local_user_and_whom_the_configuration_names(s
     assert (await client.ask("GET", "/metrics")).status == 401
 
 
-async def test_the_loop_is_measured_until_the_server_stops() -> None:
-    counted, stopping = Metrics(), trio.Event()
+async def test_the_loop_and_the_disk_are_measured_until_the_server_stops(data_dir: Path) -> None:
+    layout, counted, stopping = Layout(data_dir), Metrics(), trio.Event()
+    for directory in (layout.images, layout.users / "someone", layout.vm("one")):
+        directory.mkdir(parents=True)
+    (layout.images / "rootfs").write_bytes(b"x" * 65536)
+    (layout.vm("one") / "rootfs").hardlink_to(layout.images / "rootfs")
+    (layout.users / "someone" / "memory").write_bytes(b"x" * 8192)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(counted.watch_loop, stopping)
+        nursery.start_soon(counted.keep_measuring, layout, stopping)
         with trio.fail_after(10):
             while not samples(counted.show().decode())[key("noid_loop_lag_seconds_count")]:  # noqa: ASYNC110  # the same
                 await trio.sleep(0.05)
         stopping.set()
+    found = samples(counted.show().decode())
+    stored = {
+        kind: found[key("noid_stored_bytes", kind=kind)] for kind in ("images", "templates", "checkpoints", "vms")
+    }
+    assert stored == {"images": 65536, "templates": 0, "checkpoints": 8192, "vms": 0}
 
 
 async def test_operations_are_counted_with_how_they_ended_and_what_their_phases_took(web: Server) -> None:
@@ -113,6 +125,11 @@ async def test_every_metric_is_on_its_page_with_its_labels(web: Server, request:
     await web.refused("GET", "/v1/vms", token="noid_tok_" + "0" * 64)
     page = (request.config.rootpath / "docs/operations.md").read_text()
     rows = re.findall(r"^\| (`noid_[^|]*) \| ([^|]*)\|", page, re.MULTILINE)
+    with trio.fail_after(10):  # the disk is measured beside
+        while not re.search(  # noqa: ASYNC110  # the same
+            "^noid_stored_bytes", (await web.ask("GET", "/metrics")).body.decode(), re.MULTILINE
+        ):
+            await trio.sleep(0.05)
     documented = {
         name: set(re.findall(r"`(\w+)`", labels)) for names, labels in rows for name in re.findall(r"`(\w+)`", names)
     }
