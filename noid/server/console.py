@@ -94,8 +94,7 @@ class _Session:
             self._touch()
             with self._idle:
                 async with plain_nursery() as nursery:
-                    nursery.start_soon(self._relay_input, writes, nursery.cancel_scope)
-                    nursery.start_soon(self._relay_size)
+                    nursery.start_soon(self._relay_input, writes, nursery)
                     await self._show(reader, end)
         if self._idle.cancelled_caught:
             raise DeadlineExceeded(
@@ -124,7 +123,7 @@ class _Session:
             "attach again if it runs."
         )
 
-    async def _relay_input(self, writes: bool, session: trio.CancelScope) -> None:
+    async def _relay_input(self, writes: bool, nursery: trio.Nursery) -> None:
         """Read the WebSocket for as long as the session lives: that is also how a leaving client is noticed."""
         while True:
             message = await websocket.receive()
@@ -135,10 +134,12 @@ class _Session:
             if channel == wire.RESIZE and writes:
                 with contextlib.suppress(InvalidRequest):  # what makes no sense is ignored, as unknown channels are
                     columns, rows = wire.parse_resize(data)
+                    if self._size is None:
+                        nursery.start_soon(self._relay_size)
                     self._size = TerminalSize(columns=columns, rows=rows)
                     self._resized.set()
             elif channel == wire.STDIN and data and writes:
-                await self._type(data, session)
+                await self._type(data, nursery.cancel_scope)
 
     async def _type(self, data: bytes, session: trio.CancelScope) -> None:
         """Type *data*, or tell the client that a guest that does not read has not got it."""

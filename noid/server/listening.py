@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,15 @@ from noid.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
+
+
+def allow_many_files() -> None:
+    """Let this process open as many files, and so connections, as its hard limit allows: the usual 1024 are few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:  # an unlimited hard limit above what the kernel gives
+        logger.warning("the limit of open files stays at %d: %s", soft, error)
 
 
 @contextlib.contextmanager

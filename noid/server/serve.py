@@ -24,7 +24,7 @@ from noid.server.console import ConsoleRoutes
 from noid.server.files import FileRoutes
 from noid.server.guard import Guard
 from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
-from noid.server.listening import tcp_listeners, unix_listener
+from noid.server.listening import allow_many_files, tcp_listeners, unix_listener
 from noid.server.logs import LogRoutes
 from noid.server.metrics import Metrics, MetricsRoutes
 from noid.server.openapi import DocumentRoutes
@@ -54,6 +54,7 @@ async def serve(agent: Agent, config: Config, *, ready: Callable[[], None]) -> N
     Raises:
         ConfigError: an address cannot be listened on.
     """
+    allow_many_files()
     stopping = trio.Event()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:

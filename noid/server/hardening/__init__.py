@@ -22,8 +22,8 @@ F     an empty binary message arrives as None                          it arrive
 G     a message over the limit leaves connection and handler running   the connection is closed after 1009
 H     permessage-deflate cannot be switched off; 58 KB unpack to GB    never negotiated
 I     pings are sent, pongs never checked                              off; TCP keepalive finds dead peers
-J     queues of 10 + 10 messages per WebSocket; while they are full    2 + 0 messages; `Transport.is_gone` asks the
-      nothing notices that the client is gone                          socket itself
+J     queues of 10 + 10 messages per WebSocket; while they are full    none: messages wait in the socket; while they do,
+      nothing notices that the client is gone                          `Transport.is_gone` asks the socket itself
 K     responses are cut after 60 s without an error                    no such limit; B bounds slow readers
 L     a unix socket is taken from whoever serves it; peers unknown     `noid.server.listening` binds; peers' uids are in
                                                                        the request's scope

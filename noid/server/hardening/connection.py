@@ -32,6 +32,8 @@ class Transport:
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._socket = sock
         self.say_interim: Callable[[], Awaitable[None]] | None = None
+        self.stays_busy: Callable[[], None] = lambda: None
+        """Says that nothing but this will ever be asked on the connection: nobody needs to watch whether it idles."""
         self.said_goodbye = False
         """Whether the client of a WebSocket has sent a close frame: it left on purpose, and was not lost."""
         self.peer_uid: int | None = None
@@ -68,23 +70,21 @@ class IdleWatch:
     """W: tells when a connection has been idle for *limit_secs*, or is idle when *terminated* is set.
 
     In place of hypercorn's `TrioSingleTask`, with the same methods. Between two requests nothing is started or ended,
-    and nothing wakes up for a connection that stays busy.
+    and a connection that stays busy, as a WebSocket does, is not watched at all.
     """
 
     def __init__(self, limit_secs: float, terminated: EventWrapper) -> None:
         self._limit_secs = limit_secs
         self._terminated = terminated
         self._idle_since: float | None = None
-        self._busy = trio.CancelScope()
         self._life: trio.CancelScope | None = None
 
     async def restart(self, task_group: TaskGroup, action: Callable[[], Awaitable[None]]) -> None:
-        """Say that the connection is idle from now on. The first time, start *action*, which awaits `over`."""
+        """Say that the connection is idle from now on. Starts *action*, which awaits `over`, unless it runs."""
         self._idle_since = trio.current_time()
-        self._busy.cancel()
         if self._life is None:
             self._life = trio.CancelScope()
-            task_group.spawn(self._run, action)
+            task_group.spawn(self._run, self._life, action)
 
     async def stop(self) -> None:
         """Say that the connection is busy."""
@@ -95,26 +95,23 @@ class IdleWatch:
         if self._life is not None:
             self._life.cancel()
 
-    async def over(self) -> None:
-        """Return when the connection is to be closed."""
-        while True:
-            if self._idle_since is None:
-                with trio.CancelScope() as self._busy:
-                    await self._terminated.wait()
-            else:
-                with trio.move_on_at(self._idle_since + self._limit_secs):
-                    await self._terminated.wait()
+    async def over(self) -> bool:
+        """Return whether the connection is to be closed, once that is known; it is not while it is busy."""
+        while self._idle_since is not None:
+            with trio.move_on_at(self._idle_since + self._limit_secs):
+                await self._terminated.wait()
             if self._idle_since is not None and (
                 self._terminated.is_set() or trio.current_time() >= self._idle_since + self._limit_secs
             ):
-                return
-            if self._terminated.is_set():  # hypercorn ends the connection with its last answer
-                await trio.sleep_forever()
+                return True
+        return False
 
-    async def _run(self, action: Callable[[], Awaitable[None]]) -> None:
-        assert self._life is not None  # noqa: S101  # made before this was started
-        with self._life:
-            await action()
+    async def _run(self, life: trio.CancelScope, action: Callable[[], Awaitable[None]]) -> None:
+        try:
+            with life:
+                await action()
+        finally:
+            self._life = None
 
 
 class TcpServer(TCPServer):
@@ -133,6 +130,7 @@ class TcpServer(TCPServer):
         super().__init__(app, config, context, type(state)({**state, STATE_KEY: self._transport}), stream)
         self._linger_task = TrioSingleTask()
         self._idle = IdleWatch(config.keep_alive_timeout, context.terminated)
+        self._transport.stays_busy = self._idle.end
         self.idle_task = self._idle  # type: ignore[assignment]  # the same methods
         self._lingering = False
         self._final_deadline: float | None = None
@@ -195,9 +193,9 @@ class TcpServer(TCPServer):
         await trio.aclose_forcefully(self.stream)
 
     async def _idle_timeout(self) -> None:
-        await self._idle.over()
-        with trio.CancelScope(shield=True):
-            await self._initiate_server_close()
+        if await self._idle.over():
+            with trio.CancelScope(shield=True):
+                await self._initiate_server_close()
 
     async def _read_data(self) -> None:
         await super()._read_data()

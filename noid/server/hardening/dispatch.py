@@ -8,27 +8,24 @@ mean. There are no sessions, signals, blueprints, teardown functions, and no fun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import trio
-from quart import Quart, Request
+from quart import Quart, Request, Websocket
 from quart.ctx import _AppCtxGlobals
-from quart.globals import _cv_app, _cv_request
+from quart.globals import _cv_app, _cv_request, _cv_websocket
 from quart.typing import ResponseTypes
 from quart.wrappers import Response
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 
 from noid.server.hardening.exchange import WatchedApp
-from noid.server.hardening.websocket import WebsocketConnection
 
 
 class App(WatchedApp):
-    """A Quart application. WebSockets it serves as Quart does, requests by `respond`."""
-
-    asgi_websocket_class = WebsocketConnection
+    """A Quart application. Requests come to `respond`, WebSockets as always to `handle_websocket`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -65,49 +62,79 @@ class App(WatchedApp):
         _cv_request.set(context)  # type: ignore[arg-type]
         try:
             try:
-                response = await self._handled(request)
+                response = await self._result(request, self.before_request_funcs[None])
             except (Exception, BaseExceptionGroup) as error:
-                response = await self.make_response(await self.handle_user_exception(error))
+                response = await self.handle_user_exception(error)
+            if not isinstance(response, Response):
+                response = await self.make_response(response)
             for function in self.after_request_funcs[None]:
                 response = await function(response)
         except BaseExceptionGroup as error:
-            filtered, _ = error.split(trio.Cancelled)
-            if filtered is not None:
-                raise filtered from None
-            return await self.handle_exception(error)  # type: ignore[arg-type]  # as in quart-trio
+            return await self.handle_exception(_without_cancellation(error))
         except Exception as error:
             return await self.handle_exception(error)
         else:
+            return cast("ResponseTypes", response)  # what is made of a handler's result
+
+    async def handle_websocket(self, websocket: Websocket) -> ResponseTypes | None:
+        """Serve *websocket*; returns the answer if it was refused. Otherwise as `respond`."""
+        context = _Context(self, websocket)
+        _cv_app.set(context)  # type: ignore[arg-type]
+        _cv_websocket.set(context)  # type: ignore[arg-type]
+        try:
+            try:
+                result = await self._result(websocket, self.before_websocket_funcs[None])
+            except (Exception, BaseExceptionGroup) as error:
+                result = await self.handle_user_exception(error)
+            response = None if result is None else await self.make_response(result)
+            for function in self.after_websocket_funcs[None]:
+                response = await function(response)  # type: ignore[misc]  # all of ours are async
+        except BaseExceptionGroup as error:
+            return await self.handle_websocket_exception(_without_cancellation(error))
+        except Exception as error:
+            return await self.handle_websocket_exception(error)
+        else:
             return response
 
-    async def _handled(self, request: Request) -> ResponseTypes:
+    async def _result(self, call: Request | Websocket, before: Iterable[Callable[[], Any]]) -> Any:
+        """Return what the handler of *call* returns, or the first of the functions *before* it that says anything."""
         refusal: HTTPException | None = None
         try:
-            rule, arguments = self._urls.match(request.path, request.method, return_rule=True)
+            rule, arguments = self._urls.match(
+                call.path, call.method, return_rule=True, websocket=isinstance(call, Websocket)
+            )
         except HTTPException as error:
-            request.routing_exception = refusal = error
+            call.routing_exception = refusal = error
         else:
-            request.url_rule, request.view_args = rule, dict(arguments)  # type: ignore[assignment]  # ours are Quart's
-        result: Any
-        for function in self.before_request_funcs[None]:
-            if (result := await function()) is not None:  # type: ignore[misc]  # all of ours are async
-                return await self.make_response(result)
+            call.url_rule, call.view_args = rule, dict(arguments)  # type: ignore[assignment]  # ours are Quart's
+        for function in before:
+            if (result := await function()) is not None:
+                return result
         if refusal is not None:
             raise refusal
-        result = await self.view_functions[rule.endpoint](**arguments)  # type: ignore[misc]  # the same
-        return result if isinstance(result, Response) else await self.make_response(result)
+        return await self.view_functions[rule.endpoint](**arguments)  # type: ignore[misc]  # all of ours are async
 
 
 class _Context:
-    """What `quart.request`, `quart.g` and `quart.current_app` look at: both of Quart's contexts in one."""
+    """What `quart.request`, `websocket`, `g` and `current_app` look at: all of Quart's contexts in one."""
 
-    __slots__ = ("app", "g", "request", "request_websocket", "session", "url_adapter")
+    __slots__ = ("app", "g", "request", "request_websocket", "session", "url_adapter", "websocket")
 
-    def __init__(self, app: Quart, request: Request) -> None:
+    def __init__(self, app: Quart, call: Request | Websocket) -> None:
         self.app = app
         self.g = _AppCtxGlobals()
-        self.request = self.request_websocket = request
+        self.request = self.websocket = self.request_websocket = call
         self.session = self.url_adapter = None
+
+
+def _without_cancellation(group: BaseExceptionGroup) -> Exception:
+    """Return *group* as what is to be answered; raises what of it is Cancelled, as quart-trio does."""
+    cancelled, _ = group.split(trio.Cancelled)
+    if cancelled is not None:
+        raise cancelled from None
+    if not isinstance(group, ExceptionGroup):
+        raise group
+    return group
 
 
 def _path_of(target: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import trio
 from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.ws_stream import WSStream
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
+from hypercorn.typing import ASGISendEvent
 from quart import websocket
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIWebsocketConnection
@@ -23,23 +24,31 @@ from noid.server.hardening.exchange import Exchange, surrounded
 
 logger = logging.getLogger(__name__)
 
+Send = Callable[[ASGISendEvent | None], Awaitable[None]]
+
 CLOSE_NORMAL = 1000
 CLOSE_INTERNAL_ERROR = 1011
 CLOSE_RESTARTING = 1012
 
 
 class WebsocketConnection(TrioASGIWebsocketConnection):
-    """F: an empty message is a message. J: one message waits here, not ten."""
+    """F: an empty message is a message. J: none waits here, where ten did."""
 
     def __init__(self, app: QuartTrio, scope: Any) -> None:
         super().__init__(app, scope)
         self.send_channel, self.receive_channel = trio.open_memory_channel[str | bytes](0)
 
-    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        """Serve one WebSocket, or the request that did not become one."""
+    async def put(self, event: Any) -> None:
+        """Hand a message to the handler; waits until it is taken. Once nobody wants it, it is dropped."""
+        data, text = event.get("bytes"), event.get("text")
+        with contextlib.suppress(trio.BrokenResourceError):
+            await self.send_channel.send(data if data is not None else text or "")
+
+    async def serve(self, life: trio.CancelScope, send: Send) -> None:
+        """Call the handler, in this task, for as long as *life* is not cancelled."""
         exchange = Exchange()
 
-        async def send_noted(message: ASGISendEvent) -> None:
+        async def send_noted(message: Any) -> None:
             if message["type"] == "websocket.accept":
                 exchange.status = 101
                 message["headers"] = [*message["headers"], *exchange.raw_headers()]
@@ -54,21 +63,46 @@ class WebsocketConnection(TrioASGIWebsocketConnection):
                 exchange.ended = not message["more_body"]
 
         with surrounded(self.app, self.scope, exchange):
-            await super().__call__(receive, send_noted)
-
-    async def handle_messages(  # type: ignore[override]  # quart-trio changes the signature of quart's method as well
-        self, nursery: trio.Nursery, receive: ASGIReceiveCallable
-    ) -> None:
-        """Hand messages to the handler until the client is gone; then cancel it."""
-        while (event := await receive())["type"] != "websocket.disconnect":
-            if event["type"] == "websocket.receive":
-                data, text = event.get("bytes"), event.get("text")
-                await self.send_channel.send(data if data is not None else text or "")
-        nursery.cancel_scope.cancel()
+            try:
+                with life:
+                    await super(TrioASGIWebsocketConnection, self).handle_websocket(
+                        self._create_websocket_from_scope(send_noted), send_noted
+                    )
+            finally:
+                self.receive_channel.close()
 
 
 class WebsocketStream(WSStream):
-    """G, H, S: oversized messages end the connection, extensions are never negotiated, every send yields."""
+    """G, H, S: oversized messages end the connection, no extensions are negotiated, every send yields. W: one task."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tasks: Any = self.task_group
+        self._spawn = tasks.spawn
+        self.task_group: Any = self  # of which only the next method is used
+        self._life = trio.CancelScope()
+
+    async def spawn_app(self, app: Any, config: Any, scope: Any, send: Any) -> Callable[[Any], Awaitable[None]]:
+        """Start the handler and return what takes the client's messages. Hypercorn would put a queue between them."""
+        connection = WebsocketConnection(app.app, scope)
+        Transport.of(scope).stays_busy()
+        self._spawn(self._serve, connection, send)
+
+        async def take(event: Any) -> None:
+            if event["type"] == "websocket.receive":
+                await connection.put(event)
+            elif event["type"] == "websocket.disconnect":
+                self._life.cancel()
+
+        return take
+
+    async def _serve(self, connection: WebsocketConnection, send: Send) -> None:
+        try:
+            await connection.serve(self._life, send)
+        except* Exception as errors:
+            logger.error("a WebSocket failed", exc_info=errors)  # noqa: TRY400  # the same, said of the whole group
+        finally:
+            await send(None)  # noqa: ASYNC102  # its writes have deadlines of their own
 
     async def app_send(self, message: ASGISendEvent | None) -> None:
         """Send what the application says; without effect, but not without yielding, once the connection is closed."""
