@@ -101,7 +101,10 @@ def initrd_files(architecture: str) -> dict[str, bytes]:  # type: ignore[empty-b
 
 @hookspec
 def on_event(event: Event) -> None:
-    """Hear about something that happened, after it was committed. Must not block; an exception is logged, no more."""
+    """Hear about something that happened, after it was committed, and of operations that start and end.
+
+    Must not block; an exception is logged, no more.
+    """
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from noid.core.backends import MachineExit
+from noid.core.backends import Event, MachineExit
+from noid.core.events import Events
 from noid.core.model import Vm, VmState
 from noid.core.operations import Operations
 from noid.core.store import Store, Tx
@@ -30,9 +31,10 @@ _ENDING = frozenset({"stop", "reboot", "start"})
 class Endings:
     """Hears of ended machines. What has reset comes back once `serve` was called."""
 
-    def __init__(self, store: Store, operations: Operations, nursery: trio.Nursery) -> None:
+    def __init__(self, store: Store, operations: Operations, events: Events, nursery: trio.Nursery) -> None:
         self._store = store
         self._operations = operations
+        self._events = events
         self._nursery = nursery
         self._resets: dict[str, deque[float]] = {}
         self._reboot: Callable[[Vm], Awaitable[object]] | None = None
@@ -101,3 +103,6 @@ class Endings:
             vm = await self._store.write(change)
             if vm is not None:
                 logger.warning("VM %s is %s: %s", vm.name, state, ended, extra={"vm": vm.name})
+                facts = {"state": state.value, "ended": ended, "generation": vm.generation + 1}
+                kind = "vm.died" if state is VmState.DEAD else "vm.ended"
+                self._events.tell(Event(kind=kind, owner=vm.owner, vm=vm.name, facts=facts))

@@ -23,6 +23,7 @@ from noid.core.audit import AuditLog
 from noid.core.backends import AgentContext, StorageBackend, VmmBackend
 from noid.core.config import Config
 from noid.core.endings import Endings
+from noid.core.events import Events
 from noid.core.images import Images
 from noid.core.layout import Layout
 from noid.core.operations import Operations
@@ -96,7 +97,8 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         users = Users(store, auth)
         audit = AuditLog(store)
         operations = Operations(nursery)
-        endings = Endings(store, operations, nursery)
+        events = Events(plugins)
+        endings = Endings(store, operations, events, nursery)
         sessions = Sessions(nursery, layout, config.exec_reattach_secs)
         supervisor = Supervisor(nursery, execs, endings.note, sessions)
         services = Services(
@@ -109,6 +111,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             storage=storage,
             network=network,
             supervisor=supervisor,
+            events=events,
             quotas=Quotas(store, layout, config.quota, config.limits),
         )
         templates = Templates(services)

@@ -7,7 +7,6 @@ last one. What this module adds is the part that runs, for as long as it does.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,19 +15,19 @@ from typing import Any
 
 import trio
 
-from noid.core import calls, saga
+from noid.core import calls, journal, saga
 from noid.core.backends import Event
 from noid.core.calls import Call
 from noid.core.model import User, Vm, now
 from noid.core.operations import Operations
-from noid.core.outcomes import Operation, OperationState, Outcome, Recorded
-from noid.core.records import from_json, to_json
+from noid.core.outcomes import Operation, OperationState, Outcome
+from noid.core.records import to_json
 from noid.core.saga import Facts, Progress, Saga
 from noid.core.services import Services
 from noid.core.store import Tx
 from noid.core.supervisor import GuestLink
 from noid.core.work import Work
-from noid.errors import Conflict, DependencyDown, NoidError, NotFound, OperationCancelled
+from noid.errors import Conflict, NoidError, NotFound, OperationCancelled
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +192,10 @@ class Performer:
                 if replaced is not None:
                     await replaced.machine.aclose()
         logger.info("%s %s", what, vm_name, extra={"op": table.kind, "owner": owner, "vm": vm_name})
-        self._tell(Event(kind=table.kind, owner=owner, vm=vm_name))
         assert performance.outcome is not None  # noqa: S101  # the commit made it
+        self._services.events.tell(
+            Event(kind=table.kind, owner=owner, vm=vm_name, facts=_facts_of(performance.outcome))
+        )
         return performance.outcome
 
     # --- looking at them ---------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ class Performer:
         Raises:
             NotFound: there is none of that id, or it is not theirs, or it ended long ago.
         """
-        found = self._view(self._store.operation(user.id, operation))
+        found = self._now(journal.find(self._store, user.id, operation))
         if found.started_at < now() - KEPT:
             raise NotFound(f"operation {operation!r} not found")
         return found
@@ -215,12 +216,15 @@ class Performer:
         user: User,
         *,
         vm: str | None = None,
+        state: OperationState | None = None,
         before: str | None = None,
         limit: int = -1,
     ) -> list[Operation]:
-        """Return *user*'s operations of the last `KEPT`, newest first: of one VM's name, older than *before*."""
-        rows = self._store.operations(user.id, since=now() - KEPT, vm_name=vm, before=before, limit=limit)
-        return [self._view(row) for row in rows]
+        """Return *user*'s operations of the last `KEPT`, newest first; see `journal.find_all`."""
+        found = journal.find_all(
+            self._store, user.id, since=now() - KEPT, vm=vm, state=state, before=before, limit=limit
+        )
+        return [self._now(operation) for operation in found]
 
     async def ended(self, user: User, operation: str) -> Operation:
         """Return *user*'s operation when it has ended.
@@ -254,22 +258,32 @@ class Performer:
         performance.scope.cancel()
         return found
 
-    def _view(self, row: Mapping[str, Any]) -> Operation:
-        performance = self._live.get(row["id"])
-        return view_of(row) if performance is None else performance.view()
+    def _now(self, operation: Operation) -> Operation:
+        performance = self._live.get(operation.id)
+        return operation if performance is None else performance.view()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _opened(self, performance: Performance) -> None:
         self._live[performance.operation] = performance
+        facts = {"operation": performance.operation, "kind": performance.table.kind}
+        event = Event(kind="operation.start", owner=performance.owner, vm=performance.vm_name, facts=facts)
+        self._services.events.tell(event)
 
     def _ended(self, performance: Performance) -> None:
         known = self._live.pop(performance.operation, None) is not None
         performance.done.set()
-        if known and self._watchers:
-            ended = view_of(self._store.operation(performance.owner, performance.operation))
-            if not ended.interrupted:  # by the end of this agent: the next one will know what became of it
-                self._show(ended)
+        if not known:
+            return
+        try:
+            ended = journal.find(self._store, performance.owner, performance.operation)
+        except NoidError as error:  # its owner was removed, or the database cannot be read
+            logger.warning("what became of operation %s is not told: %s", performance.operation, error)
+            return
+        if not ended.interrupted:  # by the end of this agent: the next one will know what became of it
+            self._show(ended)
+            facts = {"operation": ended.id, "kind": ended.kind, "state": ended.state.value}
+            self._services.events.tell(Event(kind="operation.end", owner=ended.owner, vm=ended.vm, facts=facts))
 
     def _show(self, ended: Operation) -> None:
         for watcher in self._watchers:
@@ -278,40 +292,10 @@ class Performer:
             except Exception:  # a watcher's fault is not the operation's
                 logger.exception("operation %s: somebody failed to take note of its end", ended.id)
 
-    def _tell(self, event: Event) -> None:
-        try:
-            self._services.plugins.hook.on_event(event=event)
-        except Exception:  # a listener's fault is not the operation's
-            logger.exception("a plugin failed to hear of %s", event.kind)
 
-
-def view_of(row: Mapping[str, Any]) -> Operation:
-    """Return the operation that *row* of the journal tells of, which does not run in this agent."""
-    finished = row["outcome"] == "finished"
-    interrupted = not finished and row["code"] is None
-    error: NoidError | None = None
-    if interrupted:
-        error = DependencyDown(
-            "it was interrupted because the noid agent ended. What it had begun is undone, at the latest by the next "
-            "start. Ask for it again."
-        )
-    elif not finished:
-        error = Recorded(row["error"], row["code"], row["status"])
-    state = OperationState.SUCCEEDED if finished else OperationState.FAILED
-    if row["code"] == OperationCancelled.code:
-        state = OperationState.CANCELLED
-    outcome = from_json(Outcome, json.loads(row["result"])) if row["result"] else None
-    return Operation(
-        id=row["id"],
-        kind=row["kind"],
-        owner=row["owner"],
-        vm=row["vm_name"],
-        state=state,
-        step=None if finished else row["step"],
-        started_at=datetime.fromisoformat(row["started_at"]),
-        ended_at=None if row["ended_at"] is None else datetime.fromisoformat(row["ended_at"]),
-        timings=json.loads(row["timings"] or "{}") if outcome is None else outcome.timings,
-        error=error,
-        outcome=outcome,
-        interrupted=interrupted,
-    )
+def _facts_of(outcome: Outcome) -> dict[str, Any]:
+    """Return what is told of something that has happened."""
+    facts: dict[str, Any] = {"operation": outcome.operation}
+    if outcome.vm is not None:
+        facts |= {"state": outcome.vm.state.value, "generation": outcome.vm.generation}
+    return facts if outcome.checkpoint is None else facts | {"checkpoint": outcome.checkpoint.id}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from noid.core.backends import NetworkBackend, StorageBackend, VmmBackend
 from noid.core.config import Config
+from noid.core.events import Events
 from noid.core.images import Images
 from noid.core.layout import Layout
 from noid.core.plugins import Plugins
@@ -27,4 +28,5 @@ class Services:
     storage: StorageBackend
     network: NetworkBackend
     supervisor: Supervisor
+    events: Events
     quotas: Quotas

@@ -47,6 +47,8 @@ class Tx:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self.changed: set[str] = set()
+        """The ids of the VMs whose rows this write makes, changes or removes."""
 
     def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:
         """Run one statement. For this module and those with tables of their own: `audit`, `keys` and so on."""
@@ -74,6 +76,7 @@ class Tx:
         row = vm_row(vm)
         marks = ", ".join("?" * len(row))
         try:
+            self.changed.add(vm.id)
             self.execute(f"INSERT INTO vms ({', '.join(row)}) VALUES ({marks})", *row.values())  # noqa: S608  # own names
         except sqlite3.IntegrityError as error:
             raise _taken(error, vm.name) from error
@@ -85,6 +88,7 @@ class Tx:
             Conflict: the row has changed or gone since, the new state may not follow the old one, or the new name is
                 taken.
         """
+        self.changed.add(vm.id)
         state = changes.get("state")
         if state is not None and not may_follow(vm.state, state):
             raise Conflict(f"VM {vm.name!r} cannot become {state}: it is {vm.state}.")
@@ -123,6 +127,7 @@ class Tx:
 
     def delete_vm(self, vm_id: str) -> None:
         """Remove a VM's row. Checkpoints stay: they belong to their owner."""
+        self.changed.add(vm_id)
         self.execute("DELETE FROM vms WHERE id = ?", vm_id)
 
     def insert_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -204,6 +209,7 @@ class Store:
         self._reader = reader
         self._writer = writer
         self._one_writer = trio.CapacityLimiter(1)
+        self._changes: dict[str, trio.Event] = {}
 
     async def write(self, change: Callable[[Tx], T]) -> T:
         """Run *change* as one transaction and return its result. It is not interrupted by a cancellation.
@@ -212,12 +218,23 @@ class Store:
             NoSpace: the disk is full; nothing was changed.
             Damaged: SQLite says so.
         """
-        return await trio.to_thread.run_sync(self.write_now, change, limiter=self._one_writer)
+        tx = Tx(self._writer)
+        result = await trio.to_thread.run_sync(self._write, tx, change, limiter=self._one_writer)
+        for vm_id in tx.changed & self._changes.keys():
+            self._changes.pop(vm_id).set()
+        return result
 
     def write_now(self, change: Callable[[Tx], T]) -> T:
         """Run *change* as `write` does, blocking: for commands without an event loop."""
+        return self._write(Tx(self._writer), change)
+
+    def _write(self, tx: Tx, change: Callable[[Tx], T]) -> T:
         with _sqlite_errors(), _transaction(self._writer):
-            return change(Tx(self._writer))
+            return change(tx)
+
+    async def vm_changed(self, vm_id: str) -> None:
+        """Return once the VM's row is changed or removed by a `write`. What is read before, without waiting, is old."""
+        await self._changes.setdefault(vm_id, trio.Event()).wait()
 
     def user(self, user_id: str) -> User:
         """Return a user by id, or raise `NotFound`."""
@@ -286,32 +303,6 @@ class Store:
             events = self._read("SELECT step, event FROM journal WHERE operation = ? ORDER BY seq", row["id"])
             operations.append({**dict(row), "events": [(e["step"], e["event"]) for e in events]})
         return operations
-
-    def operation(self, owner: str, operation: str) -> dict[str, Any]:
-        """Return *owner*'s operation as its row, and ``step``, the last one that began; or raise `NotFound`."""
-        sql = f"SELECT {_OPERATION} FROM operations WHERE owner = ? AND id = ?"  # noqa: S608  # own text
-        return self._one(lambda row: dict(row), f"operation {operation!r}", sql, owner, operation)
-
-    def operations(
-        self,
-        owner: str,
-        *,
-        since: datetime,
-        vm_name: str | None = None,
-        before: str | None = None,
-        limit: int = -1,
-    ) -> list[dict[str, Any]]:
-        """Return *owner*'s operations that began after *since*, newest first, as `operation` does.
-
-        Those of the VM named *vm_name*; those older than the operation *before*; at most *limit*.
-        """
-        sql, arguments = "owner = ? AND started_at > ?", [owner, text_of(since)]
-        if vm_name is not None:
-            sql, arguments = f"{sql} AND vm_name = ?", [*arguments, vm_name]
-        if before is not None:
-            sql, arguments = f"{sql} AND id < ?", [*arguments, before]
-        whole = f"SELECT {_OPERATION} FROM operations WHERE {sql} ORDER BY id DESC LIMIT ?"  # noqa: S608  # own text
-        return [dict(row) for row in self._read(whole, *arguments, limit)]
 
     def knows_instance(self, instance: str) -> bool:
         """Return whether an operation of this database ever made or replaced the machine *instance*."""
@@ -429,11 +420,6 @@ def _sqlite_errors(path: Path | None = None) -> Iterator[None]:
         raise BackendError(
             f"cannot use {where}: {error}; nothing was changed. Look at the disk and at the file's permissions."
         ) from error
-
-
-#: What is told of an operation: not its facts, which are recovery's.
-_OPERATION = """id, kind, owner, vm_name, outcome, error, code, status, started_at, ended_at, timings, result,
-    (SELECT step FROM journal WHERE operation = operations.id AND event = 'doing' ORDER BY seq DESC LIMIT 1) AS step"""
 
 
 def _taken(error: sqlite3.IntegrityError, name: str | None) -> Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,13 @@ from noid.core.outcomes import Operation, OperationState
 from noid.errors import InvalidRequest, NoidError
 from noid.server.answers import Answers, json_reply
 from noid.server.interim import still_working
+from noid.server.lists import Page
+from noid.server.queries import seconds
 from noid.server.rest import outcome_answer
+from noid.server.schemas.lists import PAGE, listed
 from noid.server.schemas.operations import OPERATION
 from noid.server.schemas.paths import NAME
-from noid.server.schemas.vocabulary import array, choice, number
+from noid.server.schemas.vocabulary import choice, number
 from noid.server.table import Route
 from noid.server.visit import current_user
 
@@ -37,7 +39,7 @@ class OperationRoutes:
         return [
             Route(
                 method="GET", path="/v1/operations", handler=self.all,
-                query={"vm?": NAME, "state?": choice(*OperationState)}, answers={200: array(OPERATION)},
+                query={"vm?": NAME, "state?": choice(*OperationState), **PAGE}, answers={200: listed(OPERATION)},
             ),
             Route(
                 method="GET", path=one, handler=self.one,
@@ -51,11 +53,17 @@ class OperationRoutes:
 
     async def all(self) -> Response:
         """List the caller's operations of the last 24 hours, newest first."""
-        vm, state = request.args.get("vm"), request.args.get("state")
+        page, vm, state = Page.asked(), request.args.get("vm"), request.args.get("state")
         if state is not None and state not in set(OperationState):
             raise InvalidRequest(f"state is {state[:40]!r}; it must be one of {', '.join(OperationState)}.")
-        found = self._agent.operations.all(current_user(), vm=None if vm is None else checked_name(vm))
-        return json_reply([self._fields(each) for each in found if state in (None, each.state)])
+        found = self._agent.operations.all(
+            current_user(),
+            vm=None if vm is None else checked_name(vm),
+            state=None if state is None else OperationState(state),
+            before=None if page.after is None else page.after[1],
+            limit=-1 if page.limit is None else page.limit + 1,
+        )
+        return page.reply(found, self._fields, lambda each: (each.started_at.isoformat(), each.id))
 
     async def one(self, operation: str) -> Response:
         """Show an operation; with ``?wait=`` when it has ended, or after so many seconds as it is then."""
@@ -97,20 +105,3 @@ def operation_fields(operation: Operation, public_text: Callable[[NoidError], st
         "status": status,
         "result": result,
     }
-
-
-def seconds(name: str, text: str | None, default: float, most: float) -> float:
-    """Return the seconds that a query parameter *name* says, *default* if it is not there.
-
-    Raises:
-        InvalidRequest: no number, or out of range.
-    """
-    if text is None:
-        return default
-    try:
-        secs = float(text)
-    except ValueError:
-        secs = math.nan
-    if not 0 <= secs <= most:
-        raise InvalidRequest(f"{name} is {text[:40]!r}; it must be a number from 0 to {most:g}.")
-    return secs

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+import trio
 from quart import Response, request
 
 from noid import __version__
 from noid.core.agent import Agent
+from noid.core.changes import vm_after
 from noid.core.listing import Wanted, position_of
 from noid.core.model import (
     DEFAULT_CPUS,
@@ -31,14 +33,19 @@ from noid.errors import InvalidRequest
 from noid.server.answers import empty_reply, json_reply
 from noid.server.interim import still_working
 from noid.server.lists import Page, wanted_labels, wanted_states
+from noid.server.queries import seconds
 from noid.server.schemas.checkpoints import CHECKPOINT_TAKEN, TAKE
 from noid.server.schemas.lists import IN_STATE, LABELLED, PAGE, listed
 from noid.server.schemas.server import CAPABILITIES, HEALTH, VERSION, WHOAMI
 from noid.server.schemas.vms import CHANGE, CREATE, RESTORE, VM, VM_CHANGED
-from noid.server.schemas.vocabulary import optional_json
+from noid.server.schemas.vocabulary import integer, number, optional_json
 from noid.server.streams import OUTPUT_BYTES_MAX
 from noid.server.table import Route
 from noid.server.visit import current_caller, current_user, visit
+from noid.server.websockets import whole_number
+
+WAIT_SECS = 30.0
+WAIT_SECS_MAX = 300.0
 
 _MISSING = object()
 #: Kinds of operations that are answered with 201, and with 204.
@@ -71,7 +78,13 @@ class VmRoutes:
                 method="GET", path=vms, handler=self.vms,
                 query={**LABELLED, **IN_STATE, **PAGE}, answers={200: listed(VM)},
             ),
-            Route(method="GET", path=vm, handler=self.vm, answers={200: VM}),
+            Route(
+                method="GET", path=vm, handler=self.vm, answers={200: VM},
+                query={
+                    "after?": integer(0, about="Wait until the VM's generation is greater."),
+                    "wait?": number(0, WAIT_SECS_MAX, default=WAIT_SECS, about="Seconds, if it does not become that."),
+                },
+            ),
             Route(
                 method="PATCH", path=vm, handler=self.change, scope=Scope.MANAGE, operation=True,
                 body=CHANGE, answers={200: VM_CHANGED},
@@ -141,8 +154,16 @@ class VmRoutes:
         return page.reply(self._agent.vms(current_user(), wanted), vm_fields, position_of)
 
     async def vm(self, name: str) -> Response:
-        """Show one VM."""
-        return json_reply(vm_fields(self._agent.vm(current_user(), checked_name(name))))
+        """Show one VM; with ``after`` once its generation is greater than that, or after ``wait`` as it is then."""
+        vm = self._agent.vm(current_user(), checked_name(name))
+        wait_secs = seconds("wait", request.args.get("wait"), WAIT_SECS, WAIT_SECS_MAX)
+        generation = whole_number("after", request.args.get("after"), -1)
+        if vm.generation <= generation:
+            async with still_working():
+                with trio.move_on_after(wait_secs):
+                    await vm_after(self._agent, current_user(), name, generation)
+            vm = self._agent.vm(current_user(), name)
+        return json_reply(vm_fields(vm))
 
     async def change(self, name: str) -> Response:
         """Change a VM's name, and its labels by a JSON merge patch. Its guest keeps the hostname it has."""

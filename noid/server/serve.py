@@ -21,6 +21,7 @@ from noid.server.auditing import audited
 from noid.server.calls import Calls
 from noid.server.checkpoints import CheckpointRoutes
 from noid.server.console import ConsoleRoutes
+from noid.server.events import EventRoutes
 from noid.server.files import FileRoutes
 from noid.server.guard import Guard
 from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
@@ -123,6 +124,7 @@ def all_routes(agent: Agent, websockets: WebSockets, metrics: Metrics) -> list[R
         *CheckpointRoutes(agent).routes(),
         *PowerRoutes(agent).routes(),
         *OperationRoutes(agent).routes(),
+        *EventRoutes(agent, websockets).routes(),
         *ExecRoutes(agent, websockets).routes(),
         *ProcessRoutes(agent, websockets).routes(),
         *ConsoleRoutes(agent, websockets).routes(),

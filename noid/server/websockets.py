@@ -27,6 +27,11 @@ class WebSockets:
         self._sessions = 0
 
     @property
+    def stopping(self) -> trio.Event:
+        """Set when the server goes down."""
+        return self._stopping
+
+    @property
     def open_sessions(self) -> int:
         """How many there are now."""
         return self._sessions

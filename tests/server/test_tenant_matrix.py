@@ -40,7 +40,7 @@ BODIES: dict[str, Any] = {
 }
 """What a request of each record looks like. A route that takes another one needs a line here."""
 
-QUERIES = {"files": "?path=/etc/hostname", "wait": "?timeout_secs=0"}
+QUERIES = {"files": "?path=/etc/hostname", "wait": "?timeout_secs=0", "events": "?timeout_secs=0"}
 """What must follow a path, by its last word."""
 
 VARYING = {"x-request-id", "date"}

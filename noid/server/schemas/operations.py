@@ -43,6 +43,12 @@ ASYNCHRONOUS = {
     )
 }
 
+EVENTS = Content(
+    media={"text/event-stream": {}},
+    headers={"Cache-Control": choice("no-store")},
+    text="Events as the HTML standard has them: `event` is the kind, `data` JSON with `kind`, `vm`, `at` and `facts`.",
+)
+
 KEYED = {
     f"{KEY_HEADER}?": text(
         least=1, most=KEY_LENGTH_MAX, pattern="^[!-~]+$", about="Repeated with the same key, the call is made once."
