@@ -55,7 +55,8 @@ def boot_args(spec: VmSpec, lease: NetLease | None) -> list[str]:
 @hookimpl
 def on_event(event: Event) -> None:
     """Hear of what has happened. It must not block: what takes time belongs in a thread of the plugin's own."""
-    logger.info("%s of %s", event.kind, event.vm)
+    if event.kind.startswith("vm."):
+        logger.info("%s of %s", event.kind, event.vm)
 
 
 @hookimpl

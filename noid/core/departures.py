@@ -51,6 +51,7 @@ async def remove_user(agent: Agent, name: str) -> Removed:
     with hostfs.os_errors(f"removing the files of user {name!r}"):
         await trio.to_thread.run_sync(hostfs.remove_tree, services.layout.users / user.id)
     await services.store.write(lambda tx: _forget(tx, user))
+    services.events.forget(user.id)
     logger.info("user %s is removed: %d VMs, %d checkpoints, %d bytes", name, vms, checkpoints, occupied)
     return Removed(vms=vms, checkpoints=checkpoints, bytes=occupied)
 

@@ -84,6 +84,10 @@ class Events:
             return EventReader(ring, self._agent, int(number))
         return EventReader(ring, self._agent, None)
 
+    def forget(self, owner: str) -> None:
+        """Drop what happened to *owner*'s, who is no more."""
+        self._rings.pop(owner, None)
+
     def _ring(self, owner: str) -> _Ring:
         return self._rings.setdefault(owner, _Ring())
 

@@ -125,6 +125,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             nursery.start_soon(users.keep_saving_uses)
             nursery.start_soon(audit.keep_flushing)
             nursery.start_soon(agent.keys.keep_forgetting)
+            nursery.start_soon(agent.operations.keep_forgetting)
             for vm in interrupted:
                 nursery.start_soon(agent.finish_reboot, vm)
             yield agent

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 AFTER_SECS = 30.0
 #: How long an operation that has ended can be looked at, and a key's answer be repeated.
 KEPT = timedelta(hours=24)
+#: How long it stays in the journal, where recovery looks for what machines there have been.
+REMEMBERED = timedelta(days=30)
+FORGET_SECS = 3600.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -165,7 +168,10 @@ class Performer:
             finally:
                 self._ended(performance)
 
-        return await self._operations.run(what, user.id, vm_names, job, performance.scope)
+        try:
+            return await self._operations.run(what, user.id, vm_names, job, performance.scope)
+        except OperationCancelled as error:
+            raise performance.cancelled or error from None  # in the words that are in the journal
 
     async def _perform(
         self, performance: Performance, what: str, after: Callable[[], Awaitable[None]] | None
@@ -261,6 +267,15 @@ class Performer:
     def _now(self, operation: Operation) -> Operation:
         performance = self._live.get(operation.id)
         return operation if performance is None else performance.view()
+
+    async def keep_forgetting(self) -> None:
+        """Remove what ended `REMEMBERED` ago, once in a while. Runs until it is cancelled."""
+        while True:
+            try:
+                await self._store.write(lambda tx: tx.forget_operations(now() - REMEMBERED))
+            except NoidError as error:
+                logger.warning("old operations stay in the journal: %s", error)
+            await trio.sleep(FORGET_SECS)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from noid import hostfs
 from noid.core import changing, checkpointing, deeds, discarding, lifecycle, pausing, power, processes, saga
 from noid.core import manifest as manifests
 from noid.core.backends import Machine, MachinePlan
-from noid.core.model import Checkpoint, User, Vm, VmState, now
+from noid.core.model import Checkpoint, User, Vm, VmState
 from noid.core.performing import Performance
 from noid.core.saga import Journal, Saga
 from noid.core.services import Services
@@ -35,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 ADOPT_SECS = 15.0
 ADOPTED_AT_ONCE = 8
-REMEMBERED = timedelta(days=30)
 
 SAGAS: dict[str, Saga[Work]] = {
     table.kind: table
@@ -91,7 +89,6 @@ async def recover(services: Services, templates: Templates) -> list[Vm]:
     await _sweep(services, spared)
     for user in services.store.users():
         await trio.to_thread.run_sync(deeds.write_user, services.layout, user)
-    await services.store.write(partial(Tx.forget_operations, ended_before=now() - REMEMBERED))
     stopped = (vm for vm in services.store.all_vms() if vm.state is VmState.STOPPED)
     return [vm for vm in stopped if (vm.owner, vm.name) in rebooting]
 
@@ -183,7 +180,7 @@ async def _unwind(services: Services, templates: Templates, operation: dict[str,
     except NotFound:
         pass  # a create that died before its row
     page = Journal(services.store, operation["id"])
-    if table.forward and work.vm is not None:
+    if table.forward and work.vm is not None and work.vm.id == facts["vm_id"]:
         logger.info("carrying on %s of %s", kind, operation["vm_name"])
         performance = Performance(
             operation=operation["id"],

@@ -172,7 +172,7 @@ async def run(
         if isinstance(error, Exception):
             why = error if isinstance(error, NoidError) else _bug(progress.operation)
             await unwind(saga, context, facts, journal, began, why, progress.timings)  # noqa: ASYNC102  # shields itself
-        elif is_cancellation(error):
+        elif is_cancellation(error) and not saga.forward:  # what only goes forward the next start carries on
             await unwind(saga, context, facts, journal, began, progress.cancelled, progress.timings)  # noqa: ASYNC102  # shields itself
         raise  # anything else ends the agent: the next one undoes
     return progress.timings

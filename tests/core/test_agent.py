@@ -410,7 +410,11 @@ async def test_events_are_told_after_the_fact_and_a_listener_that_fails_harms_no
         noid.agent.services.plugins._manager.register(Listener())
         await noid.create()
         await noid.destroy()
-    assert heard == [("vm.create", {"web": "running"}), ("vm.destroy", {})]
+    alive = {"web": "running"}
+    assert heard == [
+        *(("operation.start", {}), ("vm.create", alive), ("operation.end", alive)),
+        *(("operation.start", alive), ("vm.destroy", {}), ("operation.end", {})),
+    ]
 
 
 async def test_what_guests_hold_is_for_the_agents_user_alone_also_where_it_was_open_before(rig: Rig) -> None:

@@ -135,6 +135,20 @@ async def test_a_cancelled_saga_is_undone_before_the_cancellation_goes_on(store:
     assert tale.page()[0] == "interrupted"
 
 
+async def test_a_saga_that_only_goes_forward_is_left_to_the_next_start_when_the_agent_ends(store: Store) -> None:
+    tale = Tale(store, b="hang")
+    tale.saga = Saga("tale", tale.saga.steps, tale.saga.commit, deadline_secs=60.0, forward=True)
+    with trio.move_on_after(0.1) as scope:
+        await tale.run()
+    assert scope.cancelled_caught
+    assert tale.events == ["do a", "do b"]
+    (page,) = store.open_operations()
+    tale.breaks.clear()
+    await saga.run(tale.saga, tale, store, owner="me", vm_name="web", facts={}, page=saga.Journal(store, page["id"]))
+    assert tale.page()[0] == "finished"
+    assert tale.committed
+
+
 async def test_a_deadline_names_the_operation_the_vm_and_the_step(store: Store) -> None:
     tale = Tale(store, b="hang in a nursery")
     tale.saga = Saga("tale", tale.saga.steps, tale.saga.commit, deadline_secs=0.1)
