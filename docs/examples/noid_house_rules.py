@@ -30,7 +30,7 @@ from noid.core.model import (
     VmSpec,
     now,
 )
-from noid.errors import Conflict, Damaged, InvalidRequest, NotFound
+from noid.errors import Conflict, Damaged, InvalidRequest, NotFound, Unauthenticated
 from noid.hookspecs import hookimpl
 from noid.hostfs import os_errors
 
@@ -105,13 +105,17 @@ class FileAuth:
         name: str = DEFAULT_TOKEN,
         scopes: frozenset[Scope] = TOKEN_SCOPES,
         expires_at: datetime | None = None,
+        shown: str | None = None,
     ) -> str:
-        """Return a new token, the only copy there will ever be."""
+        """Return a new token, the only copy there will ever be; to who has *shown* one, only while that is valid."""
         token = secrets.token_hex(32)
         end = None if expires_at is None else expires_at.isoformat()
         new = {"user": user.id, "name": name, "scopes": sorted(scopes), "made": now().isoformat(), "end": end}
 
         def add(kept: Kept) -> Kept:
+            parent = None if shown is None else kept.get(_hash(shown))
+            if shown is not None and (parent is None or not _is(parent, user) or _has_expired(parent)):
+                raise Unauthenticated("invalid token")
             others = {h: t for h, t in kept.items() if not (_is(t, user, name) and _has_expired(t))}
             if any(_is(other, user, name) for other in others.values()):
                 raise Conflict(f"user {user.name!r} has a token {name!r} already.")

@@ -596,11 +596,16 @@ class AuthBackend(Protocol):
         name: str = DEFAULT_TOKEN,
         scopes: frozenset[Scope] = TOKEN_SCOPES,
         expires_at: datetime | None = None,
+        shown: str | None = None,
     ) -> str:
         """Return a new token, the only copy there will ever be. An expired one of that name goes away.
 
+        With *shown*, the token of whoever asks, only if that is still one of *user*'s at the instant at which the new
+        one begins to be: what is revoked leaves no heirs.
+
         Raises:
             Conflict: *user* has a valid token of that name.
+            Unauthenticated: *shown* has been revoked, or has expired.
         """
         ...
 

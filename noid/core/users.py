@@ -112,10 +112,15 @@ class Users:
         name: str = DEFAULT_TOKEN,
         scopes: frozenset[Scope] = TOKEN_SCOPES,
         expires_at: datetime | None = None,
+        *,
+        shown: str | None = None,
     ) -> tuple[str, TokenInfo]:
         """Return a new token of *user*, the only copy there will ever be, and what is remembered of it.
 
+        *shown* is the token of whoever asks for it; None: whoever runs the server.
+
         Raises:
+            Unauthenticated: *shown* was revoked or has expired meanwhile.
             InvalidRequest: not a legal name, or scopes no token can have.
             Conflict: there is a token of that name, or there are too many.
         """
@@ -124,7 +129,7 @@ class Users:
             raise InvalidRequest(f"a token has one or more of the scopes {', '.join(ordered(TOKEN_SCOPES))}.")
         if len(await self._auth.tokens(user)) >= TOKENS_MAX:
             raise Conflict(f"user {user.name!r} has {TOKENS_MAX} tokens, the most there can be. Revoke one first.")
-        token = await self._auth.create_token(user, name=name, scopes=scopes, expires_at=expires_at)
+        token = await self._auth.create_token(user, name=name, scopes=scopes, expires_at=expires_at, shown=shown)
         return token, TokenInfo(name=name, scopes=scopes, created_at=now(), expires_at=expires_at)
 
     async def revoke_token(self, user: User, name: str) -> None:

@@ -75,12 +75,14 @@ class Guard:
             raise Unauthenticated("missing or invalid Authorization header")
         self._limiter.check(address, token)
         try:
-            return self._agent.users.authenticate(
+            caller = self._agent.users.authenticate(
                 Credentials(token=token, peer_uid=transport.peer_uid, address=address)
             )
         except Unauthenticated as error:
             self._limiter.failed(address, token)
             raise Unauthenticated("invalid token") from error
+        visit().shown = token
+        return caller
 
     def _address(self, call: Any) -> str:
         """Return where *call* comes from; with ``trust_forwarded_for`` what the proxy in front says."""

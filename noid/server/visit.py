@@ -20,6 +20,8 @@ class Visit:
     began: float
     address: str
     caller: Caller | None = None
+    shown: str | None = field(default=None, repr=False)
+    """The token that says so: for who must know whether it still does, and for no log."""
     reply_headers: dict[str, str] = field(default_factory=dict)
     target: str = ""
     """What it is about, for the audit log: what the path names, unless the handler knows better."""

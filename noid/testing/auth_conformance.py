@@ -24,7 +24,7 @@ import pytest
 
 from noid.core.backends import AuthBackend
 from noid.core.model import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, User, now
-from noid.errors import Conflict, NotFound
+from noid.errors import Conflict, NotFound, Unauthenticated
 
 ANNA = User(id="user-anna", name="anna", created_at=now())
 BERT = User(id="user-bert", name="bert", created_at=now())
@@ -116,6 +116,19 @@ class AuthConformance:
         assert {shown(auth, token) for token in tokens} == {None}
         assert await auth.tokens(ANNA) == []
         assert shown(auth, of_bert) is not None
+
+    async def test_who_was_revoked_or_has_expired_makes_no_token_any_more(self, auth: AuthBackend) -> None:
+        valid = await auth.create_token(ANNA)
+        gone, old = (
+            await auth.create_token(ANNA, name="gone"),
+            await auth.create_token(ANNA, name="old", expires_at=now()),
+        )
+        of_bert = await auth.create_token(BERT)
+        await auth.revoke_token(ANNA, "gone")
+        for shown_by_asker in (gone, old, of_bert, "", "nonsense"):
+            with pytest.raises(Unauthenticated):
+                await auth.create_token(ANNA, name="heir", shown=shown_by_asker)
+        assert shown(auth, await auth.create_token(ANNA, name="heir", shown=valid)) is not None
 
     async def test_what_happens_beside_it_counts_at_once(
         self, auth: AuthBackend, open_again: Callable[[], AbstractAsyncContextManager[AuthBackend]]

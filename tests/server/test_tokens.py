@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import trio
 from trio_websocket import ConnectionRejected
 
 from noid.core.model import Scope, now
@@ -138,3 +139,19 @@ async def test_there_is_an_end_to_how_many_tokens_a_user_has(server: Server, mon
     monkeypatch.setattr("noid.core.users.TOKENS_MAX", 2)
     statuses = [(await server.ask("POST", "/v1/tokens", {"name": name})).status for name in ("a", "b", "c")]
     assert statuses == [201, 201, 409]
+
+
+async def test_who_began_to_ask_before_the_tokens_were_rotated_gets_none(server: Server) -> None:
+    stolen = await server.add_user("alice")
+    client, body = await server.tcp(), b'{"name":"heir"}'
+    head = f"Host: noid\r\nAuthorization: Bearer {stolen}\r\nContent-Length: {len(body)}\r\n\r\n"
+    await client.stream.send_all(b"POST /v1/tokens HTTP/1.1\r\n" + head.encode() + body[:-1])
+    users = server.agent.users
+    with trio.fail_after(10):  # until the guard has let it in
+        while (await users.tokens(users.named("alice")))[0].last_used_at is None:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    await users.rotate_token("alice")
+    await client.stream.send_all(body[-1:])
+    answer = await client.receive("POST")
+    assert (answer.status, answer.json()["code"]) == (401, "unauthenticated")
+    assert [info.name for info in await users.tokens(users.named("alice"))] == ["default"]

@@ -23,7 +23,7 @@ import trio
 from sqlite_utils import Database, Migrations
 
 from noid.core.model import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, TokenInfo, User, now
-from noid.errors import Conflict, Damaged, DependencyDown, NoSpace, NotFound
+from noid.errors import Conflict, Damaged, DependencyDown, NoSpace, NotFound, Unauthenticated
 from noid.hostfs import os_errors
 
 NAME = "token"
@@ -125,11 +125,13 @@ class TokenAuth:
         name: str = DEFAULT_TOKEN,
         scopes: frozenset[Scope] = TOKEN_SCOPES,
         expires_at: datetime | None = None,
+        shown: str | None = None,
     ) -> str:
         """Return a new token of *user*, the only copy there will ever be. Others stay valid.
 
         Raises:
             Conflict: *user* has a valid token of that name.
+            Unauthenticated: the token *shown* is no valid one of *user* any more.
         """
         token = PREFIX + secrets.token_hex(SECRET_BYTES)
         allowed = " ".join(scope.value for scope in Scope if scope in scopes)
@@ -137,6 +139,9 @@ class TokenAuth:
         row = (hash_of(token), user.id, name, allowed, _text(created_at), expires_at and _text(expires_at), None)
 
         def insert(db: sqlite3.Connection) -> None:
+            valid = "SELECT 1 FROM auth_token_tokens WHERE hash = ? AND user_id = ? AND coalesce(expires_at > ?, true)"
+            if shown is not None and not db.execute(valid, (hash_of(shown), user.id, _text(created_at))).fetchone():
+                raise Unauthenticated("invalid token")
             expired = "DELETE FROM auth_token_tokens WHERE user_id = ? AND name = ? AND expires_at <= ?"
             db.execute(expired, (user.id, name, _text(created_at)))
             try:
