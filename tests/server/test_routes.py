@@ -49,7 +49,12 @@ async def test_every_path_of_the_older_manuals_leads_to_the_same_place(server: S
 
 async def test_who_asks_and_what_to_count_on(server: Server) -> None:
     local = server.agent.local_user()
-    assert (await server.ask("GET", "/v1/whoami")).json() == {"user_id": local.id, "name": local.name}
+    assert (await server.ask("GET", "/v1/whoami")).json() == {
+        "user_id": local.id,
+        "name": local.name,
+        "scopes": ["read", "exec", "manage", "admin"],
+        "token": None,
+    }
     assert (await server.ask("GET", "/v1/capabilities")).json() == {
         "api_version": 1,
         "max_exec_output_bytes": 1048576,
