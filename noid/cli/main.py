@@ -54,6 +54,12 @@ COMMANDS = {
     "auth": "noid.cli.account:auth",
     "bench": "noid_bench.command:bench",
 }
+GONE = {
+    "config": "Kernel and root file system belong to images. Run on the server: noid-server image import",
+    "update": "noid is updated where it came from: pip install --upgrade noid, or the system's packages.",
+}
+"""Commands of the predecessor that there are not, and what to do instead."""
+
 NOT_FOUND = 404
 INTERRUPTED = 130
 READER_GONE = 141
@@ -82,6 +88,8 @@ class LazyGroup(Group):
         if args == ["help"]:
             click.echo(ctx.get_help())
             ctx.exit()
+        if args[0] in GONE:
+            ctx.fail(f"No such command {args[0]!r}. {GONE[args[0]]}")
         return super().resolve_command(ctx, [*args[1:], "--help"] if args[0] == "help" else args)
 
 

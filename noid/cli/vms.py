@@ -13,11 +13,21 @@ DEFAULT_CPUS = 1
 DEFAULT_MEM_MIB = 2048
 
 
+def _no_files(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise click.UsageError(
+            f"No such option {param.opts[0]!r}. Kernel and root file system belong to images: "
+            "noid-server image import on the server, then noid create --image NAME."
+        )
+
+
 @click.command(cls=Command, epilog="noid create web --cpus 2 --mem 512")
 @with_vm
 @click.option("--cpus", type=int, default=DEFAULT_CPUS, show_default=True, metavar="N", help="Virtual CPUs.")
 @click.option("--mem", type=int, default=DEFAULT_MEM_MIB, show_default=True, metavar="MIB", help="Memory.")
 @click.option("--image", metavar="IMAGE", help="What it boots; the server's default if not given.")
+@click.option("--kernel", hidden=True, expose_value=False, callback=_no_files)
+@click.option("--rootfs", hidden=True, expose_value=False, callback=_no_files)
 @with_json
 @with_endpoint
 def create(name: str | None, name_option: str | None, cpus: int, mem: int, image: str | None) -> None:

@@ -30,6 +30,10 @@ _ELSEWHERE = {
     "token": "noid.server.token_commands:token",
     "user": "noid.server.user_commands:user",
 }
+#: Commands of the predecessor that there are not, and what to do instead.
+_GONE = {
+    "update": "noid is updated where it came from: pip install --upgrade 'noid[server]', or the system's packages."
+}
 #: What the ``server`` extra installs, by the names it is imported under.
 _SERVER_EXTRA = frozenset({"hypercorn", "quart", "quart_trio", "sqlite_utils", "werkzeug"})
 
@@ -57,6 +61,14 @@ class Commands(click.Group):
         if cmd_name not in self.commands:
             self._ask_plugins()
         return self.commands.get(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Say of commands of the predecessor what to do instead."""
+        if args[0] in _GONE:
+            ctx.fail(f"No such command {args[0]!r}. {_GONE[args[0]]}")
+        return super().resolve_command(ctx, args)
 
     def _ask_plugins(self) -> None:
         if not self._asked_plugins:

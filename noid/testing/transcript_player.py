@@ -68,8 +68,8 @@ class Player:
                             await self._step(repeated)
                     self._rounds = 1
         finally:
-            with trio.move_on_after(1, shield=True):
-                for connection in self._connections.values():
+            for connection in self._connections.values():
+                with trio.move_on_after(1, shield=True):
                     await trio.aclose_forcefully(connection.stream)
 
     async def _given(self, step: Given) -> None:
