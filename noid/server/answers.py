@@ -16,6 +16,8 @@ from noid.server.visit import visit
 
 logger = logging.getLogger(__name__)
 
+UPGRADE_CODE = "upgrade_required"
+
 
 def json_reply(body: Any, status: int = 200) -> Response:
     """Return *body* as compact JSON. Lone surrogates, which UTF-8 cannot carry, become the JSON escapes they are."""
@@ -32,7 +34,7 @@ def empty_reply() -> Response:
 
 def upgrade_required(text: str) -> Response:
     """Return the answer to a plain GET where a WebSocket is: 426."""
-    reply = json_reply({"error": text}, 426)
+    reply = json_reply({"error": text, "code": UPGRADE_CODE}, 426)
     reply.headers["Upgrade"] = "websocket"
     return reply
 

@@ -429,10 +429,30 @@ async def test_u_a_body_nobody_reads_holds_up_neither_its_answer_nor_shutdown(
                     await client.send(method, path, bytes(8 << 20))
 
             nursery.start_soon(send)
-            assert (await client.receive(method)).status == status
+            answer = await client.receive(method)
+            assert (answer.status, answer.headers["connection"]) == (status, "close")
             nursery.cancel_scope.cancel()
         rig.stopping.set()
         await rig.stopped.wait()
+
+
+@pytest.mark.parametrize("body", [b"", b"hello"])
+async def test_u_a_refusal_before_the_body_was_read_says_that_the_connection_ends_and_ends_it(
+    rig: Rig, body: bytes
+) -> None:
+    client = await rig.connect()
+    await client.send("PUT", "/nowhere", body, headers={"content-length": "5"})
+    answer = await client.receive("PUT")
+    assert (answer.status, answer.headers["connection"]) == (404, "close")
+    with trio.fail_after(10):
+        assert await client.until_closed() == b""
+
+
+async def test_u_a_refusal_after_the_body_was_read_keeps_the_connection(rig: Rig) -> None:
+    client = await rig.connect()
+    for method in ("PUT", "POST"):
+        answer = await client.ask(method, "/nowhere", b"" if method == "PUT" else b"hello")
+        assert (answer.status, "connection" in answer.headers) == (404, False)
 
 
 async def test_u_a_body_is_a_stream_and_the_connection_serves_another_request(rig: Rig) -> None:

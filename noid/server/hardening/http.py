@@ -216,12 +216,17 @@ class Http1Protocol(H11Protocol):
             transport.say_interim = self.send_interim
 
     async def stream_send(self, event: Event) -> None:
-        """Send what a stream says; a whole response in one write."""
+        """Send what a stream says; a whole response in one write.
+
+        U: a response that comes before all of its request's body says that the connection ends with it.
+        """
         if not isinstance(event, WholeResponse):
+            if isinstance(event, ResponseHead) and self._is_early():
+                event.headers.append((b"connection", b"close"))
             await super().stream_send(event)
             return
         headers = [*event.headers, *self.config.response_headers("h11")]
-        if self.keep_alive_requests >= self.config.keep_alive_max_requests:
+        if self._is_early() or self.keep_alive_requests >= self.config.keep_alive_max_requests:
             headers.append((b"connection", b"close"))
         connection = self.connection
         try:
@@ -234,6 +239,10 @@ class Http1Protocol(H11Protocol):
                 raise
         else:
             await self.send(RawData(data=data))
+
+    def _is_early(self) -> bool:
+        """Whether the request has not been read to its end."""
+        return isinstance(self.connection, h11.Connection) and self.connection.their_state is h11.SEND_BODY
 
     async def send_interim(self) -> None:
         """Send ``100 Continue`` if an HTTP/1.1 request waits for its response."""

@@ -25,7 +25,13 @@ OF_A_KEY = frozenset({400, 408, 409, 413, 422})  # what the key stands for inclu
 OF_A_WEBSOCKET = frozenset({503})  # there may be too many already
 
 UPGRADE_REQUIRED = Content(
-    media={JSON: record("UpgradeRequired", "What a GET hears where a WebSocket is.", {"error": text()})},
+    media={
+        JSON: record(
+            "UpgradeRequired",
+            "What a GET hears where a WebSocket is.",
+            {"error": text(), "code": choice("upgrade_required")},
+        )
+    },
     headers={"Upgrade": choice("websocket")},
     text="This needs a WebSocket upgrade.",
 )
