@@ -56,7 +56,7 @@ class Held:
         Raises:
             TooManyRequests: its owner has used too many.
         """
-        (count,) = tx.execute(_COUNT, self.owner).fetchone()
+        (count,) = tx.execute(_COUNT_OTHERS, self.owner, self.key).fetchone()
         if count >= KEYS_MAX:
             raise TooManyRequests(
                 f"more than {KEYS_MAX} idempotency keys were used within {KEPT}. Use fewer, or none where a call may "
@@ -65,7 +65,7 @@ class Held:
         tx.execute(_WRITE, self.owner, self.key, self.request, operation, now().isoformat())
 
 
-_COUNT = "SELECT count(*) FROM idempotency WHERE owner = ?"
+_COUNT_OTHERS = "SELECT count(*) FROM idempotency WHERE owner = ? AND key != ?"
 _WRITE = "INSERT OR REPLACE INTO idempotency (owner, key, request, operation, at) VALUES (?, ?, ?, ?, ?)"
 _ANSWER = "UPDATE idempotency SET status = ?, body = ? WHERE owner = ? AND key = ?"
 _FORGET = "DELETE FROM idempotency WHERE owner = ? AND key = ?"

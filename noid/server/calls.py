@@ -97,7 +97,7 @@ class Calls:
         try:
             reply = await handler()
         except NoidError as error:
-            if error.status < 500:  # refused: nothing has begun
+            if error.status < 500 and not visit().acted:  # refused: nothing has begun
                 await self._agent.keys.forget(held)  # noqa: ASYNC102  # shielded and bounded there
             else:
                 answer = await _answer_of(await Answers(self._agent.config).answer(error))  # noqa: ASYNC102  # waits for nothing

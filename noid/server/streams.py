@@ -29,7 +29,7 @@ from noid.server.relay import await_goodbye, converse
 from noid.server.schemas.failures import GUEST, UPGRADE_REQUIRED
 from noid.server.schemas.processes import COMMAND, OUTPUT
 from noid.server.table import WS, Route
-from noid.server.visit import current_user
+from noid.server.visit import current_user, visit
 from noid.server.websockets import WebSockets
 
 logger = logging.getLogger(__name__)
@@ -155,12 +155,14 @@ async def start(agent: Agent, user: User, name: str, command: ExecRequest, *, de
     """
     try:
         with trio.fail_after(START_SECS):
-            return await agent.start_process(user, name, command, detached=detached)
+            session = await agent.start_process(user, name, command, detached=detached)
     except trio.TooSlowError as error:
         raise DependencyDown(
             f"the guest of VM {name!r} did not start the command within {START_SECS:g} s. The VM still runs; it may be "
             "overloaded. Try again, or restore it from a checkpoint."
         ) from error
+    visit().acted = True
+    return session
 
 
 async def leave(session: Session, *, goodbye: bool) -> None:

@@ -25,6 +25,8 @@ class Visit:
     reply_headers: dict[str, str] = field(default_factory=dict)
     target: str = ""
     """What it is about, for the audit log: what the path names, unless the handler knows better."""
+    acted: bool = False
+    """Whether something has been done that would be done again if the call were repeated, whatever it is answered."""
     upgraded: Callable[[], Awaitable[None]] | None = None
     """What is to be done once it has become a WebSocket."""
 

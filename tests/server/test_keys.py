@@ -115,6 +115,13 @@ async def test_keys_are_bounded(server: Server, monkeypatch: pytest.MonkeyPatch)
     assert (await server.ask("DELETE", "/v1/vms/new")).status == 204
 
 
+async def test_the_last_key_there_is_room_for_has_its_answer_too(web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "KEYS_MAX", 1)
+    body = {"command": ["hostname"]}
+    first, second = [await web.ask("POST", "/v1/vms/web/processes", body, headers=KEY) for _ in range(2)]
+    assert (first.status, second.status, first.body == second.body) == (201, 201, True)
+
+
 # --- calls that are no operations ------------------------------------------------------------------------------------
 
 
@@ -147,6 +154,24 @@ async def test_a_call_whose_client_left_is_not_made_again(web: Server) -> None:
     status, code, text = await web.refused("POST", "/v1/vms/web/exec", {"command": ["sleep", "60"]}, headers=KEY)
     assert (status, code) == (409, "conflict")
     assert "nobody knows" in text
+
+
+async def test_a_command_that_began_is_not_run_again_whatever_its_call_was_answered(web: Server) -> None:
+    body, answers = {"command": ["sleep", "60"]}, []
+    checkpoint = (await web.ask("POST", "/v1/vms/web/checkpoints")).json()["id"]
+
+    async def ask() -> None:
+        answers.append(await web.ask("POST", "/v1/vms/web/exec", body, headers=KEY))
+
+    async with trio.open_nursery() as asking:
+        asking.start_soon(ask)
+        while not (await web.ask("GET", "/v1/vms/web/processes")).json():
+            await trio.lowlevel.checkpoint()
+        assert (await web.ask("POST", "/v1/vms/web/restore", {"checkpoint_id": checkpoint})).status == 200
+    [first] = answers
+    assert first.status == 409
+    second = await web.ask("POST", "/v1/vms/web/exec", body, headers=KEY)
+    assert (second.status, second.body, replayed(second)) == (409, first.body, True)
 
 
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
