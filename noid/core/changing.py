@@ -16,7 +16,7 @@ import trio
 from noid import hostfs
 from noid.core import deeds
 from noid.core import manifest as manifests
-from noid.core.model import Checkpoint, Vm, checked_labels
+from noid.core.model import Checkpoint, Vm, checked_label, checked_labels
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.work import Work, given
@@ -29,8 +29,9 @@ def patched(labels: Mapping[str, str], patch: Mapping[str, str | None]) -> dict[
     """Return *labels* with a JSON merge patch applied: a value sets, None removes.
 
     Raises:
-        InvalidRequest: what comes out is not allowed.
+        InvalidRequest: what comes out is not allowed, or the patch has more than could be there.
     """
+    checked_labels(dict.fromkeys((key for key, value in patch.items() if value is None), ""))
     merged: dict[str, str | None] = {**labels, **patch}
     return checked_labels({key: value for key, value in merged.items() if value is not None})
 
@@ -117,7 +118,7 @@ def facts_of_checkpoint(checkpoint: Checkpoint, *, label: str | None, labels: Ma
     """Name what changes: *label* is the text as it shall be, *labels* a merge patch."""
     return {
         "checkpoint_id": checkpoint.id,
-        "said": {"label": label, "labels": patched(checkpoint.labels, labels)},
+        "said": {"label": checked_label(label), "labels": patched(checkpoint.labels, labels)},
         "said_before": {"label": checkpoint.label, "labels": dict(checkpoint.labels)},
     }
 

@@ -16,7 +16,7 @@ from noid.core.backends import FreezePlan
 from noid.core.ids import new_checkpoint_id
 from noid.core.machines import GOLDEN
 from noid.core.manifest import Manifest
-from noid.core.model import Checkpoint, Vm, VmState, checked_labels, now
+from noid.core.model import Checkpoint, Vm, VmState, checked_label, checked_labels, now
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.work import Work, given
@@ -126,7 +126,7 @@ def commit_checkpoint(work: Work, facts: Facts, tx: Tx) -> None:
 def facts_of_checkpoint(vm: Vm, label: str | None, labels: Mapping[str, str]) -> Facts:
     """Decide every name a checkpoint will use."""
     named = {"checkpoint_id": new_checkpoint_id(), "instance": vm.instance}
-    return {**named, "label": label, "labels": checked_labels(labels)}
+    return {**named, "label": checked_label(label), "labels": checked_labels(labels)}
 
 
 def _partial(work: Work, facts: Facts) -> Path:

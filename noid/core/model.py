@@ -27,6 +27,7 @@ LOG_BYTES_MIN = 4096
 LOG_BYTES_MAX = 16 << 20
 LABEL_BYTES_MAX = 8192
 LABELS_MAX = 64
+CHECKPOINT_LABEL_LENGTH_MAX = 4096
 LABEL_VALUE_LENGTH_MAX = 256
 
 #: Ends when systemd has finished booting. The agent answers long before systemd can be asked, hence the patience; a
@@ -140,6 +141,19 @@ def checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
                 f"the value of label {key!r} has {len(value)} characters; at most {LABEL_VALUE_LENGTH_MAX} are allowed."
             )
     return dict(sorted(labels.items()))
+
+
+def checked_label(label: str | None) -> str | None:
+    """Return what is said of a checkpoint, if it is short enough to be in every list of them.
+
+    Raises:
+        InvalidRequest: it is not.
+    """
+    if label is not None and len(label) > CHECKPOINT_LABEL_LENGTH_MAX:
+        raise InvalidRequest(
+            f"the label has {len(label)} characters; at most {CHECKPOINT_LABEL_LENGTH_MAX} are allowed."
+        )
+    return label
 
 
 def checked_argv(argv: list[str] | tuple[str, ...]) -> tuple[str, ...]:

@@ -41,7 +41,8 @@ _USED = """SELECT count(*) AS vms, coalesce(sum(cpus), 0) AS vcpus, coalesce(sum
     (SELECT count(*) FROM checkpoints WHERE owner = ?1) AS checkpoints FROM vms WHERE owner = ?1"""
 #: Checkpoints that are being made have a page in the journal and no row yet. Those begun later do not count.
 _BEING_MADE = """SELECT count(*) FROM operations WHERE owner = ?1 AND kind = 'vm.checkpoint' AND outcome IS NULL
-    AND rowid <= (SELECT max(rowid) FROM operations WHERE json_extract(facts, '$.checkpoint_id') = ?2)"""
+    AND rowid <= (SELECT max(rowid) FROM operations
+        WHERE outcome IS NULL AND json_extract(facts, '$.checkpoint_id') = ?2)"""
 
 
 class Quotas:
@@ -52,6 +53,8 @@ class Quotas:
         self._layout = layout
         self._defaults = defaults
         self._host = host
+        self._measuring: dict[str, _Measurement] = {}
+        self._one_measurement = trio.CapacityLimiter(1)
 
     def limits(self, user: User) -> dict[str, int | None]:
         """Return the most *user* may have of each resource; None: as much as there is."""
@@ -151,11 +154,33 @@ class Quotas:
     # --- bytes --------------------------------------------------------------------------------------------------------
 
     async def _measured(self, owner: str) -> int:
+        """Measure, one user at a time and each once for all who wait: it reads whole directories."""
+        while (measuring := self._measuring.get(owner)) is not None:
+            await measuring.over.wait()
+            if measuring.bytes is not None:
+                return measuring.bytes
+        measuring = self._measuring[owner] = _Measurement()
+        try:
+            measuring.bytes = await self._measure(owner)
+        finally:
+            del self._measuring[owner]
+            measuring.over.set()
+        return measuring.bytes
+
+    async def _measure(self, owner: str) -> int:
         instances = [row[0] for row in self._store.rows("SELECT instance FROM vms WHERE owner = ?", owner)]
         own = [self._layout.users / owner, *map(self._layout.vm, instances)]
         everybody = [self._layout.golden, self._layout.images]
         with hostfs.os_errors("measuring what is on the disk"):
-            return await trio.to_thread.run_sync(_occupied, own, everybody)
+            return await trio.to_thread.run_sync(_occupied, own, everybody, limiter=self._one_measurement)
+
+
+class _Measurement:
+    """One user's that is going on. *bytes* stays None if it fails, or whoever began it has gone."""
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.bytes: int | None = None
 
 
 def _occupied(own: list[Path], everybody: list[Path]) -> int:

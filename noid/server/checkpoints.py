@@ -66,8 +66,11 @@ class CheckpointRoutes:
 
     async def change(self, name: str, checkpoint: str) -> Response:
         """Change a checkpoint's label, and its labels by a JSON merge patch."""
-        found = self._agent.checkpoint(current_user(), checked_name(name), checkpoint)
+        self._agent.checkpoint(current_user(), checked_name(name), checkpoint)
         body = await read_body()
+        found = self._agent.checkpoint(
+            current_user(), name, checkpoint
+        )  # as it is now: the body may have taken its time
         label = body.optional_text("label") if "label" in body.fields else found.label
         labels = body.labels("labels", may_be_null=True)
         async with still_working():

@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 from quart import Response, request
 
 from noid.core.listing import Position, Wanted
-from noid.core.model import VmState
+from noid.core.model import LABELS_MAX, VmState
 from noid.errors import InvalidRequest
 from noid.server.answers import json_reply
 from noid.server.schemas.lists import LIMIT_MAX
@@ -68,8 +68,15 @@ class Page:
 
 
 def wanted_labels() -> tuple[tuple[str, str | None], ...]:
-    """Return what the current request's ``?label=`` say: keys, each with the value it must have, or None for any."""
-    labels = (text.partition("=") for text in request.args.getlist("label"))
+    """Return what the current request's ``?label=`` say: keys, each with the value it must have, or None for any.
+
+    Raises:
+        InvalidRequest: more than anything can have.
+    """
+    texts = request.args.getlist("label")
+    if len(texts) > LABELS_MAX:
+        raise InvalidRequest(f"there are {len(texts)} label= in the query; at most {LABELS_MAX} are allowed.")
+    labels = (text.partition("=") for text in texts)
     return tuple((key, value if equals else None) for key, equals, value in labels)
 
 
@@ -101,6 +108,7 @@ def _position(cursor: str) -> Position:
         if len(cursor) > _CURSOR_LENGTH_MAX:
             raise ValueError(f"{len(cursor)} characters")
         decoded = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
+        json.dumps(decoded, ensure_ascii=False).encode()  # half a surrogate pair is nothing a database knows
     except (ValueError, RecursionError, binascii.Error) as error:
         raise InvalidRequest(_NO_CURSOR) from error
     match decoded:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from noid import hostfs
 from noid.core.config import LimitsConfig, QuotaConfig
@@ -154,3 +156,28 @@ def test_blocks_that_files_share_count_once(tmp_path: Path) -> None:
     hostfs.fsync_tree(tmp_path)
     hostfs.reflink(tmp_path / "a", tmp_path / "b")
     assert hostfs.occupied_bytes([tmp_path / "a", tmp_path / "b"]) == MIB
+
+
+async def test_what_a_user_occupies_is_measured_once_for_all_who_ask_at_the_same_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, measured = threading.Event(), 0
+
+    def occupied(own: object, everybody: object) -> int:
+        nonlocal measured
+        measured += 1
+        go_on.wait(10)
+        return 7
+
+    async def ask(token: str) -> None:
+        assert (await server.ask("GET", "/v1/quota", token=token)).json()["use"]["bytes"] == 7
+
+    monkeypatch.setattr("noid.core.quotas._occupied", occupied)
+    tokens = [await server.add_user(name) for name in ("alice", "bob")]
+    async with trio.open_nursery() as nursery:
+        for token in tokens * 4:
+            nursery.start_soon(ask, token)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert measured == 1  # bob waits for alice
+        go_on.set()
+    assert measured == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import trio.testing
+
 Server = Any  # see conftest.py
 
 
@@ -51,6 +53,8 @@ async def test_what_a_list_or_a_label_cannot_be_is_said(server: Server) -> None:
         ("/v1/vms?cursor=!", "cursor is none that a Link of this list has given"),
         ("/v1/vms?cursor=W10", "cursor is none that a Link of this list has given"),
         ("/v1/checkpoints?cursor=" + "x" * 2000, "cursor is none"),
+        ("/v1/vms?cursor=WyJcdWQ4MDAiLCJ4Il0", "cursor is none"),  # half a surrogate pair
+        ("/v1/checkpoints?" + "&".join(["label=a"] * 1001), "there are 1001 label= in the query; at most 64"),
         ("/v1/vms?state=asleep", "state is 'asleep'; it must be one of creating, running,"),
         ("/v1/checkpoints?vm=..", "VM name '..' begins with '.'"),
     ):
@@ -68,6 +72,28 @@ async def test_what_a_list_or_a_label_cannot_be_is_said(server: Server) -> None:
         status, _, said = await server.refused("POST", "/v1/vms", {"name": "web", "mem_mib": 128, "labels": labels})
         assert status == 400
         assert text in said
+
+
+async def test_what_is_said_of_a_checkpoint_is_bounded(web: Server) -> None:
+    checkpoints = "/v1/vms/web/checkpoints"
+    long = {"label": "x" * 4097}
+    assert (await web.refused("POST", checkpoints, long))[:2] == (400, "invalid")
+    one = f"{checkpoints}/{(await web.ask('POST', checkpoints, {'label': 'x' * 4096})).json()['id']}"
+    assert (await web.refused("PATCH", one, long))[:2] == (400, "invalid")
+    for patch in ({"x" * 64: None}, {str(n): None for n in range(65)}):
+        for path in (one, "/v1/vms/web"):
+            assert (await web.refused("PATCH", path, {"labels": patch}))[:2] == (400, "invalid")
+
+
+async def test_labels_that_are_patched_while_another_patch_is_sent_stay(web: Server) -> None:
+    one = f"/v1/vms/web/checkpoints/{(await web.ask('POST', '/v1/vms/web/checkpoints')).json()['id']}"
+    slow, body = await web.unix(), b'{"labels":{"slow":""}}'
+    head = f"PATCH {one} HTTP/1.1\r\nHost: noid\r\nX-Request-Id: slow\r\nContent-Length: {len(body)}\r\n\r\n"
+    await slow.stream.send_all(head.encode() + body[:-1])
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert (await web.ask("PATCH", one, {"labels": {"fast": ""}})).status == 200
+    await slow.stream.send_all(body[-1:])
+    assert (await slow.receive("PATCH")).json()["labels"] == {"fast": "", "slow": ""}
 
 
 async def test_checkpoints_one_by_one(web: Server) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from noid.core.model import CHECKPOINT_LABEL_LENGTH_MAX
 from noid.server.schemas.lists import LABELS, LABELS_PATCH
 from noid.server.schemas.paths import CHECKPOINT_ID
 from noid.server.schemas.vms import TIME, TIMINGS
 from noid.server.schemas.vocabulary import extended, integer, nullable, record, text
 
-TAKE = record("TakeCheckpoint", "A checkpoint to be taken.", {"label?": nullable(text()), "labels?": LABELS})
+LABEL = text(most=CHECKPOINT_LABEL_LENGTH_MAX)
+
+TAKE = record("TakeCheckpoint", "A checkpoint to be taken.", {"label?": nullable(LABEL), "labels?": LABELS})
 
 CHANGE = record(
     "ChangeCheckpoint",
     "What of a checkpoint changes; what is missing stays.",
-    {"label?": nullable(text()), "labels?": LABELS_PATCH},
+    {"label?": nullable(LABEL), "labels?": LABELS_PATCH},
 )
 
 CHECKPOINT = record(
@@ -21,7 +24,7 @@ CHECKPOINT = record(
     {
         "id": CHECKPOINT_ID,
         "vm_name": text(),
-        "label": nullable(text()),
+        "label": nullable(LABEL),
         "created_at": TIME,
         "cpus": integer(1),
         "mem_mib": integer(1),

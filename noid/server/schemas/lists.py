@@ -14,7 +14,7 @@ PAGE: Mapping[str, Schema] = {
     "cursor?": text(about="Where to go on: as a `Link` of this list has it."),
 }
 LABELLED: Mapping[str, Schema] = {
-    "label?": array(text(), about="`key` or `key=value`. Only what has all of these labels."),
+    "label?": array(text(), most=LABELS_MAX, about="`key` or `key=value`. Only what has all of these labels."),
 }
 IN_STATE: Mapping[str, Schema] = {
     "state?": array(choice(*(state.value for state in VmState)), about="Only what is in one of these states."),
