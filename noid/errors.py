@@ -156,10 +156,14 @@ class TooLarge(NoidError):
 
 
 class TooManyRequests(NoidError):
-    """Too many attempts from one place."""
+    """Too many attempts from one place, or requests with one token. Says after how many seconds to try again."""
 
     code = "rate_limited"
     status = 429
+
+    def __init__(self, text: str, retry_after_secs: float = 60.0) -> None:
+        super().__init__(text)
+        self.retry_after_secs = retry_after_secs
 
 
 class BackendError(NoidError):

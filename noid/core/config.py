@@ -27,16 +27,18 @@ def setting(
     least: float | None = None,
     most: float | None = None,
     one_of: tuple[str, ...] = (),
+    networks: bool = False,
     why: str = "",
 ) -> T:
     """Return a field whose value, unless it is None, is finite and within these bounds, or one of these words.
 
-    *why* ends the sentence that refuses a value over *most*.
+    *networks*: what is in an array must be addresses of hosts or networks. *why* ends the sentence that refuses a value
+    over *most*.
     """
-    rules = {"above": above, "least": least, "most": most, "one_of": one_of, "why": why}
-    return field(
-        default=default, metadata={rule: value for rule, value in rules.items() if value not in (None, (), "")}
-    )
+    rules: dict[str, Any] = {"above": above, "least": least, "most": most}
+    rules = {rule: bound for rule, bound in rules.items() if bound is not None}
+    words = {"one_of": one_of, "networks": networks, "why": why}
+    return field(default=default, metadata=rules | {rule: value for rule, value in words.items() if value})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +61,21 @@ class PoolConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsConfig:
-    """How much of the host all users together, or one VM, may take. None: as much as there is."""
+    """How much of the host all users together, one VM, or one client may take. None: as much as there is."""
 
     max_vms: int | None = setting(None, least=0)
     max_memory_per_vm: int | None = setting(None, above=0)
     """MiB."""
+    max_connections: int = setting(4096, least=1)
+    max_connections_per_address: int = setting(1024, least=1)
+    max_ws_sessions_per_user: int | None = setting(None, least=0)
+    requests_per_second: float = setting(0.0, least=0)
+    requests_burst: int = setting(100, least=1)
+    max_header_bytes: int = setting(32 << 10, least=4 << 10, most=1 << 20)
+    max_body_bytes: int = setting(1 << 20, least=4 << 10, most=64 << 20)
+    max_message_bytes: int = setting(1 << 20, least=128 << 10, most=64 << 20)
+    max_output_bytes: int = setting(1 << 20, least=1 << 10, most=64 << 20)
+    header_timeout_secs: float = setting(5.0, above=0, most=600)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +113,7 @@ class Config:
     rootfs: Path | None = None
     initrd: Path | None = None
     max_ws_sessions: int = setting(32, above=0)
-    trust_forwarded_for: bool = False
+    trust_forwarded_for: bool | tuple[str, ...] = setting(False, networks=True)
     metrics_users: tuple[str, ...] = ()
     exec_timeout_secs: float = setting(30.0, above=0)
     exec_reattach_secs: float = setting(10.0, above=0)

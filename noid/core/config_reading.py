@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from noid.core import paths
+from noid.core import networks, paths
 from noid.core.config import NOT_FROM_FILE, Config
 from noid.core.config_spellings import Place, known_places, settled, unknown_key
 from noid.errors import ConfigError
@@ -164,7 +164,11 @@ class _Reader:
     def _convert(self, hint: Any, value: Any, where: str, key: str) -> Any:
         """Check *value* against the annotation *hint*, turning TOML's types into the record's."""
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            hint = next(a for a in typing.get_args(hint) if a is not type(None))
+            possible = [a for a in typing.get_args(hint) if a is not type(None)]
+            if len(possible) > 1 and not any(_may_be(a, value) for a in possible):
+                words = " or ".join(_expected(a) for a in possible)
+                raise ConfigError(f"{where} is {value!r}; it must be {words}.")
+            hint = next((a for a in possible if a is type(value)), possible[-1])
         origin = typing.get_origin(hint) or hint
         if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):
             return self.record(typing.cast("type[Any]", origin), value, key)
@@ -181,13 +185,28 @@ class _Reader:
             return value
         if origin in (str, int, bool) and type(value) is origin:
             return value
-        expected = {Path: "a path in quotes", tuple: "an array of strings", float: "a number", str: "a string"}
-        name = expected.get(origin, {int: "an integer", bool: "true or false"}.get(origin, "a section"))
-        raise ConfigError(f"{where} is {value!r}; it must be {name}.")
+        raise ConfigError(f"{where} is {value!r}; it must be {_expected(hint)}.")
+
+
+def _may_be(hint: Any, value: Any) -> bool:
+    origin = typing.get_origin(hint) or hint
+    return isinstance(value, str | list) if origin is tuple else type(value) is origin
+
+
+def _expected(hint: Any) -> str:
+    words = {Path: "a path in quotes", tuple: "an array of strings", float: "a number", str: "a string"}
+    words |= {int: "an integer", bool: "true or false"}
+    return words.get(typing.get_origin(hint) or hint, "a section")
 
 
 def _check(rules: Mapping[str, Any], value: Any, where: str) -> None:
     """Hold *value* against the *rules* of its field."""
+    if "networks" in rules and isinstance(value, tuple):
+        for text in value:
+            try:
+                networks.network(text)
+            except ValueError as error:
+                raise ConfigError(f"{where}: {text!r} is no address of a host or a network: {error}.") from error
     allowed = rules.get("one_of")
     if allowed and value not in allowed:
         words = [f'"{word}"' for word in allowed]

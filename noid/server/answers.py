@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from typing import Any
 
 from quart import Response
 from werkzeug.exceptions import HTTPException
 
-from noid.core.config import Config
+from noid.core.agent import Agent
 from noid.errors import NoidError, TooManyRequests, Unauthenticated
-from noid.server.limiter import FAILURE_WINDOW_SECS
 from noid.server.visit import visit
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ def upgrade_required(text: str) -> Response:
 class Answers:
     """Turns errors into replies. Host directories are only the local user's business."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
 
     async def answer(self, error: Exception) -> Response:
         """Return what the client hears of *error*. The one place where errors become statuses."""
@@ -59,14 +59,15 @@ class Answers:
         if isinstance(error, Unauthenticated):
             reply.headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, TooManyRequests):
-            reply.headers["Retry-After"] = str(int(FAILURE_WINDOW_SECS))
+            reply.headers["Retry-After"] = str(math.ceil(error.retry_after_secs))
         return reply
 
     def public_text(self, error: NoidError) -> str:
         """Return the message of *error* for whoever asked: host directories are only the local user's business."""
         text = str(error)
         if not visit().is_local:
-            for directory, stand_in in ((self._config.run_dir, "RUN_DIR"), (self._config.data_dir, "DATA_DIR")):
+            config = self._agent.config
+            for directory, stand_in in ((config.run_dir, "RUN_DIR"), (config.data_dir, "DATA_DIR")):
                 text = text.replace(str(directory), stand_in)
         return text
 
@@ -76,6 +77,6 @@ class Answers:
             404: (404, "not_found", "not found"),
             405: (404, "not_found", "not found"),
             408: (408, "deadline", "the request's body did not arrive in time"),
-            413: (413, "too_large", "the request's body is over 1 MiB"),
+            413: (413, "too_large", f"the request's body is over {self._agent.config.limits.max_body_bytes} bytes"),
         }.get(error.code or 500, (error.code or 500, "invalid", error.name.lower()))
         return json_reply({"error": text, "code": code}, status)

@@ -100,7 +100,7 @@ class Calls:
             if error.status < 500 and not visit().acted:  # refused: nothing has begun
                 await self._agent.keys.forget(held)  # noqa: ASYNC102  # shielded and bounded there
             else:
-                answer = await _answer_of(await Answers(self._agent.config).answer(error))  # noqa: ASYNC102  # waits for nothing
+                answer = await _answer_of(await Answers(self._agent).answer(error))  # noqa: ASYNC102  # waits for nothing
                 await self._agent.keys.answered(held, answer)  # noqa: ASYNC102  # shielded and bounded there
             raise
         await self._agent.keys.answered(held, await _answer_of(reply))
@@ -157,7 +157,7 @@ class Calls:
         return self._accepted(self._agent.operations.get(current_user(), call.operation), wait_secs)
 
     def _accepted(self, operation: Operation, wait_secs: float | None) -> Response:
-        reply = json_reply(operation_fields(operation, Answers(self._agent.config).public_text), 202)
+        reply = json_reply(operation_fields(operation, Answers(self._agent).public_text), 202)
         reply.headers["Location"] = f"/v1/operations/{operation.id}"
         applied = "respond-async" if wait_secs is None else f"respond-async, wait={wait_secs:g}"
         reply.headers["Preference-Applied"] = applied

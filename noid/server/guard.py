@@ -10,12 +10,13 @@ from quart import request, websocket
 
 from noid.core.agent import Agent
 from noid.core.audit import AUTHENTICATE, AuditEntry
-from noid.core.config import Config
 from noid.core.model import Caller, Credentials
+from noid.core.networks import place
 from noid.errors import Forbidden, TooManyRequests, Unauthenticated
 from noid.server.hardening import App, Transport
-from noid.server.limiter import FailureLimiter
+from noid.server.limiter import FailureLimiter, RequestLimiter
 from noid.server.metrics import Metrics
+from noid.server.origins import origins
 from noid.server.table import Route
 from noid.server.visit import visit
 
@@ -23,11 +24,11 @@ from noid.server.visit import visit
 class Guard:
     """Stands before every route of an app: authentication first, then routing."""
 
-    def __init__(self, agent: Agent, config: Config, metrics: Metrics) -> None:
+    def __init__(self, agent: Agent, metrics: Metrics) -> None:
         self._agent = agent
         self._metrics = metrics
-        self._config = config
-        self._limiter = FailureLimiter()
+        self._failures = FailureLimiter()
+        self._requests = RequestLimiter()
         self._routes: Mapping[str, Route] = {}
 
     def protect(self, app: App, routes: Mapping[str, Route]) -> None:
@@ -48,6 +49,8 @@ class Guard:
         except (Unauthenticated, TooManyRequests, Forbidden) as error:
             self._metrics.refused(error)
             here, action, target = visit(), AUTHENTICATE, ""
+            if isinstance(error, TooManyRequests) and here.caller is not None:
+                raise  # a client that is too fast: known, and nothing for the audit log
             if isinstance(error, Forbidden):
                 action, target = call.url_rule.endpoint, "/".join((call.view_args or {}).values())
             await self._agent.audit.record(
@@ -58,11 +61,16 @@ class Guard:
     def _admit(self, call: Any) -> None:
         transport = Transport.of(call.scope)
         here = visit()
-        here.address = self._address(call)
+        here.address = self._address(call, transport)
         route = self._routes[call.url_rule.endpoint] if call.url_rule is not None else None
         if route is not None and route.scope is None:
             return
         here.caller = caller = self._caller(call, transport, here.address)
+        if caller.token is not None:
+            limits = self._agent.config.limits
+            self._requests.pass_one(
+                caller.user.id, caller.token, per_second=limits.requests_per_second, burst=limits.requests_burst
+            )
         if route is not None and route.scope is not None and route.scope not in caller.scopes:
             raise Forbidden(route.scope, caller.token)
 
@@ -73,22 +81,19 @@ class Guard:
         scheme, _, token = headers[-1].partition(" ") if headers else ("", "", "")
         if scheme != "Bearer" or not token:
             raise Unauthenticated("missing or invalid Authorization header")
-        self._limiter.check(address, token)
+        where = place(address)
+        self._failures.check(where, token)
         try:
             caller = self._agent.users.authenticate(
                 Credentials(token=token, peer_uid=transport.peer_uid, address=address)
             )
         except Unauthenticated as error:
-            self._limiter.failed(address, token)
+            self._failures.failed(where, token)
             raise Unauthenticated("invalid token") from error
         visit().shown = token
         return caller
 
-    def _address(self, call: Any) -> str:
-        """Return where *call* comes from; with ``trust_forwarded_for`` what the proxy in front says."""
-        client = call.scope.get("client")
-        if self._config.trust_forwarded_for:
-            forwarded = call.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip()
-            if forwarded:
-                return str(forwarded)
-        return str(client[0]) if client else "local"
+    def _address(self, call: Any, transport: Transport) -> str:
+        """Return where *call* comes from; behind proxies that ``trust_forwarded_for`` names, what they say."""
+        peer = None if transport.peer_uid is not None else str(call.scope["client"][0])
+        return origins(self._agent.config.trust_forwarded_for).of(peer, call.headers.getlist("X-Forwarded-For"))

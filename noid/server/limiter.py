@@ -1,4 +1,4 @@
-"""How often somebody may try: failed authentications are counted by address and token, in bounded memory."""
+"""How often somebody may try: failed authentications by address and token, requests by token, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ FAILURES_PER_TOKEN = 10
 FAILURES_PER_ADDRESS = 100
 FAILURE_WINDOW_SECS = 60.0
 FAILURE_KEYS_MAX = 10_000
+REQUEST_KEYS_MAX = 10_000
 
 _TOKEN_PREFIX = slice(0, 25)  # "noid_tok_" and 16 digits: tells tokens apart without holding one
 
@@ -22,6 +23,7 @@ class FailureLimiter:
     A token that failed `FAILURES_PER_TOKEN` times from one address is not even looked up. An address that failed
     `FAILURES_PER_ADDRESS` times with whatever tokens hears 429 for further failures; a valid token still passes,
     because behind one address there may be many users. (Guessing is hopeless either way: a token has 256 bits.)
+    Addresses are places: see `noid.core.networks.place`.
     """
 
     def __init__(self) -> None:
@@ -34,7 +36,7 @@ class FailureLimiter:
             TooManyRequests: it did.
         """
         if self._count(address, token[_TOKEN_PREFIX]) >= FAILURES_PER_TOKEN:
-            raise TooManyRequests("too many authentication failures, try again later")
+            raise _too_many_failures()
 
     def failed(self, address: str, token: str) -> None:
         """Remember that *token* failed from *address*.
@@ -51,8 +53,41 @@ class FailureLimiter:
         while len(self._failures) > FAILURE_KEYS_MAX:
             self._failures.popitem(last=False)
         if exceeded:
-            raise TooManyRequests("too many authentication failures, try again later")
+            raise _too_many_failures()
 
     def _count(self, address: str, prefix: str) -> int:
         began, count = self._failures.get((address, prefix), (0.0, 0))
         return count if trio.current_time() - began <= FAILURE_WINDOW_SECS else 0
+
+
+def _too_many_failures() -> TooManyRequests:
+    return TooManyRequests("too many authentication failures, try again later", FAILURE_WINDOW_SECS)
+
+
+class RequestLimiter:
+    """Lets so many requests a second pass for each token, and some more at once after a pause."""
+
+    def __init__(self) -> None:
+        #: By user and token: how many requests may come at once, and at which time that was so.
+        self._tokens: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
+
+    def pass_one(self, user_id: str, token: str, *, per_second: float, burst: int) -> None:
+        """Count a request made with *token*, the name of one of the user's. *per_second* 0 lets everything pass.
+
+        Raises:
+            TooManyRequests: it has to wait; it is not counted.
+        """
+        if not per_second:
+            return
+        now = trio.current_time()
+        left, at = self._tokens.pop((user_id, token), (float(burst), now))
+        left = min(float(burst), left + (now - at) * per_second)
+        self._tokens[user_id, token] = (left - 1 if left >= 1 else left, now)
+        while len(self._tokens) > REQUEST_KEYS_MAX:
+            self._tokens.popitem(last=False)
+        if left < 1:
+            raise TooManyRequests(
+                f"more than {per_second:g} requests a second with token {token!r}. Make fewer, or ask whoever runs the "
+                "server for a higher requests_per_second.",
+                (1 - left) / per_second,
+            )

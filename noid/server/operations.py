@@ -81,7 +81,7 @@ class OperationRoutes:
         return json_reply(self._fields(found), 202)
 
     def _fields(self, operation: Operation) -> dict[str, Any]:
-        return operation_fields(operation, Answers(self._agent.config).public_text)
+        return operation_fields(operation, Answers(self._agent).public_text)
 
 
 def operation_fields(operation: Operation, public_text: Callable[[NoidError], str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from noid.core import tracing
 from noid.server import visit
 from noid.server.hardening import App, Exchange
+from noid.server.origins import UNIX
 from noid.server.visit import Visit
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def _logged(scope: Mapping[str, Any], exchange: Exchange) -> Iterator[None]:
     here = Visit(
         id=_request_id(scope),
         began=time.monotonic(),
-        address=str(client[0]) if client else "local",
+        address=str(client[0]) if client else UNIX,
         reply_headers=exchange.headers,
     )
     here.reply_headers[REQUEST_ID_HEADER] = here.id

@@ -39,7 +39,6 @@ from noid.server.schemas.lists import IN_STATE, LABELLED, PAGE, listed
 from noid.server.schemas.server import CAPABILITIES, HEALTH, VERSION, WHOAMI
 from noid.server.schemas.vms import CHANGE, CREATE, RESTORE, VM, VM_CHANGED
 from noid.server.schemas.vocabulary import integer, number, optional_json
-from noid.server.streams import OUTPUT_BYTES_MAX
 from noid.server.table import Route
 from noid.server.visit import current_caller, current_user, visit
 from noid.server.websockets import whole_number
@@ -123,7 +122,7 @@ class VmRoutes:
         return json_reply(
             {
                 "api_version": API_VERSION,
-                "max_exec_output_bytes": OUTPUT_BYTES_MAX,
+                "max_exec_output_bytes": config.limits.max_output_bytes,
                 "exec_timeout_secs": _whole(config.exec_timeout_secs),
                 "console_timeout_secs": _whole(config.console_timeout_secs),
                 "max_vm_name_length": NAME_LENGTH_MAX,

@@ -24,12 +24,13 @@ from noid.server.console import ConsoleRoutes
 from noid.server.events import EventRoutes
 from noid.server.files import FileRoutes
 from noid.server.guard import Guard
-from noid.server.hardening import MESSAGE_BYTES_MAX, App, Settings
+from noid.server.hardening import App, Settings
 from noid.server.listening import allow_many_files, tcp_listeners, unix_listener
 from noid.server.logs import LogRoutes
 from noid.server.metrics import Metrics, MetricsRoutes
 from noid.server.openapi import DocumentRoutes
 from noid.server.operations import OperationRoutes
+from noid.server.origins import origins
 from noid.server.power import PowerRoutes
 from noid.server.processes import ProcessRoutes
 from noid.server.quotas import QuotaRoutes
@@ -73,13 +74,16 @@ async def serve_until(
         if not config.local:
             listeners += stack.enter_context(tcp_listeners(config.listen))
         metrics = Metrics()
+        settings = settings or Settings()
+        settings.take_up(config.limits)
+        settings.connections.is_proxy = lambda address: origins(agent.config.trust_forwarded_for).is_proxy(address)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(metrics.keep_measuring, agent.services.layout, stopping)
             await nursery.start(
                 partial(
                     worker_serve,
-                    wrap_app(create_app(agent, config, stopping, metrics), MESSAGE_BYTES_MAX, "asgi"),
-                    settings or Settings(),
+                    wrap_app(create_app(agent, config, stopping, metrics), 0, "asgi"),
+                    settings,
                     sockets=Sockets([], listeners, []),
                     shutdown_trigger=stopping.wait,
                 )
@@ -94,21 +98,21 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event, metrics: Metr
     """Return the application: every route, behind the guard, counted. *stopping* ends its WebSockets."""
     app = App("noid.server", static_folder=None)
     app.config.update(
-        MAX_CONTENT_LENGTH=MESSAGE_BYTES_MAX,
+        MAX_CONTENT_LENGTH=agent.config.limits.max_body_bytes,
         BODY_TIMEOUT=BODY_TIMEOUT_SECS,
         RESPONSE_TIMEOUT=None,  # K: it truncates; slow readers are dropped by the bounded writes
         PROVIDE_AUTOMATIC_OPTIONS=False,
     )
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
-    answers = Answers(config)
+    answers = Answers(agent)
     log_requests(app)
-    websockets = WebSockets(config, answers, stopping)
+    websockets = WebSockets(agent, answers, stopping)
     table = Calls(agent).around(all_routes(agent, websockets, metrics))
     routes = add_routes(app, audited(agent, table))
     metrics.watch(app, routes)
     metrics.watch_agent(agent, websockets)
-    Guard(agent, config, metrics).protect(app, routes)
+    Guard(agent, metrics).protect(app, routes)
     app.before_request(refuse_no_name)
     app.register_error_handler(Exception, answers.answer)
     return app

@@ -34,7 +34,6 @@ from noid.server.websockets import WebSockets
 
 logger = logging.getLogger(__name__)
 
-OUTPUT_BYTES_MAX = 1 << 20
 FIRST_MESSAGE_SECS = 10.0
 START_SECS = 30.0
 LEAVE_SECS = 20.0
@@ -80,7 +79,7 @@ class ExecRoutes:
         checked_name(name)
         command = wire.request_from_json(await request.get_data())
         limit_secs = min(command.timeout_secs or math.inf, self._agent.config.exec_timeout_secs)
-        output = Output()
+        output = Output(self._agent.config.limits.max_output_bytes)
         timed_out = False
         command = dataclasses.replace(command, stdin=False)
         async with still_working(), self._process(current_user(), name, command) as session:
@@ -184,14 +183,15 @@ async def _collect(viewer: Viewer, output: Output) -> None:
 
 @dataclass(slots=True)
 class Output:
-    """What a command wrote, up to `OUTPUT_BYTES_MAX`; the rest is counted as *truncated* and dropped."""
+    """What a command wrote, up to *most* bytes; the rest is counted as *truncated* and dropped."""
 
+    most: int
     truncated: bool = False
     _data: bytearray = field(default_factory=bytearray)
 
     def add(self, data: bytes) -> None:
         """Append *data* as far as there is room."""
-        room = OUTPUT_BYTES_MAX - len(self._data)
+        room = self.most - len(self._data)
         self._data += data[:room]
         self.truncated = self.truncated or len(data) > room
 

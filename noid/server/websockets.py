@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import trio
 from quart import websocket
 
 from noid.core import wire
-from noid.core.config import Config
-from noid.errors import DependencyDown, InvalidRequest, NoidError
+from noid.core.agent import Agent
+from noid.errors import DependencyDown, InvalidRequest, NoidError, TooManyRequests
 from noid.server.answers import Answers
 from noid.server.hardening import Transport, hold_websocket
-from noid.server.visit import visit
+from noid.server.visit import current_user, visit
 
 GONE_CHECK_SECS = 1.0
 
@@ -20,11 +21,11 @@ GONE_CHECK_SECS = 1.0
 class WebSockets:
     """At most ``max_ws_sessions`` at a time, each counted from its upgrade on. Setting *stopping* ends all of them."""
 
-    def __init__(self, config: Config, answers: Answers, stopping: trio.Event) -> None:
-        self._config = config
+    def __init__(self, agent: Agent, answers: Answers, stopping: trio.Event) -> None:
+        self._agent = agent
         self._answers = answers
         self._stopping = stopping
-        self._sessions = 0
+        self._sessions: Counter[str] = Counter()
 
     @property
     def stopping(self) -> trio.Event:
@@ -34,26 +35,33 @@ class WebSockets:
     @property
     def open_sessions(self) -> int:
         """How many there are now."""
-        return self._sessions
+        return self._sessions.total()
 
     async def hold(self, session: Callable[[], Awaitable[None]]) -> None:
         """Upgrade the current request, run *session* on it and close it; see `hold_websocket`.
 
         Raises:
             DependencyDown: before the upgrade: there are too many, or the server is going down.
+            TooManyRequests: before the upgrade: the user has too many.
         """
         if self._stopping.is_set():
             raise DependencyDown("the server is going down for a restart. Try again.")
-        if self._sessions >= self._config.max_ws_sessions:
+        user, config = current_user().id, self._agent.config
+        if self.open_sessions >= config.max_ws_sessions:
             raise DependencyDown("too many WebSocket sessions. End one, or raise max_ws_sessions in server.toml.")
-        self._sessions += 1
+        most = config.limits.max_ws_sessions_per_user
+        if most is not None and self._sessions[user] >= most:
+            raise TooManyRequests(f"you have {most} WebSocket sessions, and may not have more. End one first.")
+        self._sessions[user] += 1
         try:
             await websocket.accept()
             if (upgraded := visit().upgraded) is not None:
                 await upgraded()
             await hold_websocket(self._stopping, session, self._last_words)
         finally:
-            self._sessions -= 1
+            self._sessions[user] -= 1
+            if not self._sessions[user]:
+                del self._sessions[user]
 
     def _last_words(self, error: NoidError) -> str:
         return wire.reply_to_json(wire.ErrorResponse(error=self._answers.public_text(error), code=error.code))

@@ -137,7 +137,7 @@ def test_one_directory_has_one_name_however_it_is_written(home: Path, monkeypatc
         ("max_ws_sessions = true", "max_ws_sessions is True; it must be an integer."),
         ("max_ws_sessions = 1.5", "max_ws_sessions is 1.5; it must be an integer."),
         ("max_ws_sessions = 0", "max_ws_sessions is 0; it must be a number above 0."),
-        ("trust_forwarded_for = 1", "trust_forwarded_for is 1; it must be true or false."),
+        ("trust_forwarded_for = 1", "trust_forwarded_for is 1; it must be true or false or an array of strings."),
         ("exec_timeout_secs = 'soon'", "exec_timeout_secs is 'soon'; it must be a number."),
         ("boot_timeout_secs = -1", "boot_timeout_secs is -1.0; it must be a number above 0."),
         ("wake_timeout_secs = nan", "wake_timeout_secs is nan; it must be a number above 0."),

@@ -79,8 +79,10 @@ def keys_of(record: type[Any]) -> list[tuple[str, str, str]]:
     for name, hint in typing.get_type_hints(record).items():
         field = {f.name: f for f in dataclasses.fields(record)}[name]
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            hint = next(a for a in typing.get_args(hint) if a is not type(None))
-        kind = TYPES.get(typing.get_origin(hint) or hint)
+            possible = [a for a in typing.get_args(hint) if a is not type(None)]
+        else:
+            possible = [hint]
+        kind = " or ".join(TYPES.get(typing.get_origin(each) or each, "") for each in possible) or None
         if kind is None or name in NOT_FROM_FILE:
             continue
         value = list(field.default) if isinstance(field.default, tuple) else field.default

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -49,14 +51,29 @@ class Rig:
         self.transport: Transport | None = None
         self.address = ("", 0)
         self.clients: list[RawClient] = []
+        self.settings = Quick()
+        self.trust: ssl.SSLContext | None = None
+
+    async def stream(self) -> Any:
+        """Connect, through TLS where the server is."""
+        stream = await trio.open_tcp_stream(*self.address)
+        if self.trust is None:
+            return stream
+        secure = trio.SSLStream(stream, self.trust, server_hostname="localhost")
+        try:
+            await secure.do_handshake()
+        except trio.BrokenResourceError:
+            await stream.aclose()
+            raise
+        return secure
 
     async def connect(self) -> RawClient:
-        self.clients.append(RawClient(await trio.open_tcp_stream(*self.address)))
+        self.clients.append(RawClient(await self.stream()))
         return self.clients[-1]
 
     @contextlib.asynccontextmanager
     async def websocket(self, path: str) -> AsyncIterator[WebSocketConnection]:
-        async with open_ws(await trio.open_tcp_stream(*self.address), path) as ws:
+        async with open_ws(await self.stream(), path) as ws:
             yield ws
 
     @contextlib.asynccontextmanager
@@ -148,16 +165,36 @@ class Rig:
         return app
 
 
-@pytest.fixture
-async def rig(nursery: trio.Nursery) -> AsyncIterator[Rig]:
+@pytest.fixture(scope="module")
+def certificate() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """What a server shows, and what makes a client believe it."""
+    return certificate_of_another_authority()
+
+
+def certificate_of_another_authority() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    shown = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    shown.set_alpn_protocols(["http/1.1"])
+    authority.issue_cert("localhost").configure_cert(shown)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    return shown, trust
+
+
+@pytest.fixture(params=["clear", "tls"])
+async def rig(nursery: trio.Nursery, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    """A server, in the clear and behind TLS: every letter holds for both."""
     rig = Rig()
+    if request.param == "tls":
+        rig.settings.tls, rig.trust = request.getfixturevalue("certificate")
     with tcp_listeners("127.0.0.1:0") as listeners:
         rig.address = listeners[0].getsockname()
 
         async def run(*, task_status: trio.TaskStatus[object]) -> None:
             await worker_serve(
                 wrap_app(rig.app(), 0, "asgi"),
-                Quick(),
+                rig.settings,
                 sockets=Sockets([], listeners, []),
                 shutdown_trigger=rig.stopping.wait,
                 task_status=task_status,
@@ -170,7 +207,7 @@ async def rig(nursery: trio.Nursery) -> AsyncIterator[Rig]:
         with trio.fail_after(10):
             await rig.stopped.wait()
         for client in rig.clients:
-            await client.stream.aclose()
+            await trio.aclose_forcefully(client.stream)
 
 
 async def test_a_an_idle_connection_is_closed_also_after_a_response(rig: Rig) -> None:
@@ -514,3 +551,98 @@ async def test_w_requests_sent_at_once_are_answered_in_order(rig: Rig) -> None:
     await client.stream.send_all(b"".join(request + b"%d" % number for number in range(9)))
     for number in range(9):
         assert (await client.receive("POST")).body == b"%d" % number
+
+
+only_in_the_clear = pytest.mark.parametrize("rig", ["clear"], indirect=True)
+only_tls = pytest.mark.parametrize("rig", ["tls"], indirect=True)
+
+
+@only_in_the_clear
+@pytest.mark.parametrize("limit", ["most", "most_per_address"])
+async def test_x_a_connection_too_many_hears_503_until_another_ends(rig: Rig, limit: str) -> None:
+    setattr(rig.settings.connections, limit, 1)
+    first = await rig.connect()
+    assert (await first.ask("GET", "/")).status == 200
+    second = await rig.connect()
+    await second.send("POST", "/", bytes(300_000))
+    answer = await second.receive("POST")
+    assert (answer.status, answer.json()["code"], answer.headers["retry-after"]) == (503, "unavailable", "1")
+    assert answer.headers["x-noid-api-version"] == "1"
+    assert await second.until_closed() == b""
+    await first.stream.aclose()
+    with trio.fail_after(5):
+        while (await (await rig.connect()).ask("GET", "/")).status == 503:
+            pass
+    assert rig.settings.connections.refused >= 1
+
+
+@only_in_the_clear
+async def test_x_behind_a_proxy_are_many_clients(rig: Rig) -> None:
+    rig.settings.connections.most_per_address = 1
+    rig.settings.connections.is_proxy = lambda address: address == "127.0.0.1"
+    for _ in range(3):
+        assert (await (await rig.connect()).ask("GET", "/")).status == 200
+
+
+@only_in_the_clear
+async def test_x_ended_connections_are_not_counted(rig: Rig) -> None:
+    for _ in range(20):
+        stream = await trio.open_tcp_stream(*rig.address)
+        await stream.aclose()
+    with trio.fail_after(5):
+        while rig.settings.connections.open:  # noqa: ASYNC110  # no event tells
+            await trio.sleep(0.01)
+    assert rig.settings.connections._from == {}
+
+
+@only_tls
+async def test_x_through_tls_one_too_many_is_not_worth_a_handshake(rig: Rig) -> None:
+    rig.settings.connections.most = 0
+    with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
+        await rig.stream()
+
+
+@only_tls
+async def test_y_a_handshake_that_does_not_come_is_cut_off(rig: Rig) -> None:
+    rig.settings.ssl_handshake_timeout = 0.2
+    stream = await trio.open_tcp_stream(*rig.address)
+    with trio.fail_after(5):
+        assert await stream.receive_some(10) == b""
+    await stream.aclose()
+
+
+@only_tls
+async def test_y_a_new_certificate_is_shown_to_new_connections_and_old_ones_go_on(rig: Rig) -> None:
+    old = await rig.connect()
+    rig.settings.tls, trust = certificate_of_another_authority()
+    with pytest.raises(trio.BrokenResourceError):
+        await rig.stream()
+    rig.trust = trust
+    assert (await (await rig.connect()).ask("GET", "/")).status == 200
+    assert (await old.ask("GET", "/")).status == 200
+
+
+@only_tls
+async def test_y_what_is_spoken_is_http_1_1(rig: Rig) -> None:
+    assert rig.trust is not None
+    rig.trust.set_alpn_protocols(["h2", "http/1.1"])
+    stream = await rig.stream()
+    assert stream.selected_alpn_protocol() == "http/1.1"
+    await trio.aclose_forcefully(stream)
+
+
+async def test_z_a_websocket_that_reads_too_slowly_is_told_so_when_it_reads_on(rig: Rig) -> None:
+    rig.settings.write_timeout_secs, rig.settings.farewell_secs = 0.2, 10.0
+    client = await rig.connect()
+    await client.send("GET", "/flood", headers=UPGRADE)
+    last = b""
+    with trio.fail_after(30):
+        while True:
+            await trio.sleep(0.5)  # longer than it may take
+            with trio.move_on_after(0.2):
+                while data := bytes(await client.stream.receive_some(1 << 20)):
+                    last = last[-100:] + data
+                break
+    reason = b"reading too slowly"
+    assert last.endswith(b"\x88" + bytes([2 + len(reason)]) + (1008).to_bytes(2, "big") + reason)
+    await rig.cancelled.wait()

@@ -40,6 +40,11 @@ T     a target without a path, `GET ?x`, is an IndexError in the log  400
 W     a queue, a nursery, five tasks and three writes for every       one task and one write: `HttpStream`,
       request; a connection that was closed is kept until its idle    `IdleWatch`, and `noid.server.hardening.dispatch`
       timer runs out                                                  for Quart's part
+X     connections are accepted without end                            so many in all, and from one address; one more
+                                                                      hears 503 before anything is done for it
+Y     certificates are read once; a TLS handshake may take a minute,  a new connection takes `Settings.tls` as it is
+      and the end of one waits for its client; there is no R          then; all is bounded, and R holds
+Z     a WebSocket whose client reads too slowly just ends             with 1008, if the client takes what was begun
 ====  ==============================================================  ================================================
 """
 
@@ -53,11 +58,10 @@ from noid.server.hardening.connection import TcpServer, Transport
 from noid.server.hardening.dispatch import App
 from noid.server.hardening.exchange import Exchange
 from noid.server.hardening.http import BrokenOff, Http1Protocol, HttpStream, Upload, upload
-from noid.server.hardening.settings import MESSAGE_BYTES_MAX, Settings
+from noid.server.hardening.settings import Settings
 from noid.server.hardening.websocket import WebsocketStream, hold_websocket
 
 __all__ = [
-    "MESSAGE_BYTES_MAX",
     "App",
     "BrokenOff",
     "Exchange",

@@ -26,6 +26,11 @@ STATE_KEY = "noid.transport"
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
+def no_farewell() -> bytes:
+    """Return nothing: what is not a WebSocket just ends."""
+    return b""
+
+
 class Transport:
     """The connection under a request: whose it is, whether it still exists, and a way to keep it from going silent."""
 
@@ -34,6 +39,8 @@ class Transport:
         self.say_interim: Callable[[], Awaitable[None]] | None = None
         self.stays_busy: Callable[[], None] = lambda: None
         """Says that nothing but this will ever be asked on the connection: nobody needs to watch whether it idles."""
+        self.farewell: Callable[[], bytes] = no_farewell
+        """Makes the frame that closes a WebSocket whose client reads too slowly."""
         self.said_goodbye = False
         """Whether the client of a WebSocket has sent a close frame: it left on purpose, and was not lost."""
         self.peer_uid: int | None = None
@@ -115,12 +122,15 @@ class IdleWatch:
 
 
 class TcpServer(TCPServer):
-    """One connection. B: bounded writes. I: keepalive. L: peer credentials. R: lingering close. W: an idle watch."""
+    """One connection. B and Z: bounded writes. I: keepalive. R: lingering. W: an idle watch. X: number. Y: TLS."""
 
     config: Settings
 
     def __init__(self, app: Any, config: Settings, context: Any, state: Any, stream: Any) -> None:
-        sock = getattr(stream, "transport_stream", stream).socket
+        sock = stream.socket
+        self._plain: trio.SocketStream = stream
+        if sock.family != socket.AF_UNIX and config.tls is not None:
+            stream = trio.SSLStream(stream, config.tls, server_side=True)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
@@ -134,6 +144,30 @@ class TcpServer(TCPServer):
         self.idle_task = self._idle  # type: ignore[assignment]  # the same methods
         self._lingering = False
         self._final_deadline: float | None = None
+        self._rest: trio.socket.SocketType | None = None
+
+    async def run(self) -> None:
+        """Serve the connection, unless it is one too many."""
+        sock, connections = self._plain.socket, self.config.connections
+        if sock.family == socket.AF_UNIX:
+            await super().run()
+            return
+        try:
+            address = str(sock.getpeername()[0])
+        except OSError:  # it has gone already
+            return
+        if not connections.take(address):
+            if self.config.tls is None:  # to say it through TLS would cost a handshake
+                await connections.refuse(self._plain, self.config.linger_secs)
+            return
+        try:
+            await super().run()
+            if self._rest is not None:
+                await self._discard(self._rest)
+        finally:
+            connections.give_back(address)
+            if self._rest is not None:
+                self._rest.close()
 
     async def protocol_send(self, event: Event) -> None:
         """Do what the protocol asks of the connection."""
@@ -145,29 +179,53 @@ class TcpServer(TCPServer):
             await super().protocol_send(event)
 
     async def _write(self, data: bytes) -> None:
-        """Send *data* whole or end the connection. Not interruptible, because half a frame garbles all that follow."""
+        """Send *data* whole or end the connection. Not interruptible, because half a frame garbles all that follow.
+
+        A WebSocket's client that was too slow and then takes the rest is told so: a close frame cannot come earlier
+        than the end of the frame before it.
+        """
         rest = memoryview(data)
+        late: float | None = None  # it was too slow: until when it may take the rest
         if self.send_lock.locked():
             await self.send_lock.acquire()
         else:
             self.send_lock.acquire_nowait()  # without yielding, which the sending does
         try:
             while rest:
-                with trio.move_on_at(self._write_deadline(), shield=True) as scope:
+                due = self._write_deadline()
+                last = late or due + self._farewell_secs()
+                with trio.move_on_at(last, shield=True) as scope:
                     await self.stream.send_all(rest[:WRITE_PIECE_BYTES])
                 if scope.cancelled_caught:
-                    logger.info("dropped a client that did not read for %g s", self.config.write_timeout_secs)
+                    self._note_slowness()
                     await trio.aclose_forcefully(self.stream)
                     break
                 self._transport.writes += 1
                 rest = rest[WRITE_PIECE_BYTES:]
+                if late is None and trio.current_time() > due:
+                    late = last
             else:
-                return
+                if late is None:
+                    return
+                self._note_slowness()
+                with trio.move_on_at(late, shield=True):
+                    await self.stream.send_all(self._transport.farewell())
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the peer has gone; the protocol hears it below, as when reading had found out
+            late = None  # the peer has gone; the protocol hears it below, as when reading had found out
         finally:
             self.send_lock.release()
-        await self.protocol.handle(Closed())
+        if late is None or rest:
+            await self.protocol.handle(Closed())
+        else:
+            await self._begin_to_close()
+
+    def _farewell_secs(self) -> float:
+        if self._transport.farewell is no_farewell or self.context.terminated.is_set():
+            return 0.0
+        return self.config.farewell_secs
+
+    def _note_slowness(self) -> None:
+        logger.info("dropped a client that did not read for %g s", self.config.write_timeout_secs)
 
     def _write_deadline(self) -> float:
         deadline = trio.current_time() + self.config.write_timeout_secs
@@ -182,20 +240,47 @@ class TcpServer(TCPServer):
             return
         self._lingering = True
         async with self.send_lock:
-            with contextlib.suppress(AttributeError, trio.BrokenResourceError, trio.ClosedResourceError):
-                await self.stream.send_eof()  # a TLS stream has none
+            if isinstance(self.stream, trio.SSLStream):
+                await self._end_tls(self.stream)
+            else:
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await self.stream.send_eof()
         await self.protocol.handle(Closed())
-        await self._linger_task.restart(self._task_group, self._linger)
+        if self._rest is None:
+            await self._linger_task.restart(self._task_group, self._linger)
 
     async def _linger(self) -> None:
         with trio.move_on_after(self.config.linger_secs):
             await self.context.terminated.wait()
         await trio.aclose_forcefully(self.stream)
 
+    async def _end_tls(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        """Say that nothing follows, and end TLS; the connection itself stays as long as there is another name for it.
+
+        What the peer still sends cannot be read through TLS then, and need not be: `run` discards it.
+        """
+        with contextlib.suppress(OSError):  # it has gone
+            self._rest = self._plain.socket.dup()
+        with trio.move_on_after(self.config.linger_secs, shield=True):
+            await stream.aclose()
+
+    async def _discard(self, rest: trio.socket.SocketType) -> None:
+        with contextlib.suppress(OSError), trio.move_on_after(self.config.linger_secs):
+            rest.shutdown(socket.SHUT_WR)
+            while await rest.recv(1 << 16):
+                pass
+
+    async def _close(self) -> None:
+        with trio.move_on_after(self.config.linger_secs, shield=True):  # Y: a TLS stream says goodbye first
+            await super()._close()
+
+    async def _initiate_server_close(self) -> None:
+        with trio.move_on_after(self.config.linger_secs, shield=True):  # the same
+            await super()._initiate_server_close()
+
     async def _idle_timeout(self) -> None:
         if await self._idle.over():
-            with trio.CancelScope(shield=True):
-                await self._initiate_server_close()
+            await self._initiate_server_close()
 
     async def _read_data(self) -> None:
         await super()._read_data()

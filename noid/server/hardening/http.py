@@ -259,6 +259,11 @@ class Http1Protocol(H11Protocol):
         """Never switch to HTTP/2."""
 
     async def _create_stream(self, request: h11.Request) -> None:
+        size = len(request.target) + sum(len(name) + len(value) for name, value in request.headers)
+        if size > self.config.h11_max_incomplete_size:  # h11 looks at heads that come in several pieces only
+            await self._send_error_response(431)
+            await self.send(Closed())
+            return
         supported = request.http_version in (b"1.0", b"1.1")
         if not supported or request.target.startswith(b"?"):
             await self._send_error_response(400 if supported else 505)

@@ -17,6 +17,7 @@ from quart_trio.asgi import TrioASGIWebsocketConnection
 from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection
 from wsproto.events import Event as WsEvent
+from wsproto.utilities import LocalProtocolError
 
 from noid.errors import DependencyDown, NoidError
 from noid.server.hardening.connection import Transport
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 Send = Callable[[ASGISendEvent | None], Awaitable[None]]
 
 CLOSE_NORMAL = 1000
+CLOSE_TOO_SLOW = 1008
 CLOSE_INTERNAL_ERROR = 1011
 CLOSE_RESTARTING = 1012
 
@@ -121,6 +123,13 @@ class WebsocketStream(WSStream):
     async def _accept(self, message: Any) -> None:
         self.handshake.extensions = None
         await super()._accept(message)
+        Transport.of(self.scope).farewell = self._farewell
+
+    def _farewell(self) -> bytes:
+        try:
+            return self.connection.send(CloseConnection(code=CLOSE_TOO_SLOW, reason="reading too slowly"))
+        except LocalProtocolError:  # it is being closed already
+            return b""
 
     async def _handle_events(self) -> None:
         await super()._handle_events()
