@@ -269,13 +269,13 @@ class Performer:
         return operation if performance is None else performance.view()
 
     async def keep_forgetting(self) -> None:
-        """Remove what ended `REMEMBERED` ago, once in a while. Runs until it is cancelled."""
+        """Remove what ended `REMEMBERED` ago, once in a while, as every start does. Runs until it is cancelled."""
         while True:
+            await trio.sleep(FORGET_SECS)
             try:
                 await self._store.write(lambda tx: tx.forget_operations(now() - REMEMBERED))
             except NoidError as error:
                 logger.warning("old operations stay in the journal: %s", error)
-            await trio.sleep(FORGET_SECS)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from noid import hostfs
 from noid.core import changing, checkpointing, deeds, discarding, lifecycle, pausing, power, processes, saga
 from noid.core import manifest as manifests
 from noid.core.backends import Machine, MachinePlan
-from noid.core.model import Checkpoint, User, Vm, VmState
-from noid.core.performing import Performance
+from noid.core.model import Checkpoint, User, Vm, VmState, now
+from noid.core.performing import REMEMBERED, Performance
 from noid.core.saga import Journal, Saga
 from noid.core.services import Services
 from noid.core.store import Tx
@@ -89,6 +89,7 @@ async def recover(services: Services, templates: Templates) -> list[Vm]:
     await _sweep(services, spared)
     for user in services.store.users():
         await trio.to_thread.run_sync(deeds.write_user, services.layout, user)
+    await services.store.write(partial(Tx.forget_operations, ended_before=now() - REMEMBERED))
     stopped = (vm for vm in services.store.all_vms() if vm.state is VmState.STOPPED)
     return [vm for vm in stopped if (vm.owner, vm.name) in rebooting]
 
