@@ -16,6 +16,7 @@ from datetime import datetime
 import trio
 
 from noid.core.model import Caller, now
+from noid.core.redaction import hidden
 from noid.core.store import Store, Tx
 from noid.errors import NoidError
 
@@ -65,7 +66,7 @@ class AuditEntry:
             address=address[:TEXT_MAX],
             request=request,
             action=action,
-            target=target[:TEXT_MAX],
+            target=hidden(target)[:TEXT_MAX],
             status=status,
         )
 

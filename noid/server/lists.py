@@ -36,14 +36,14 @@ class Page:
     after: Position | None
 
     @classmethod
-    def asked(cls) -> Page:
-        """Return what ``?limit=`` and ``?cursor=`` say.
+    def asked(cls, *, default: int | None = None) -> Page:
+        """Return what ``?limit=`` and ``?cursor=`` say; without a limit, *default*, or None for everything.
 
         Raises:
             InvalidRequest: they make no sense.
         """
         limit, cursor = request.args.get("limit"), request.args.get("cursor")
-        return cls(None if limit is None else _limit(limit), None if cursor is None else _position(cursor))
+        return cls(default if limit is None else _limit(limit), None if cursor is None else _position(cursor))
 
     def of(self, wanted: Wanted) -> Wanted:
         """Return *wanted*, no more of it than the page needs: its things, and one to know whether there are more."""

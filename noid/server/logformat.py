@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import time
 from typing import Any
 
 from noid.core import tracing
 from noid.core.config import LoggingConfig
+from noid.core.redaction import hidden
 
-_TOKEN = re.compile(r"noid_tok_[0-9a-f]{16,}")
 _STANDARD = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "request"})
 _OURS = ("noid.", "noid_")
 _LEFT_OUT = {"noid.server.hypercorn": logging.WARNING}  # its "Running on" is said better by ours
@@ -77,7 +76,7 @@ class TextFormatter(_Formatter):
         text = f"{self.formatTime(record)} {record.levelname} {record.name}: {f'[{request}] ' if request else ''}"
         text += record.getMessage().translate(_ESCAPES)
         if trace := self.trace(record):
-            text += "".join(f"\n  {line}" for line in trace.splitlines())
+            text += "".join(f"\n  {line.translate(_ESCAPES)}" for line in trace.splitlines())
         return hidden(text)
 
 
@@ -98,8 +97,3 @@ class JsonFormatter(_Formatter):
         if trace := self.trace(record):
             fields["exception"] = trace
         return hidden(json.dumps(fields, separators=(",", ":"), default=str))
-
-
-def hidden(text: str) -> str:
-    """Return *text* without the secret part of any token in it. Nothing logs tokens; this is for the day it does."""
-    return _TOKEN.sub("noid_tok_[hidden]", text) if "noid_tok_" in text else text

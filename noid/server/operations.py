@@ -17,7 +17,7 @@ from noid.server.interim import still_working
 from noid.server.lists import Page
 from noid.server.queries import seconds
 from noid.server.rest import outcome_answer
-from noid.server.schemas.lists import PAGE, listed
+from noid.server.schemas.lists import LIMIT_MAX, PAGE, listed
 from noid.server.schemas.operations import OPERATION
 from noid.server.schemas.paths import NAME
 from noid.server.schemas.vocabulary import choice, number
@@ -52,8 +52,8 @@ class OperationRoutes:
         ]  # fmt: skip
 
     async def all(self) -> Response:
-        """List the caller's operations of the last 24 hours, newest first."""
-        page, vm, state = Page.asked(), request.args.get("vm"), request.args.get("state")
+        """List the caller's operations of the last 24 hours, newest first, at most 1000 at a time."""
+        page, vm, state = Page.asked(default=LIMIT_MAX), request.args.get("vm"), request.args.get("state")
         if state is not None and state not in set(OperationState):
             raise InvalidRequest(f"state is {state[:40]!r}; it must be one of {', '.join(OperationState)}.")
         found = self._agent.operations.all(

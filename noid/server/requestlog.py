@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from noid.core import tracing
+from noid.core.redaction import hidden
 from noid.server import visit
 from noid.server.hardening import App, Exchange
 from noid.server.origins import UNIX
@@ -19,6 +20,9 @@ from noid.server.visit import Visit
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
+
+#: How much of a path is logged: as long as it may be, it would be a way to fill the disk with the log.
+_PATH_LENGTH_MAX = 500
 
 _ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -60,18 +64,21 @@ def _log(scope: Mapping[str, Any], exchange: Exchange, here: Visit) -> None:
     method = scope.get("method", "WS")
     took_ms = round((time.monotonic() - here.began) * 1000, 1)
     user = here.user.name if here.user else "-"
+    path = hidden(scope["path"])
+    if len(path) > _PATH_LENGTH_MAX:
+        path = f"{path[:_PATH_LENGTH_MAX]}..."
     logger.info(
         "%s %s %s -> %s (%.1f ms) remote=%s",
         user,
         method,
-        scope["path"],
+        path,
         _outcome(exchange),
         took_ms,
         here.address,
         extra={
             "user": user,
             "method": method,
-            "path": scope["path"],
+            "path": path,
             "status": exchange.status,
             "close_code": exchange.close_code,
             "ended": exchange.ended,

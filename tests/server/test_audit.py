@@ -96,6 +96,13 @@ async def test_a_missing_scope_is_in_the_log_also_of_who_only_looks(server: Serv
     assert [entry.token for entry in entries(store_of(server))] == ["less"] * 2
 
 
+async def test_a_token_that_somebody_takes_for_its_name_is_in_no_log(server: Server) -> None:
+    token = await server.add_user("alice")
+    await server.refused("DELETE", f"/v1/tokens/{token}", token=token)
+    await server.refused("POST", "/v1/tokens", {"name": token}, token=token)
+    assert [target for _, _, target, _ in told(server)] == ["noid_tok_[hidden]"] * 2
+
+
 async def test_a_flood_of_refusals_from_everywhere_is_a_bounded_number_of_rows(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

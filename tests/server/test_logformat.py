@@ -45,6 +45,7 @@ def test_a_traceback_cannot_look_like_another_line_either() -> None:
     assert first.endswith(" INFO noid.test: a bug")
     assert rest
     assert all(line.startswith("  ") for line in rest)
+    assert "\x1b" not in "".join(rest)
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
@@ -187,3 +188,10 @@ async def test_what_users_send_and_see_is_not_logged(web: Server, log: Log) -> N
     await web.ask("GET", "/v1/vms", token=token)
     answer = await web.ask("GET", "/v1/vms", token=token[:-1])
     await log.request(answer.headers["x-request-id"])
+
+
+async def test_a_line_is_short_however_long_the_path_is(server: Server, log: Log) -> None:
+    answer = await server.ask("GET", "/v1/vms/" + "x" * 20_000)
+    line = await log.request(answer.headers["x-request-id"])
+    assert line["path"] == "/v1/vms/" + "x" * 492 + "..."
+    assert len(json.dumps(line)) < 2000

@@ -153,3 +153,13 @@ async def first_operation(server: Server, call: str) -> str:
     """Return the id of the newest operation once it hangs in *call*."""
     await server.faults.reached(call)
     return str((await server.ask("GET", "/v1/operations")).json()[0]["id"])
+
+
+async def test_operations_come_in_pages_also_to_who_asks_for_all(web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("noid.server.operations.LIMIT_MAX", 1)
+    await web.ask("POST", "/v1/vms/web/pause")
+    page = await web.ask("GET", "/v1/operations")
+    assert [each["kind"] for each in page.json()] == ["vm.pause"]
+    rest = await web.ask("GET", page.headers["link"].partition(">")[0].removeprefix("<"))
+    assert [each["kind"] for each in rest.json()] == ["vm.create"]
+    assert "link" not in rest.headers
