@@ -84,34 +84,65 @@ def receive(sock: socket.socket) -> tuple[bytes, bytes]:
     return received[:end], received[end:]
 
 
+class Asking:
+    """Clients of *target* that stay connected, *together* of them, and what they have measured so far."""
+
+    def __init__(self, target: Target, request: bytes, together: int = 1) -> None:
+        self._target = target
+        self._request = request
+        self._latencies: list[float] = []
+        self._cpu_secs = self._secs = 0.0
+        self._socks = [target.connect() for _ in range(together)]
+
+    def __enter__(self) -> Asking:
+        """Ask once each, which does not count."""
+        for sock in self._socks:
+            exchange(sock, self._request)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Hang up."""
+        for sock in self._socks:
+            sock.close()
+
+    def ask(self, count: int) -> None:
+        """Ask *count* times, all at once, each waiting for its answer before it asks again.
+
+        Raises:
+            BackendError: an answer was not 2xx.
+        """
+        cpu, began = self._target.cpu_secs(), time.perf_counter()
+        for _ in range(count // len(self._socks)):
+            asked = time.perf_counter()
+            for sock in self._socks:
+                sock.sendall(self._request)
+            for sock in self._socks:
+                head, _ = receive(sock)
+                self._latencies.append(time.perf_counter() - asked)
+                if not head.startswith(b"HTTP/1.1 2"):
+                    raise BackendError(f"{self._target.name} answered {head!r}")
+        self._secs += time.perf_counter() - began
+        self._cpu_secs += self._target.cpu_secs() - cpu
+
+    def load(self) -> Load:
+        """Return what it came to."""
+        count = len(self._latencies)
+        return Load(
+            latencies_secs=tuple(self._latencies),
+            cpu_secs_per_request=self._cpu_secs / count,
+            requests_per_sec=count / self._secs,
+        )
+
+
 def load(target: Target, request: bytes, count: int, *, together: int = 1) -> Load:
-    """Ask *target* *count* times over *together* connections, each of which waits for its answer.
+    """Ask *target* *count* times over *together* connections.
 
     Raises:
         BackendError: an answer was not 2xx.
     """
-    socks = [target.connect() for _ in range(together)]
-    try:
-        for sock in socks:
-            exchange(sock, request)
-        latencies = []
-        cpu, began = target.cpu_secs(), time.perf_counter()
-        for _ in range(count // together):
-            asked = time.perf_counter()
-            for sock in socks:
-                sock.sendall(request)
-            for sock in socks:
-                head, _ = receive(sock)
-                latencies.append(time.perf_counter() - asked)
-                if not head.startswith(b"HTTP/1.1 2"):
-                    raise BackendError(f"{target.name} answered {head!r}")
-        secs, cpu = time.perf_counter() - began, target.cpu_secs() - cpu
-    finally:
-        for sock in socks:
-            sock.close()
-    return Load(
-        latencies_secs=latencies, cpu_secs_per_request=cpu / len(latencies), requests_per_sec=len(latencies) / secs
-    )
+    with Asking(target, request, together) as asking:
+        asking.ask(count)
+        return asking.load()
 
 
 def _some(sock: socket.socket) -> bytes:

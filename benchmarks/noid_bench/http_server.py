@@ -17,11 +17,12 @@ from typing import Any
 
 from noid.errors import BackendError
 from noid.testing.reaper import start_reaper
-from noid_bench.http_load import Load, Target, exchange, load, request_bytes
+from noid_bench.http_load import Asking, Load, Target, exchange, load, request_bytes
 from noid_bench.report import Figure
 from noid_bench.rig import scratch_directory
 
 VMS = 20
+TURNS = 20
 IN_TURN = 300
 TOGETHER = 8
 AT_ONCE = 800
@@ -169,9 +170,18 @@ def _measure(targets: list[Target], request: bytes, rounds: int) -> list[_Measur
     for target in targets:
         load(target, request, AT_ONCE // 4, together=TOGETHER)  # warm
     for _ in range(rounds):
-        for target, found in zip(targets, measured, strict=True):
-            found.alone.append(load(target, request, IN_TURN))
-            found.crowded.append(load(target, request, AT_ONCE, together=TOGETHER))
+        with contextlib.ExitStack() as stack:
+            askings = [
+                (stack.enter_context(Asking(target, request)), stack.enter_context(Asking(target, request, TOGETHER)))
+                for target in targets
+            ]
+            for _ in range(TURNS):  # short ones: what else the machine does hits all of them alike
+                for alone, crowded in askings:
+                    alone.ask(IN_TURN // TURNS)
+                    crowded.ask(AT_ONCE // TURNS)
+            for found, (alone, crowded) in zip(measured, askings, strict=True):
+                found.alone.append(alone.load())
+                found.crowded.append(crowded.load())
     return measured
 
 

@@ -522,11 +522,9 @@ class Agent:
         return not held and self._locks.holder(vm.owner, vm.name) is not None
 
     def _with_busy(self, vm: Vm) -> Vm:
-        return dataclasses.replace(self._with_health(vm), busy=self._locks.holder(vm.owner, vm.name))
-
-    def _with_health(self, vm: Vm) -> Vm:
         live = self.services.supervisor.find(vm.id)
-        return seen_by(vm, live.link if live is not None and live.instance == vm.instance else None)
+        link = live.link if live is not None and live.instance == vm.instance else None
+        return seen_by(vm, link, self._locks.holder(vm.owner, vm.name))
 
     async def _run(
         self,

@@ -360,6 +360,10 @@ class Vm:
     responding: bool | None = None
     unresponsive_since: datetime | None = None
 
+    def __hash__(self) -> int:
+        """Return what tells rows apart; the rest is compared."""
+        return hash((self.id, self.generation))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:

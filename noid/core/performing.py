@@ -7,6 +7,7 @@ last one. What this module adds is the part that runs, for as long as it does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from noid.core.model import User, Vm, now
 from noid.core.operations import Operations
 from noid.core.outcomes import Operation, OperationState, Outcome
 from noid.core.records import to_json
+from noid.core.rows import VMS_REMEMBERED
 from noid.core.saga import Facts, Progress, Saga
 from noid.core.services import Services
 from noid.core.store import Tx
@@ -106,12 +108,16 @@ def outcome_of(tx: Tx, performance: Performance) -> Outcome:
     )
 
 
-def seen_by(vm: Vm, link: GuestLink | None) -> Vm:
-    """Return *vm* with what is known of its guest's health; None: nothing."""
+def seen_by(vm: Vm, link: GuestLink | None, busy: str | None = None) -> Vm:
+    """Return *vm*, as it is stored, with what holds it and what is known of its guest's health; None: nothing."""
     if link is None:
-        return vm
-    health = link.health
-    return dataclasses.replace(vm, responding=health.responding, unresponsive_since=health.unresponsive_since)
+        return _seen(vm, busy, None, None)
+    return _seen(vm, busy, link.health.responding, link.health.unresponsive_since)
+
+
+@functools.lru_cache(maxsize=VMS_REMEMBERED)
+def _seen(vm: Vm, busy: str | None, responding: bool | None, unresponsive_since: datetime | None) -> Vm:
+    return dataclasses.replace(vm, busy=busy, responding=responding, unresponsive_since=unresponsive_since)
 
 
 class Performer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -9,6 +10,9 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from noid.core.model import Checkpoint, NetLease, ProcessRef, Receipt, ReceiptItem, User, Vm, VmState
+
+VMS_REMEMBERED = 2048
+"""So many of the latest VMs seen are not read from JSON, or put into it, again."""
 
 
 class Row(Protocol):
@@ -45,8 +49,9 @@ def vm_row(vm: Vm) -> dict[str, Any]:
     return {name: encode(getattr(vm, name)) for name in names}
 
 
+@functools.lru_cache(maxsize=VMS_REMEMBERED)
 def vm_of(row: Row) -> Vm:
-    """Return the VM that a row is."""
+    """Return the VM that a row is; of an equal row the same one, which is a record and never changes."""
     lease, process, receipt = (json.loads(row[name] or "null") for name in ("lease", "process", "receipt"))
     items: Iterable[dict[str, Any]] = (receipt or {}).get("items", ())
     return Vm(

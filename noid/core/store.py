@@ -29,6 +29,7 @@ from noid.core.model import (
     VmState,
     now,
 )
+from noid.core.rereading import Rereader
 from noid.core.rows import checkpoint_of, encode, text_of, user_of, vm_of, vm_row
 from noid.core.schema import migrations
 from noid.core.states import may_follow
@@ -207,6 +208,7 @@ class Store:
 
     def __init__(self, reader: sqlite3.Connection, writer: sqlite3.Connection) -> None:
         self._reader = reader
+        self._rereader = Rereader(reader)
         self._writer = writer
         self._one_writer = trio.CapacityLimiter(1)
         self._changes: dict[str, trio.Event] = {}
@@ -246,7 +248,7 @@ class Store:
 
     def users(self) -> list[User]:
         """Return all users, oldest first."""
-        return [user_of(row) for row in self._read("SELECT * FROM users ORDER BY created_at, id")]
+        return self._records(user_of, "SELECT * FROM users ORDER BY created_at, id")
 
     def vm(self, owner: str, name: str) -> Vm:
         """Return *owner*'s VM *name*, or raise `NotFound`."""
@@ -254,11 +256,11 @@ class Store:
 
     def vms(self, owner: str, wanted: Wanted = ALL) -> list[Vm]:
         """Return those of *owner*'s VMs that are *wanted*, oldest first."""
-        return [vm_of(row) for row in self._selected("vms", owner, wanted)]
+        return self._selected(vm_of, "vms", owner, wanted)
 
     def all_vms(self) -> list[Vm]:
         """Return everybody's VMs: for start-up and the supervisor."""
-        return [vm_of(row) for row in self._read("SELECT * FROM vms ORDER BY created_at, id")]
+        return self._records(vm_of, "SELECT * FROM vms ORDER BY created_at, id")
 
     def vms_by_state(self) -> dict[VmState, int]:
         """Return how many VMs everybody has in each state there is a VM in."""
@@ -275,9 +277,9 @@ class Store:
 
     def checkpoints(self, owner: str, wanted: Wanted = ALL) -> list[Checkpoint]:
         """Return those of *owner*'s checkpoints that are *wanted*, oldest first."""
-        return [checkpoint_of(row) for row in self._selected("checkpoints", owner, wanted)]
+        return self._selected(checkpoint_of, "checkpoints", owner, wanted)
 
-    def _selected(self, table: str, owner: str, wanted: Wanted) -> list[sqlite3.Row]:
+    def _selected(self, make: Callable[[sqlite3.Row], T], table: str, owner: str, wanted: Wanted) -> list[T]:
         conditions: list[str] = ["owner = ?"]
         arguments: list[object] = [owner]
         for key, value in wanted.labels:
@@ -294,7 +296,7 @@ class Store:
             conditions.append("(created_at, id) > (?, ?)")
             arguments += wanted.after
         sql = f"SELECT * FROM {table} WHERE {' AND '.join(conditions)} ORDER BY created_at, id LIMIT ?"  # noqa: S608  # own text
-        return self._read(sql, *arguments, -1 if wanted.limit is None else wanted.limit)
+        return self._records(make, sql, *arguments, -1 if wanted.limit is None else wanted.limit)
 
     def open_operations(self) -> list[dict[str, Any]]:
         """Return the operations that have no outcome, with their journal events, oldest first."""
@@ -322,11 +324,15 @@ class Store:
         with _sqlite_errors():
             return self._reader.execute(sql, arguments).fetchall()
 
+    def _records(self, make: Callable[[sqlite3.Row], T], sql: str, *arguments: object) -> list[T]:
+        with _sqlite_errors():
+            return list(self._rereader.records(make, sql, arguments))
+
     def _one(self, make: Callable[[sqlite3.Row], T], what: str, sql: str, *arguments: object) -> T:
-        rows = self._read(sql, *arguments)
-        if not rows:
+        found = self._records(make, sql, *arguments)
+        if not found:
             raise NotFound(f"{what} not found")
-        return make(rows[0])
+        return found[0]
 
 
 @contextlib.contextmanager

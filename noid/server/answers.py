@@ -17,11 +17,21 @@ from noid.server.visit import visit
 logger = logging.getLogger(__name__)
 
 UPGRADE_CODE = "upgrade_required"
+_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 def json_reply(body: Any, status: int = 200) -> Response:
     """Return *body* as compact JSON. Lone surrogates, which UTF-8 cannot carry, become the JSON escapes they are."""
-    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
+    return text_reply(json_text(body), status)
+
+
+def json_text(body: Any) -> str:
+    """Return *body* as compact JSON, which may have lone surrogates in it."""
+    return _JSON.encode(body)
+
+
+def text_reply(text: str, status: int = 200) -> Response:
+    """Return the reply to whose body, JSON, `json_text` has made *text*."""
     return Response(text.encode("utf-8", "backslashreplace"), status, content_type="application/json")
 
 

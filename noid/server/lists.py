@@ -20,7 +20,7 @@ from quart import Response, request
 from noid.core.listing import Position, Wanted
 from noid.core.model import LABELS_MAX, VmState
 from noid.errors import InvalidRequest
-from noid.server.answers import json_reply
+from noid.server.answers import json_text, text_reply
 from noid.server.schemas.lists import LIMIT_MAX
 
 T = TypeVar("T")
@@ -58,8 +58,14 @@ class Page:
         self, things: Sequence[T], fields: Callable[[T], dict[str, Any]], position: Callable[[T], Position]
     ) -> Response:
         """Return *things*, which `of` or `cut` left, as JSON with *fields*; with a ``Link`` where there are more."""
+        return self.reply_in_text(things, lambda thing: json_text(fields(thing)), position)
+
+    def reply_in_text(
+        self, things: Sequence[T], text: Callable[[T], str], position: Callable[[T], Position]
+    ) -> Response:
+        """Return *things*, each the JSON that *text* makes of it; otherwise as `reply`."""
         shown = things if self.limit is None else things[: self.limit]
-        reply = json_reply([fields(thing) for thing in shown])
+        reply = text_reply(f"[{','.join(map(text, shown))}]")
         if len(shown) < len(things):
             query = [(name, text) for name, text in request.args.items(multi=True) if name != "cursor"]
             query.append(("cursor", _cursor(position(shown[-1]))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from noid.core.model import (
     wire_time,
 )
 from noid.core.outcomes import Outcome
+from noid.core.rows import VMS_REMEMBERED
 from noid.core.users import ordered
 from noid.core.wire import API_VERSION
 from noid.errors import InvalidRequest
-from noid.server.answers import empty_reply, json_reply
+from noid.server.answers import empty_reply, json_reply, json_text, text_reply
 from noid.server.interim import still_working
 from noid.server.lists import Page, wanted_labels, wanted_states
 from noid.server.queries import seconds
@@ -150,7 +152,7 @@ class VmRoutes:
         """List the caller's VMs, oldest first."""
         page = Page.asked()
         wanted = page.of(Wanted(labels=wanted_labels(), states=wanted_states()))
-        return page.reply(self._agent.vms(current_user(), wanted), vm_fields, position_of)
+        return page.reply_in_text(self._agent.vms(current_user(), wanted), vm_text, position_of)
 
     async def vm(self, name: str) -> Response:
         """Show one VM; with ``after`` once its generation is greater than that, or after ``wait`` as it is then."""
@@ -162,7 +164,7 @@ class VmRoutes:
                 with trio.move_on_after(wait_secs):
                     await vm_after(self._agent, current_user(), name, generation)
             vm = self._agent.vm(current_user(), name)
-        return json_reply(vm_fields(vm))
+        return text_reply(vm_text(vm))
 
     async def change(self, name: str) -> Response:
         """Change a VM's name, and its labels by a JSON merge patch. Its guest keeps the hostname it has."""
@@ -201,6 +203,12 @@ class VmRoutes:
         async with still_working():
             outcome = await self._agent.restore_vm(current_user(), name, checkpoint_id, new_name, labels)
         return outcome_reply(outcome)
+
+
+@functools.lru_cache(maxsize=VMS_REMEMBERED)
+def vm_text(vm: Vm) -> str:
+    """Return *vm* as VmInfo in JSON."""
+    return json_text(vm_fields(vm))
 
 
 def vm_fields(vm: Vm) -> dict[str, Any]:

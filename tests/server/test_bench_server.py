@@ -16,6 +16,7 @@ def test_every_request_is_measured_beside_bare_servers_and_nothing_is_left(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_server, "VMS", 2)
+    monkeypatch.setattr(http_server, "TURNS", 2)
     monkeypatch.setattr(http_server, "IN_TURN", 10)
     monkeypatch.setattr(http_server, "AT_ONCE", 32)
     words = ["bench", "--json", "server", "--rounds", "1", "--dir", str(data_dir / "work")]
