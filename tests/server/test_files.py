@@ -8,30 +8,23 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import tarfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from noid_exec_vsock import guest_binary
-from noid_exec_vsock.guest import AgentGuest, connect
 
 from noid.client.copying import Copying
 from noid.client.files import GuestPath
 from noid.client.settings import Endpoint
-from noid.core.backends import BackendSpec, ConsolePort, ExecBackend, Guest, Machine, Process
-from noid.core.model import FileTransfer
 from noid.core.plugins import Plugins
 from noid.errors import DependencyDown
-from noid.hookspecs import hookimpl
 from noid.server import files as server_files
 from noid.testing.faults import Faults
-from noid.testing.simulated_exec import SimulatedExec
-from noid.testing.simulated_vmm import SimulatedConfig, SimulatedPlugin
+from noid.testing.guest_files import AgentProcess, agent_program, plugins_with_files, until
 
 Server = Any  # see conftest.py
 ROUTE = "/v1/vms/web/files"
@@ -39,110 +32,24 @@ TAR = "application/x-tar"
 PATIENCE_SECS = 20.0
 
 
-Agent = subprocess.Popen[bytes]
-
-
-def start(program: Path, path: Path) -> Agent:
-    return subprocess.Popen([program, "--socket", path], stdin=subprocess.DEVNULL)
-
-
-def children(agent: Agent) -> list[str]:
+def children(agent: AgentProcess) -> list[str]:
     return Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
 
 
-async def until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110  # what is waited for happens in other processes
-        await trio.sleep(0.005)
-
-
-class GuestWithFiles:
-    """A simulated guest whose files are those of this host, by the agent's own builtins."""
-
-    def __init__(self, simulated: Guest, native: AgentGuest) -> None:
-        self._simulated = simulated
-        self._native = native
-        self._copies: set[int] = set()
-        self.features = simulated.features | {"files"}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._simulated, name)
-
-    async def transfer(self, request: FileTransfer) -> Process:
-        process = await self._native.transfer(request)
-        self._copies.add(process.id)
-        return process
-
-    async def release(self, process: Process | int) -> None:
-        number = process if isinstance(process, int) else process.id
-        await (self._native if number in self._copies else self._simulated).release(process)
-
-
-class ExecWithFiles(SimulatedExec):
-    """The simulated way into a guest, with an agent of this host beside each conversation."""
-
-    def __init__(self, faults: Faults, program: Path, agents: list[Agent]) -> None:
-        super().__init__(faults)
-        self._program = program
-        self._agents = agents
-
-    @contextlib.asynccontextmanager
-    async def connect(self, machine: Machine, console: ConsolePort) -> AsyncIterator[Guest]:
-        path = self._program.with_name(f"{os.urandom(4).hex()}.sock")
-        agent = start(self._program, path)
-        self._agents.append(agent)
-        try:
-            with trio.fail_after(PATIENCE_SECS):
-                await until(path.exists)
-            async with super().connect(machine, console) as guest, connect(partial(_opened, path)) as native:
-                yield GuestWithFiles(guest, native)  # type: ignore[misc]  # the rest is the simulated guest's own
-        finally:
-            self._agents.remove(agent)
-            agent.kill()
-            agent.wait()
-
-
-async def _opened(path: Path) -> trio.abc.Stream:
-    with trio.fail_after(PATIENCE_SECS):
-        while True:
-            try:
-                return await trio.open_unix_socket(str(path))
-            except ConnectionRefusedError:  # bound, and about to listen
-                await trio.sleep(0.002)
-
-
-class PluginWithFiles(SimulatedPlugin):
-    """The simulated plugin with that way in."""
-
-    def __init__(self, faults: Faults, program: Path, agents: list[Agent]) -> None:
-        super().__init__(faults)
-        self._exec_with_files = ExecWithFiles(faults, program, agents)
-
-    @hookimpl
-    def exec_backend(self) -> BackendSpec[ExecBackend]:
-        return BackendSpec("simulated", SimulatedConfig, self._open_with_files)
-
-    @contextlib.asynccontextmanager
-    async def _open_with_files(self, _config: SimulatedConfig, _context: Any) -> AsyncIterator[ExecBackend]:
-        yield self._exec_with_files
-
-
 @pytest.fixture
-def agents() -> list[Agent]:
+def agents() -> list[AgentProcess]:
     """The agents that run now."""
     return []
 
 
 @pytest.fixture
-def plugins_of(tmp_path_factory: pytest.TempPathFactory, agents: list[Agent]) -> Callable[[Faults], Plugins]:
+def plugins_of(tmp_path_factory: pytest.TempPathFactory, agents: list[AgentProcess]) -> Callable[[Faults], Plugins]:
     """Replaces the one of conftest.py."""
     try:
-        binary = guest_binary(os.uname().machine)
+        program = agent_program(tmp_path_factory.mktemp("agent"))
     except DependencyDown as error:
         pytest.skip(f"no guest agent: {error}")
-    program = tmp_path_factory.mktemp("agent") / "agent"
-    program.write_bytes(binary)
-    program.chmod(0o755)
-    return lambda faults: Plugins(PluginWithFiles(faults, program, agents), disabled=("exec_vsock", "vmm_qemu"))
+    return partial(plugins_with_files, program=program, agents=agents)
 
 
 def at(path: Path | str, **words: object) -> str:
@@ -241,7 +148,7 @@ async def test_a_directory_is_a_tar_and_a_file_is_one_where_it_is_asked_for(web:
 
 
 async def test_a_client_that_leaves_in_the_middle_ends_the_guests_end_and_nothing_else(
-    web: Server, agents: list[Agent], tmp_path: Path
+    web: Server, agents: list[AgentProcess], tmp_path: Path
 ) -> None:
     with (tmp_path / "endless").open("wb") as file:
         file.truncate(1 << 40)
