@@ -95,7 +95,7 @@ class _ExecWithFiles(SimulatedExec):
             with trio.fail_after(PATIENCE_SECS):
                 await until(path.exists)
             async with super().connect(machine, console) as guest, connect(partial(_opened, path)) as native:
-                yield _GuestWithFiles(guest, native)  # type: ignore[misc]  # the rest is the simulated guest's own
+                yield _GuestWithFiles(guest, native)
         finally:
             self._agents.remove(agent)
             agent.kill()
