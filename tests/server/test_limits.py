@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import struct
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 from trio_websocket import ConnectionRejected
 
@@ -15,6 +18,7 @@ from noid.core.config_reading import load_config
 from noid.core.networks import place
 from noid.errors import ConfigError, TooManyRequests
 from noid.server import limiter
+from noid.server.hardening.admission import Connections
 from noid.server.limiter import RequestLimiter
 from noid.server.origins import Origins
 
@@ -197,3 +201,36 @@ def test_no_limit_is_below_what_works(data_dir: Any) -> None:
         path.write_text(f"[limits]\n{line}")
         with pytest.raises(ConfigError, match=r"limits: m|limits: h"):
             load_config(path)
+
+
+async def reset(server: Server, *, read: bool) -> None:
+    """Connect, and break off: after what the server says has been *read*, or before."""
+    host, _, port = server.config.listen.rpartition(":")
+    stream = await trio.open_tcp_stream(host, int(port))
+    if read:
+        await stream.receive_some()
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    await stream.aclose()
+
+
+@limited(max_connections=1)
+async def test_a_refused_connection_that_is_reset_harms_nobody(server: Server, log: Any) -> None:
+    client = await server.tcp()
+    assert (await client.ask("GET", "/healthz")).status == 200
+    for read in (True, False):
+        await reset(server, read=read)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+    assert (await client.ask("GET", "/healthz")).status == 200
+    assert not [line for line in log.lines if "exception" in line]
+
+
+async def test_a_connection_that_fails_ends_no_other(server: Server, log: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = await server.tcp()
+    assert (await client.ask("GET", "/healthz")).status == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(Connections, "take", None)
+        await reset(server, read=False)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+    assert (await client.ask("GET", "/healthz")).status == 200
+    assert (await server.ask("GET", "/healthz", token="none")).status == 200
+    assert [line["message"] for line in log.lines if "exception" in line] == ["a connection failed"]

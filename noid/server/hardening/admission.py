@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -81,7 +82,7 @@ class Connections:
 
         A few are given up to *wait_secs* to read that; a connection closed with unread input would lose the answer.
         """
-        with trio.move_on_after(wait_secs):
+        with contextlib.suppress(trio.BrokenResourceError), trio.move_on_after(wait_secs):  # it may be gone already
             await stream.send_all(REFUSAL)
             if self._ending < WAITING_FOR_THEIR_END_MAX:
                 self._ending += 1

@@ -147,7 +147,13 @@ class TcpServer(TCPServer):
         self._rest: trio.socket.SocketType | None = None
 
     async def run(self) -> None:
-        """Serve the connection, unless it is one too many."""
+        """Serve the connection, unless it is one too many. What goes wrong with one does not end the others."""
+        try:
+            await self._admit()
+        except Exception:  # nobody above expects any: it would end the server
+            logger.exception("a connection failed")
+
+    async def _admit(self) -> None:
         sock, connections = self._plain.socket, self.config.connections
         if sock.family == socket.AF_UNIX:
             await super().run()
