@@ -68,7 +68,8 @@ class ConsoleRoutes:
         history = whole_number("history", websocket.args.get("history"), HISTORY_BYTES)
         writes = not flag(websocket.args.get("readonly"))
         session = _Session(self._agent, user, name, console)
-        await self._websockets.hold(lambda: session.run(history, writes=writes))
+        attached_at = (await console.log.extent()).end  # before the upgrade: whoever sees that has missed nothing since
+        await self._websockets.hold(lambda: session.run(attached_at, history, writes=writes))
 
 
 class _Session:
@@ -85,17 +86,19 @@ class _Session:
         self._size: TerminalSize | None = None
         self._resized = trio.Event()
 
-    async def run(self, history: int, *, writes: bool) -> None:
-        """Serve the client until it leaves, the machine ends, or nothing has happened for a while."""
+    async def run(self, attached_at: int, history: int, *, writes: bool) -> None:
+        """Serve the client until it leaves, the machine ends, or nothing has happened for a while.
+
+        It is shown what is printed from *attached_at* on, and *history* bytes of what was before.
+        """
         log = self._console.log
         with log.changes() as changes:
-            end = (await log.extent()).end
-            reader = LogReader(log, max(0, end - history), changes)
+            reader = LogReader(log, max(0, attached_at - history), changes)
             self._touch()
             with self._idle:
                 async with plain_nursery() as nursery:
                     nursery.start_soon(self._relay_input, writes, nursery)
-                    await self._show(reader, end)
+                    await self._show(reader, attached_at)
         if self._idle.cancelled_caught:
             raise DeadlineExceeded(
                 f"nothing was typed or printed for {self._idle_secs:g} s, so the console was detached. The VM runs on; "
