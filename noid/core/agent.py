@@ -15,6 +15,7 @@ import trio
 from noid.core import changing, checkpointing, discarding, lifecycle, pausing, power, states
 from noid.core.audit import AuditLog
 from noid.core.backends import Guest
+from noid.core.config import Config
 from noid.core.console import Console
 from noid.core.keys import Keys
 from noid.core.listing import ALL, Wanted
@@ -80,6 +81,11 @@ class Agent:
         self._sessions = sessions
         self._local_user = services.store.user_named(local_user_name())
         self.logs = VmLogs([ConsoleLogs(services.supervisor, services.layout), ProcessLogs(sessions)])
+
+    def take_up(self, config: Config) -> None:
+        """Go by *config* from now on, in what the agent itself looks up each time: limits and quotas."""
+        self.config = config
+        self.services.quotas.take_up(config.quota, config.limits)
 
     # --- VMs -------------------------------------------------------------------------------------------------------
 

@@ -170,6 +170,19 @@ class Plugins:
         self._offers[kind] = specs
         return specs
 
+    def check(self, config: Config) -> None:
+        """Refuse what names no backend or sets one up wrongly, as far as that can be said without trying any.
+
+        Raises:
+            ConfigError: says what there may be.
+        """
+        self.check_sections(config)
+        self.execs(config)
+        for kind in KINDS:
+            name = getattr(config.backends, kind)
+            if isinstance(name, str) and name != "auto":
+                self._select(kind, name, config)
+
     def check_sections(self, config: Config) -> None:
         """Refuse a ``[plugins.*]`` section that belongs to no plugin: its settings would be ignored without a word.
 

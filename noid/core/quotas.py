@@ -56,6 +56,11 @@ class Quotas:
         self._measuring: dict[str, _Measurement] = {}
         self._one_measurement = trio.CapacityLimiter(1)
 
+    def take_up(self, defaults: QuotaConfig, host: LimitsConfig) -> None:
+        """Go by these from now on. What exceeds them already stays."""
+        self._defaults = defaults
+        self._host = host
+
     def limits(self, user: User) -> dict[str, int | None]:
         """Return the most *user* may have of each resource; None: as much as there is."""
         return self._merged(self._store.rows(_OWN_LIMITS, user.id))

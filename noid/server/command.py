@@ -20,6 +20,7 @@ T = TypeVar("T")
 _ELSEWHERE = {
     "audit": "noid.server.audit_commands:audit",
     "add-user": "noid.server.user_commands:add_user",
+    "check-config": "noid.server.setup_commands:check_config",
     "image": "noid.server.image_commands:image",
     "list-users": "noid.server.user_commands:list_users",
     "plugins": "noid.server.serve_commands:plugins",
@@ -27,6 +28,7 @@ _ELSEWHERE = {
     "remove-user": "noid.server.user_commands:remove_user",
     "rotate-token": "noid.server.user_commands:rotate_token",
     "serve": "noid.server.serve_commands:serve",
+    "systemd-unit": "noid.server.setup_commands:systemd_unit",
     "token": "noid.server.token_commands:token",
     "user": "noid.server.user_commands:user",
 }

@@ -28,6 +28,15 @@ def allow_many_files() -> None:
         logger.warning("the limit of open files stays at %d: %s", soft, error)
 
 
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal, and that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def unix_listener(path: Path) -> Iterator[socket.socket]:
     """Listen on *path*, which only this user can reach (directory 0700, socket 0600), and remove it afterwards.
@@ -63,8 +72,10 @@ def unix_listener(path: Path) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def tcp_listeners(listen: str) -> Iterator[list[socket.socket]]:
+def tcp_listeners(listen: str, *, secure: bool = False) -> Iterator[list[socket.socket]]:
     """Listen on every address that *listen*, ``host:port`` or ``[address]:port``, stands for.
+
+    Warns of an address that others can reach unless the server is *secure*: has TLS.
 
     Raises:
         ConfigError: it cannot be understood, resolved or bound.
@@ -93,9 +104,11 @@ def tcp_listeners(listen: str) -> Iterator[list[socket.socket]]:
                 raise ConfigError(f"cannot listen on {listen}: {error.strerror or error}. {hint}") from error
             sock.setblocking(False)
             sockets.append(sock)
-            if not _is_loopback(address[0]):
+            if not secure and not _is_loopback(address[0]):
                 logger.warning(
-                    "%s is served without encryption: put a TLS proxy in front, or listen on 127.0.0.1", listen
+                    "%s IS SERVED WITHOUT ENCRYPTION: whoever is on the way can read tokens and everything else. Give "
+                    "a certificate in [tls], or listen on 127.0.0.1 behind a proxy that has one",
+                    listen,
                 )
         yield sockets
 

@@ -16,6 +16,7 @@ from hypercorn.utils import wrap_app
 
 from noid.core.agent import Agent
 from noid.core.config import Config
+from noid.server import tls
 from noid.server.answers import Answers
 from noid.server.auditing import audited
 from noid.server.calls import Calls
@@ -25,15 +26,17 @@ from noid.server.events import EventRoutes
 from noid.server.files import FileRoutes
 from noid.server.guard import Guard
 from noid.server.hardening import App, Settings
-from noid.server.listening import allow_many_files, tcp_listeners, unix_listener
+from noid.server.listening import allow_many_files, has_terminal, tcp_listeners, unix_listener
 from noid.server.logs import LogRoutes
 from noid.server.metrics import Metrics, MetricsRoutes
+from noid.server.notify import Notifier
 from noid.server.openapi import DocumentRoutes
 from noid.server.operations import OperationRoutes
 from noid.server.origins import origins
 from noid.server.power import PowerRoutes
 from noid.server.processes import ProcessRoutes
 from noid.server.quotas import QuotaRoutes
+from noid.server.reload import Reloading
 from noid.server.requestlog import log_requests
 from noid.server.rest import VmRoutes, refuse_no_name
 from noid.server.streams import ExecRoutes
@@ -47,51 +50,112 @@ logger = logging.getLogger(__name__)
 BODY_TIMEOUT_SECS = 30
 
 
-async def serve(agent: Agent, config: Config, *, ready: Callable[[], None]) -> None:
+async def serve(
+    agent: Agent,
+    config: Config,
+    *,
+    ready: Callable[[], None],
+    notifier: Notifier | None = None,
+    read_config: Callable[[], Config] | None = None,
+) -> None:
     """Serve *agent* until SIGTERM or SIGINT; *ready* is called once when connections are accepted.
 
     Always on the unix socket, and on ``config.listen`` unless the agent is a local one. A signal stops the listening,
     ends WebSockets with 1012 and gives requests in flight a moment; a second one gives them none. VMs keep running.
+    SIGHUP takes up what *read_config* returns then, or stops a server whose terminal is gone. The *notifier* is told.
 
     Raises:
-        ConfigError: an address cannot be listened on.
+        ConfigError: an address cannot be listened on, or the certificate cannot be used.
     """
     allow_many_files()
     stopping = trio.Event()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    life = _Life(notifier or Notifier({}), stopping)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, signals, stopping, nursery.cancel_scope)
-            await serve_until(stopping, agent, config, ready=ready)
+            nursery.start_soon(life.heed, signals, nursery.cancel_scope)
+            await serve_until(stopping, agent, config, ready=ready, life=life, read_config=read_config)
             nursery.cancel_scope.cancel()
 
 
 async def serve_until(
-    stopping: trio.Event, agent: Agent, config: Config, *, ready: Callable[[], None], settings: Settings | None = None
+    stopping: trio.Event,
+    agent: Agent,
+    config: Config,
+    *,
+    ready: Callable[[], None],
+    settings: Settings | None = None,
+    life: _Life | None = None,
+    read_config: Callable[[], Config] | None = None,
 ) -> None:
     """Serve *agent* until *stopping* is set. Otherwise as `serve`."""
+    settings = settings or Settings()
+    settings.tls = None if config.local else tls.load(config.tls)
+    settings.take_up(config.limits)
+    settings.connections.is_proxy = lambda address: origins(agent.config.trust_forwarded_for).is_proxy(address)
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(unix_listener(config.socket_path))]
         if not config.local:
-            listeners += stack.enter_context(tcp_listeners(config.listen))
+            listeners += stack.enter_context(tcp_listeners(config.listen, secure=settings.tls is not None))
         metrics = Metrics()
-        settings = settings or Settings()
-        settings.take_up(config.limits)
-        settings.connections.is_proxy = lambda address: origins(agent.config.trust_forwarded_for).is_proxy(address)
+        app = create_app(agent, config, stopping, metrics)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(metrics.keep_measuring, agent.services.layout, stopping)
             await nursery.start(
                 partial(
                     worker_serve,
-                    wrap_app(create_app(agent, config, stopping, metrics), 0, "asgi"),
+                    wrap_app(app, 0, "asgi"),
                     settings,
                     sockets=Sockets([], listeners, []),
                     shutdown_trigger=stopping.wait,
                 )
             )
-            logger.info("serving %s%s", config.socket_path, "" if config.local else f" and http://{config.listen}")
+            url = f"{'http' if settings.tls is None else 'https'}://{config.listen}"
+            where = str(config.socket_path) if config.local else f"{config.socket_path} and {url}"
+            logger.info("serving %s", where)
+            if life is not None:
+                life.begin(where, Reloading(agent, app, settings, read_config) if read_config is not None else None)
             ready()
             gc.collect()
             gc.freeze()  # what exists by now is permanent: not walking it again keeps pauses below a millisecond
+
+
+class _Life:
+    """What signals mean to a server, and what the service manager hears of it."""
+
+    def __init__(self, notifier: Notifier, stopping: trio.Event) -> None:
+        self._notifier = notifier
+        self._stopping = stopping
+        self._reloading: Reloading | None = None
+        self._status = "Starting"
+        self._began_in_terminal = has_terminal()
+
+    def begin(self, where: str, reloading: Reloading | None) -> None:
+        """Say that requests are answered, at *where*. SIGHUP is for *reloading* from now on."""
+        self._status, self._reloading = f"Serving {where}", reloading
+        self._notifier.ready(self._status)
+
+    async def heed(self, signals: AsyncIterator[int], everything: trio.CancelScope) -> None:
+        """Do what *signals* mean. *everything* is cancelled when it has to end at once."""
+        async for signo in signals:
+            if signo == signal.SIGHUP and not (self._began_in_terminal and not has_terminal()):
+                self._reload()
+                continue
+            if self._stopping.is_set():
+                logger.warning("stopping at once: second %s", signal.Signals(signo).name)
+                everything.cancel()
+            logger.info("stopping: %s. VMs keep running.", signal.Signals(signo).name)
+            self._notifier.stopping()
+            self._stopping.set()
+
+    def _reload(self) -> None:
+        if self._reloading is None or self._stopping.is_set():
+            return
+        self._notifier.reloading()
+        try:
+            self._reloading.reload()
+        except Exception:  # a bug here must not end what serves
+            logger.exception("the configuration was not read anew")
+        self._notifier.ready(self._status)
 
 
 def create_app(agent: Agent, config: Config, stopping: trio.Event, metrics: Metrics) -> App:
@@ -138,12 +202,3 @@ def all_routes(agent: Agent, websockets: WebSockets, metrics: Metrics) -> list[R
     ]
     routes += DocumentRoutes(lambda: routes).routes()
     return routes
-
-
-async def _stop_on_signal(signals: AsyncIterator[int], stopping: trio.Event, everything: trio.CancelScope) -> None:
-    async for signo in signals:
-        if stopping.is_set():
-            logger.warning("stopping at once: second %s", signal.Signals(signo).name)
-            everything.cancel()
-        logger.info("stopping: %s. VMs keep running.", signal.Signals(signo).name)
-        stopping.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from pathlib import Path
 
 import click
@@ -31,11 +32,16 @@ def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd
             os.set_inheritable(ready_fd, False)  # or every VM would keep the pipe open
         except OSError as error:
             raise ConfigError(f"--ready-fd {ready_fd} is not an open file descriptor.") from error
-    from noid.core.config import LoggingConfig
+    from noid.server.listening import has_terminal
+
+    if not has_terminal():  # whoever asks to reload before there is anything to reload must not end it
+        signal.signal(signal.SIGHUP, lambda *_: None)
+    from noid.core.config import Config, LoggingConfig
     from noid.core.config_reading import load_config
     from noid.core.opening import open_agent
     from noid.core.plugins import Plugins
     from noid.server.logformat import set_up
+    from noid.server.notify import Notifier
     from noid.server.serve import serve as serve_agent
 
     set_up(LoggingConfig())
@@ -50,9 +56,14 @@ def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd
             with contextlib.suppress(BrokenPipeError), os.fdopen(ready_fd, "w") as pipe:  # nobody waits any more
                 pipe.write("ready\n")
 
+    def read_config() -> Config:
+        return load_config(config.source or config_path, data_dir=data_dir, local=local)
+
+    notifier = Notifier(os.environ)
+
     async def job() -> None:
-        async with open_agent(config, Plugins()) as agent:
-            await serve_agent(agent, config, ready=ready)
+        async with notifier.watched(), open_agent(config, Plugins()) as agent:
+            await serve_agent(agent, config, ready=ready, notifier=notifier, read_config=read_config)
 
     run(job)
 

@@ -26,6 +26,7 @@ from noid.server.hardening import Settings
 from noid.server.serve import serve_until
 from noid.testing.faults import Faults
 from noid.testing.raw_http import Answer, RawClient, open_ws
+from noid.testing.served import PATIENCE_SECS, SIMULATED, Served
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
 
 SHAPE: dict[str, Any] = {"cpus": 1, "mem_mib": 128}
@@ -262,3 +263,16 @@ async def web(server: Server) -> Server:
     """A live server whose local user has a VM ``web``."""
     await server.create()
     return server
+
+
+@pytest.fixture
+def served(data_dir: Path) -> Iterator[Served]:
+    (data_dir / "server.toml").write_text(SIMULATED)
+    served = Served(data_dir)
+    yield served
+    for process in served.processes:
+        if process.poll() is None:
+            process.kill()
+            process.communicate(timeout=PATIENCE_SECS)
+        assert process.stderr is not None
+        process.stderr.close()

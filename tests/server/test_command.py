@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,29 +21,12 @@ import trio.lowlevel
 
 from noid.server.command import main
 from noid.testing.processes import marked_processes
+from noid.testing.served import PROGRAM, SIMULATED
 from noid.testing.simulated_agent import give_default_image, simulated_plugins
 
 Server = Any  # see conftest.py
+Served = Any
 Run = Callable[..., tuple[int, str, str]]
-
-PATIENCE_SECS = 30.0
-SERVE = """
-import pathlib, sys
-from noid.core import plugins
-from noid.server import command
-from noid.testing.simulated_agent import simulated_plugins
-
-plugins.Plugins = simulated_plugins  # what is installed, and simulated VMs
-sys.argv[0] = "noid-server"
-command.main()
-"""
-CONFIG = """
-[backends]
-vmm = "simulated"
-exec = ["simulated"]
-storage = "copy"
-network = "none"
-"""
 
 
 @pytest.fixture
@@ -224,7 +207,7 @@ def test_a_user_is_removed_without_a_running_server_too(
     run: Run, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("noid.core.plugins.Plugins", simulated_plugins)
-    (data_dir / "server.toml").write_text(CONFIG)
+    (data_dir / "server.toml").write_text(SIMULATED)
     run("add-user", "alice")
     assert run("user", "delete", "alice") == (0, "", "User 'alice' removed, with 0 VMs and 0 checkpoints: 0.0 MiB.\n")
     assert "alice" not in run("list-users")[1]
@@ -279,54 +262,57 @@ def test_wrong_usage_is_2(run: Run, args: tuple[str, ...]) -> None:
     assert err.startswith("Usage: noid-server")
 
 
+# --- before a start --------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_is_checked_without_starting_anything(run: Run, data_dir: Path) -> None:
+    (data_dir / "server.toml").write_text('listen = "0.0.0.0:7654"\nworkers = 3\n')
+    code, out, err = run("check-config")
+    assert code == 0
+    assert [line.split(maxsplit=1)[0] for line in out.splitlines()] == ["configuration", "data", "listen", "backends"]
+    assert str(data_dir / "server.toml") in out
+    assert "http://0.0.0.0:7654" in out
+    assert err.startswith("Note: workers = 3")
+    assert [entry.name for entry in data_dir.iterdir()] == ["server.toml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('listen = "7654"', "must be host:port"),
+        ('[tls]\ncertificate = "cert.pem"', "no key"),
+        ('[backends]\nnetwork = "nope"', "no network backend 'nope'"),
+        ('[backends]\nvmm = "nope"', "no vmm backend 'nope'"),
+        ("[backends]\nexec = []", "exec is empty"),
+        ("[plugins.vmm_qemuu]", "of no plugin"),
+        ("[logging]\nlevel = 'loud'", "debug"),
+    ],
+)
+def test_a_configuration_no_server_could_start_with_is_refused(run: Run, data_dir: Path, text: str, words: str) -> None:
+    (data_dir / "server.toml").write_text(text)
+    assert words in refused(run("check-config"))
+
+
+def test_the_unit_for_systemd_names_this_program_and_the_configuration(run: Run, tmp_path: Path) -> None:
+    _, elsewhere, _ = run("systemd-unit", "--data-dir", "/srv/noid")
+    assert "serve --config /etc/noid/server.toml --data-dir /srv/noid\n" in elsewhere
+    assert "\nReadWritePaths=/srv/noid\n" in elsewhere
+    assert "StateDirectory" not in elsewhere
+    code, out, err = run("systemd-unit", "--config", str(tmp_path / "server.toml"))
+    assert (code, err) == (0, "")
+    assert "\nStateDirectory=noid\n" in out
+    assert f"ExecStart={Path(sys.executable).with_name('noid-server')} serve --config {tmp_path}/server.toml\n" in out
+    assert "@" not in out
+    assert "KillMode=process\n" in out
+    if (systemd_analyze := shutil.which("systemd-analyze")) is None:
+        pytest.skip("no systemd-analyze here")
+    unit = tmp_path / "noid.service"
+    unit.write_text(out.replace("User=noid\nGroup=noid\n", ""))
+    done = subprocess.run([systemd_analyze, "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert "noid.service" not in done.stderr, done.stderr
+
+
 # --- a life ----------------------------------------------------------------------------------------------------------
-
-
-class Served:
-    """``noid-server serve`` on simulated VMs, as a process."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self.data_dir = data_dir
-        self.processes: list[subprocess.Popen[str]] = []
-
-    def start(self, *args: str) -> subprocess.Popen[str]:
-        """Start it."""
-        reading, writing = os.pipe()
-        command = [sys.executable, "-c", SERVE, "serve", "--data-dir", str(self.data_dir), "--ready-fd", str(writing)]
-        process = subprocess.Popen(
-            [*command, *args], pass_fds=[writing], stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
-        )
-        os.close(writing)
-        self.processes.append(process)
-        with os.fdopen(reading) as pipe:
-            self.said = pipe.read()  # until it is closed: it says one thing only
-        return process
-
-    def end(self, process: subprocess.Popen[str]) -> str:
-        """Wait for its end and return what it wrote to stderr."""
-        assert process.stderr is not None
-        return process.communicate(timeout=PATIENCE_SECS)[1]
-
-    def ask(self, request: bytes) -> bytes:
-        """Return the start of the answer to *request*, over the unix socket."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(PATIENCE_SECS)
-            sock.connect(str(self.data_dir / "run" / "agent.sock"))
-            sock.sendall(request)
-            return sock.recv(65536)
-
-
-@pytest.fixture
-def served(data_dir: Path) -> Iterator[Served]:
-    (data_dir / "server.toml").write_text(CONFIG)
-    served = Served(data_dir)
-    yield served
-    for process in served.processes:
-        if process.poll() is None:
-            process.kill()
-            process.communicate(timeout=PATIENCE_SECS)
-        assert process.stderr is not None
-        process.stderr.close()
 
 
 @pytest.mark.parametrize("signo", [signal.SIGTERM, signal.SIGINT])
@@ -344,9 +330,9 @@ def test_without_a_command_it_serves_and_says_which_file_it_took(served: Served,
     config = served.data_dir / "other.toml"
     config.write_text(
         f'[server]\nport = {reserved_port}\nworkers = 4\n[paths]\ndata_dir = "{served.data_dir}"\n'
-        f'[logging]\nlevel = "info"\n{CONFIG}'
+        f'[logging]\nlevel = "info"\n{SIMULATED}'
     )
-    command = [sys.executable, "-c", SERVE, "--config", str(config)]
+    command = [sys.executable, "-c", PROGRAM, "--config", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
     served.processes.append(process)
     assert process.stderr is not None
@@ -407,7 +393,7 @@ def test_a_port_in_use_is_one_paragraph_and_leaves_no_socket(served: Served) -> 
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        (served.data_dir / "server.toml").write_text(f'listen = "127.0.0.1:{port}"\n{CONFIG}')
+        (served.data_dir / "server.toml").write_text(f'listen = "127.0.0.1:{port}"\n{SIMULATED}')
         process = served.start()
         last = served.end(process).splitlines()[-1]
     assert last.startswith(f"Error: cannot listen on 127.0.0.1:{port}: Address already in use.")
