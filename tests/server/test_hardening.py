@@ -646,3 +646,28 @@ async def test_z_a_websocket_that_reads_too_slowly_is_told_so_when_it_reads_on(r
     reason = b"reading too slowly"
     assert last.endswith(b"\x88" + bytes([2 + len(reason)]) + (1008).to_bytes(2, "big") + reason)
     await rig.cancelled.wait()
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_who_speaks_before_its_websocket_is_accepted_harms_nobody(web: Server, log: Any, known: bool) -> None:
+    head = (
+        "GET /v1/vms/web/exec HTTP/1.1\r\nHost: noid\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    ).encode()
+    for early in (b"\x81\x80\0\0\0\0", b"\xff" * 100, b"GET / HTTP/1.1\r\n\r\n"):
+        client = await (web.unix() if known else web.tcp())
+        heard = b""
+        with trio.fail_after(10):
+            if known:  # before it is answered at all; else after it was refused
+                await client.stream.send_all(head + early)
+            else:
+                await client.stream.send_all(head)
+                heard = await client.stream.receive_some()
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await client.stream.send_all(early)
+            while received := await client.stream.receive_some():
+                heard += received
+        assert heard.startswith(b"HTTP/1.1 400 " if known else b"HTTP/1.1 401 ")
+        assert heard.count(b"HTTP/1.1") == 1
+    assert (await web.ask("GET", "/healthz")).status == 200
+    assert not [line for line in log.lines if line["level"] in ("error", "critical")]

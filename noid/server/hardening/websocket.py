@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
-from hypercorn.protocol.events import StreamClosed
+from hypercorn.protocol.events import Body, Data, Event, StreamClosed
 from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.typing import ASGISendEvent
 from quart import websocket
@@ -83,6 +83,17 @@ class WebsocketStream(WSStream):
         self._spawn = tasks.spawn
         self.task_group: Any = self  # of which only the next method is used
         self._life = trio.CancelScope()
+        self._answers = False  # whether the handler has said anything
+
+    async def handle(self, event: Event) -> None:
+        """Take what the protocol has read. Who sends before it is accepted hears 400, or what the handler says."""
+        if not isinstance(event, Body | Data) or self.closed or self.handshake.accepted:
+            await super().handle(event)
+        elif not self._answers:
+            self.closed = True  # first: two answers to one request would be the end of the connection's state
+            self._life.cancel()
+            await self._send_error_response(400)
+            await self.send(StreamClosed(stream_id=self.stream_id))
 
     async def spawn_app(self, app: Any, config: Any, scope: Any, send: Any) -> Callable[[Any], Awaitable[None]]:
         """Start the handler and return what takes the client's messages. Hypercorn would put a queue between them."""
@@ -109,6 +120,7 @@ class WebsocketStream(WSStream):
     async def app_send(self, message: ASGISendEvent | None) -> None:
         """Send what the application says; without effect, but not without yielding, once the connection is closed."""
         await trio.lowlevel.checkpoint_if_cancelled()  # B: writing is not interrupted
+        self._answers = self._answers or message is not None
         transport = Transport.of(self.scope)
         writes = transport.writes
         await super().app_send(message)
