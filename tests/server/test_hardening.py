@@ -649,11 +649,11 @@ async def test_z_a_websocket_that_reads_too_slowly_is_told_so_when_it_reads_on(r
 
 
 @pytest.mark.parametrize("known", [True, False])
-async def test_who_speaks_before_its_websocket_is_accepted_harms_nobody(web: Server, log: Any, known: bool) -> None:
+async def test_who_speaks_before_its_websocket_is_accepted_harms_nobody(web: Any, log: Any, known: bool) -> None:
     head = (
-        "GET /v1/vms/web/exec HTTP/1.1\r\nHost: noid\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    ).encode()
+        b"GET /v1/vms/web/exec HTTP/1.1\r\nHost: noid\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
     for early in (b"\x81\x80\0\0\0\0", b"\xff" * 100, b"GET / HTTP/1.1\r\n\r\n"):
         client = await (web.unix() if known else web.tcp())
         heard = b""
