@@ -26,7 +26,7 @@ from noid.server.schemas.failures import GUEST, UPGRADE_REQUIRED
 from noid.server.schemas.logs import CONSOLE
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
-from noid.server.websockets import WebSockets, flag, watch_peer, whole_number
+from noid.server.websockets import GONE_CHECK_SECS, WebSockets, flag, watch_peer, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -164,11 +164,22 @@ class _Session:
 
     @contextlib.asynccontextmanager
     async def _watched(self, session: trio.CancelScope) -> AsyncIterator[None]:
-        """Notice during the block, in which nothing is read from the client, that it leaves."""
-        async with plain_nursery() as nursery:
-            nursery.start_soon(watch_peer, self._transport, session)
-            yield
-            nursery.cancel_scope.cancel()
+        """Notice during the block, in which nothing is read from the client, that it leaves.
+
+        Not at once: a client types its last and leaves in one go (that of 0.2 takes back its ``exit`` like that), and a
+        guest that reads gets all of it. So the block is shielded for a moment.
+        """
+        with trio.CancelScope(shield=True) as last_words:
+
+            async def watch() -> None:
+                await trio.sleep(GONE_CHECK_SECS)
+                last_words.shield = False
+                await watch_peer(self._transport, session)
+
+            async with plain_nursery() as nursery:
+                nursery.start_soon(watch)
+                yield
+                nursery.cancel_scope.cancel()
 
     async def _relay_size(self) -> None:
         """Tell the guest the size of the client's terminal where it can be told, the latest if it cannot keep up."""
