@@ -15,6 +15,7 @@ import trio
 import trio.testing
 from noid_exec_vsock.frames import Message
 from noid_exec_vsock.guest import AgentGuest, connect
+from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES
 
 from noid.core.backends import ConsolePort, Machine
 from noid.core.model import ExecRequest, OutputChunk, ProcessExit
@@ -162,7 +163,7 @@ async def test_a_process_of_a_liar_is_lost_with_words_and_the_other_guest_goes_o
 
 async def without_end(liar: Liar, number: int, offset: int) -> None:
     await liar.say(Message.ATTACHED, number, attached(offset, offset))
-    granted = 256 * 1024
+    granted = OUTPUT_WINDOW_BYTES
     for at in range(offset, ENDLESS_BYTES, 16384):
         while granted < 16384:
             granted += struct.unpack("<BI", (await liar.hear(Message.CREDIT)).body)[1]

@@ -24,8 +24,8 @@ from noid_exec_vsock.frames import (
     size_body,
 )
 
-OUTPUT_WINDOW_BYTES = 256 * 1024
-_RETURN_CREDIT_AT = OUTPUT_WINDOW_BYTES // 4
+OUTPUT_WINDOW_BYTES = 512 * 1024  # with more, answers of others come later beside a flood
+_RETURN_CREDIT_AT = OUTPUT_WINDOW_BYTES // 2  # each credit interrupts the guest
 _STDIN_CREDIT_MAX = 1 << 20
 _SIGNAL_MAX = 64
 

@@ -19,51 +19,73 @@ enum { ADLER_MODULUS = 65521, LANE_WORDS = 23 }; // 23: 255 * (0 + 1 + ... + 22)
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the lanes' weights are those of little-endian words");
 
-static uint32_t adler_update(uint32_t sum, const uint8_t *p, size_t n) {
-    static const uint64_t even_bytes = 0x00ff00ff00ff00ffu;
+static const uint64_t EVEN_BYTES = 0x00ff00ff00ff00ffu;
+
+// The sums of up to LANE_WORDS words: of their bytes, and of these sums before each word.
+struct lanes {
+    uint64_t even, odd, even_before, odd_before;
+};
+
+static inline uint64_t load_word(const uint8_t *p) {
+    uint64_t word;
+    memcpy(&word, p, sizeof word);
+    return word;
+}
+
+static inline void lanes_add(struct lanes *lanes, uint64_t word) {
+    lanes->even_before += lanes->even;
+    lanes->odd_before += lanes->odd;
+    lanes->even += word & EVEN_BYTES;
+    lanes->odd += (word >> 8) & EVEN_BYTES;
+}
+
+static uint32_t adler_lanes(uint32_t sum, const struct lanes *lanes, size_t words) {
     uint32_t a = sum & 0xffff, b = sum >> 16;
+    b += a * (uint32_t)(8 * words);
+    for (unsigned lane = 0; lane < 4; lane++) {
+        unsigned shift = 16 * lane;
+        uint32_t e = (lanes->even >> shift) & 0xffff, o = (lanes->odd >> shift) & 0xffff;
+        a += e + o;
+        b += 8 * (uint32_t)(((lanes->even_before >> shift) & 0xffff) + ((lanes->odd_before >> shift) & 0xffff));
+        b += e * (8 - 2 * lane) + o * (7 - 2 * lane);
+    }
+    return (b % ADLER_MODULUS) << 16 | a % ADLER_MODULUS;
+}
+
+static uint32_t adler_update(uint32_t sum, const uint8_t *p, size_t n) {
     while (n >= 8) {
         size_t words = n / 8 < LANE_WORDS ? n / 8 : LANE_WORDS;
-        uint64_t even = 0, odd = 0, even_before = 0, odd_before = 0; // sums; sums of the sums before each word
-        for (size_t i = 0; i < words; i++) {
-            uint64_t word;
-            memcpy(&word, p + 8 * i, 8);
-            even_before += even;
-            odd_before += odd;
-            even += word & even_bytes;
-            odd += (word >> 8) & even_bytes;
-        }
-        b += a * (uint32_t)(8 * words);
-        for (unsigned lane = 0; lane < 4; lane++) {
-            unsigned shift = 16 * lane;
-            uint32_t e = (even >> shift) & 0xffff, o = (odd >> shift) & 0xffff;
-            a += e + o;
-            b += 8 * (uint32_t)(((even_before >> shift) & 0xffff) + ((odd_before >> shift) & 0xffff));
-            b += e * (8 - 2 * lane) + o * (7 - 2 * lane);
-        }
-        a %= ADLER_MODULUS;
-        b %= ADLER_MODULUS;
+        struct lanes lanes = {0};
+        for (size_t i = 0; i < words; i++) lanes_add(&lanes, load_word(p + 8 * i));
+        sum = adler_lanes(sum, &lanes, words);
         p += 8 * words;
         n -= 8 * words;
     }
+    uint32_t a = sum & 0xffff, b = sum >> 16;
     for (; n; n--) b += a += *p++; // at most seven: no overflow
     return (b % ADLER_MODULUS) << 16 | a % ADLER_MODULUS;
 }
 
-// True if one of the eight bytes is zero (Hacker's Delight 6-1; may also be true for a 1 above a zero byte: harmless).
-static bool has_zero_byte(uint64_t word) {
-    return ((word - 0x0101010101010101u) & ~word & 0x8080808080808080u) != 0;
+static const uint64_t TOP_BITS = 0x8080808080808080u;
+
+// Has the top bit of a byte set that is flag, escape or 7f; no other's. The other bits mean nothing.
+static inline uint64_t marks(uint64_t word) {
+    return ((word & 0x7f7f7f7f7f7f7f7fu) + 0x0303030303030303u) & ~word;
 }
+
+static inline bool is_special(uint8_t byte) { return byte == FLAG || byte == ESCAPE; }
 
 // How many bytes at the front of `p` are neither flag nor escape.
 static size_t plain_run(const uint8_t *p, size_t n) {
     size_t run = 0;
-    for (; run + 8 <= n; run += 8) {
-        uint64_t word;
-        memcpy(&word, p + run, 8);
-        if (has_zero_byte(word ^ 0x7e7e7e7e7e7e7e7eu) || has_zero_byte(word ^ 0x7d7d7d7d7d7d7d7du)) break;
+    while (run < n) {
+        if (n - run >= 8 && !(marks(load_word(p + run)) & TOP_BITS)) {
+            run += 8;
+            continue;
+        }
+        for (size_t end = n - run < 8 ? n : run + 8; run < end; run++)
+            if (is_special(p[run])) return run;
     }
-    while (run < n && p[run] != FLAG && p[run] != ESCAPE) run++;
     return run;
 }
 
@@ -125,19 +147,45 @@ size_t decoder_feed(struct decoder *decoder, const uint8_t *data, size_t length,
     return i;
 }
 
-static size_t stuff(uint8_t *out, const uint8_t *p, size_t n) {
-    size_t size = 0, i = 0;
-    while (i < n) {
-        size_t run = plain_run(p + i, n - i);
-        memcpy(out + size, p + i, run);
-        size += run;
-        i += run;
-        if (i < n) {
-            out[size++] = ESCAPE;
-            out[size++] = p[i++] ^ 0x20;
-        }
+static size_t stuff_bytes(uint8_t *out, const uint8_t *p, size_t n) {
+    size_t size = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (is_special(p[i])) out[size++] = ESCAPE;
+        out[size++] = is_special(p[i]) ? p[i] ^ 0x20 : p[i];
     }
     return size;
+}
+
+// Not inline: what it needs would push the sums of `stuff_and_sum` out of the registers.
+static __attribute__((noinline)) size_t stuff(uint8_t *out, const uint8_t *p, size_t n) {
+    size_t size = 0;
+    for (; n >= 8; n -= 8, p += 8) {
+        uint64_t word = load_word(p);
+        memcpy(out + size, &word, sizeof word);
+        size += marks(word) & TOP_BITS ? stuff_bytes(out + size, p, 8) : 8;
+    }
+    return size + stuff_bytes(out + size, p, n);
+}
+
+// Stuffs and sums in one go: in an emulated guest it is each look at memory that costs.
+static size_t stuff_and_sum(uint8_t *out, const uint8_t *p, size_t n, uint32_t *sum) {
+    enum { WORDS = LANE_WORDS & ~3, BYTES = 8 * WORDS };
+    size_t size = 0;
+    for (; n >= BYTES; n -= BYTES, p += BYTES) {
+        struct lanes lanes = {0};
+        uint64_t marked = 0;
+#pragma clang loop unroll_count(4)
+        for (int i = 0; i < WORDS; i++) {
+            uint64_t word = load_word(p + 8 * i);
+            memcpy(out + size + 8 * i, &word, sizeof word);
+            marked |= marks(word);
+            lanes_add(&lanes, word);
+        }
+        *sum = adler_lanes(*sum, &lanes, WORDS);
+        size += marked & TOP_BITS ? stuff(out + size, p, BYTES) : BYTES;
+    }
+    *sum = adler_update(*sum, p, n);
+    return size + stuff(out + size, p, n);
 }
 
 size_t frame_encode(uint8_t *out, uint8_t type, uint32_t epoch, uint32_t id, const uint8_t *head, size_t head_length,
@@ -147,14 +195,15 @@ size_t frame_encode(uint8_t *out, uint8_t type, uint32_t epoch, uint32_t id, con
     put32(header + 1, epoch);
     put32(header + 5, id);
     uint32_t sum = adler_update(1, header, sizeof header);
-    if (head_length) sum = adler_update(sum, head, head_length);
-    if (length) sum = adler_update(sum, body, length);
-    put32(trailer, sum);
     size_t size = 0;
     out[size++] = FLAG;
     size += stuff(out + size, header, sizeof header);
-    if (head_length) size += stuff(out + size, head, head_length);
-    if (length) size += stuff(out + size, body, length);
+    if (head_length) {
+        sum = adler_update(sum, head, head_length);
+        size += stuff(out + size, head, head_length);
+    }
+    if (length) size += stuff_and_sum(out + size, body, length, &sum);
+    put32(trailer, sum);
     size += stuff(out + size, trailer, sizeof trailer);
     out[size++] = FLAG;
     return size;
