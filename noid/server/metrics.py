@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from quart import Response, request, websocket
@@ -27,7 +27,7 @@ from noid.core.layout import Layout
 from noid.core.model import Scope, VmState
 from noid.core.outcomes import Operation, OperationState
 from noid.errors import Forbidden, NoidError
-from noid.server.hardening import App
+from noid.server.hardening import App, Connections
 from noid.server.schemas.vocabulary import Content, text
 from noid.server.table import Route
 from noid.server.visit import current_caller, visit
@@ -95,6 +95,10 @@ class Metrics:
         """Show the operations, VMs, pool and disk of *agent*, and its open *websockets*, from now on."""
         self._registry.register(_Standing(agent, websockets))
         agent.operations.watch(self.operation_ended)
+
+    def watch_connections(self, connections: Connections) -> None:
+        """Show how many *connections* there are, and how many were refused, from now on."""
+        self._registry.register(_Accepted(connections))
 
     def refused(self, error: NoidError) -> None:
         """Take note of somebody who was not let in."""
@@ -190,6 +194,20 @@ class _Standing(Collector):
         disk = shutil.disk_usage(self._agent.config.data_dir)
         yield GaugeMetricFamily("noid_disk_size_bytes", "Of the file system with the data directory.", disk.total)
         yield GaugeMetricFamily("noid_disk_free_bytes", "Of the file system with the data directory.", disk.free)
+
+
+class _Accepted(Collector):
+    """The connections of a server, looked up when somebody asks."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield what is true now."""
+        yield GaugeMetricFamily("noid_connections", "TCP connections that are open.", self._connections.open)
+        yield CounterMetricFamily(
+            "noid_connections_refused", "TCP connections that were one too many.", self._connections.refused
+        )
 
 
 class MetricsRoutes:

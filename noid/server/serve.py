@@ -97,6 +97,7 @@ async def serve_until(
         if not config.local:
             listeners += stack.enter_context(tcp_listeners(config.listen, secure=settings.tls is not None))
         metrics = Metrics()
+        metrics.watch_connections(settings.connections)
         app = create_app(agent, config, stopping, metrics)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(metrics.keep_measuring, agent.services.layout, stopping)

@@ -140,6 +140,14 @@ async def test_every_request_has_one_line(server: Server, log: Log, path: str) -
     assert (line["path"], line["status"], line["remote"]) == (path, answer.status, "local")
 
 
+async def test_what_is_no_request_has_a_line_too(server: Server, log: Log) -> None:
+    client = await server.tcp()
+    await client.stream.send_all(b"\x16\x03\x01 hello\r\n\r\n")
+    assert (await client.until_closed()).startswith(b"HTTP/1.1 400")
+    [line] = [line for line in log.lines if "is no request" in line["message"]]
+    assert line["message"] == "what came from 127.0.0.1 was answered 400: it is no request"
+
+
 async def test_a_websocket_has_one_line_when_it_has_ended(web: Server, log: Log) -> None:
     async with web.exec() as exec_:
         await exec_.ask("true")

@@ -11,6 +11,7 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
+from noid.core.config import LimitsConfig
 from noid.core.layout import Layout
 from noid.errors import BackendError
 from noid.server.metrics import Metrics
@@ -65,6 +66,16 @@ async def test_vms_are_counted_by_state_and_websockets_while_they_are_open(web: 
     with trio.fail_after(5):
         while (await metrics(web))[key("noid_websocket_sessions")]:  # noqa: ASYNC110  # what is awaited is the figure
             await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("server", [{"limits": LimitsConfig(max_connections=1)}], indirect=True)
+async def test_connections_are_counted_and_those_that_were_one_too_many(server: Server) -> None:
+    first = await server.tcp()
+    assert (await first.ask("GET", "/healthz")).status == 200
+    assert (await (await server.tcp()).ask("GET", "/healthz")).status == 503
+    found = await metrics(server)
+    assert found[key("noid_connections")] == 1
+    assert found[key("noid_connections_refused_total")] == 1
 
 
 async def test_who_is_not_let_in_is_counted_by_why(server: Server) -> None:

@@ -54,6 +54,7 @@ import hypercorn.protocol
 import hypercorn.protocol.h11
 import hypercorn.trio.run
 
+from noid.server.hardening.admission import Connections
 from noid.server.hardening.connection import TcpServer, Transport
 from noid.server.hardening.dispatch import App
 from noid.server.hardening.exchange import Exchange
@@ -64,6 +65,7 @@ from noid.server.hardening.websocket import WebsocketStream, hold_websocket
 __all__ = [
     "App",
     "BrokenOff",
+    "Connections",
     "Exchange",
     "Settings",
     "TcpServer",

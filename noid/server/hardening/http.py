@@ -258,6 +258,11 @@ class Http1Protocol(H11Protocol):
     async def _check_protocol(self, event: h11.Request) -> None:
         """Never switch to HTTP/2."""
 
+    async def _send_error_response(self, status_code: int) -> None:
+        peer = self.client[0] if self.client else "the unix socket"
+        logger.info("what came from %s was answered %d: it is no request", peer, status_code)
+        await super()._send_error_response(status_code)
+
     async def _create_stream(self, request: h11.Request) -> None:
         size = len(request.target) + sum(len(name) + len(value) for name, value in request.headers)
         if size > self.config.h11_max_incomplete_size:  # h11 looks at heads that come in several pieces only
