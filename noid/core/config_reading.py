@@ -207,6 +207,7 @@ def _check(rules: Mapping[str, Any], value: Any, where: str) -> None:
                 networks.network(text)
             except ValueError as error:
                 raise ConfigError(f"{where}: {text!r} is no address of a host or a network: {error}.") from error
+        return
     allowed = rules.get("one_of")
     if allowed and value not in allowed:
         words = [f'"{word}"' for word in allowed]

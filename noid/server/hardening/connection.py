@@ -129,8 +129,10 @@ class TcpServer(TCPServer):
     def __init__(self, app: Any, config: Settings, context: Any, state: Any, stream: Any) -> None:
         sock = stream.socket
         self._plain: trio.SocketStream = stream
-        if sock.family != socket.AF_UNIX and config.tls is not None:
-            stream = trio.SSLStream(stream, config.tls, server_side=True)
+        context_of_tls = None if sock.family == socket.AF_UNIX else config.tls
+        self._is_secure = context_of_tls is not None
+        if context_of_tls is not None:
+            stream = trio.SSLStream(stream, context_of_tls, server_side=True)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
@@ -163,7 +165,7 @@ class TcpServer(TCPServer):
         except OSError:  # it has gone already
             return
         if not connections.take(address):
-            if self.config.tls is None:  # to say it through TLS would cost a handshake
+            if not self._is_secure:  # to say it through TLS would cost a handshake
                 await connections.refuse(self._plain, self.config.linger_secs)
             return
         try:
@@ -246,11 +248,11 @@ class TcpServer(TCPServer):
             return
         self._lingering = True
         async with self.send_lock:
-            if isinstance(self.stream, trio.SSLStream):
+            if self._is_secure:
                 await self._end_tls(self.stream)
             else:
                 with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                    await self.stream.send_eof()
+                    await self._plain.send_eof()
         await self.protocol.handle(Closed())
         if self._rest is None:
             await self._linger_task.restart(self._task_group, self._linger)
