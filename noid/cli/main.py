@@ -47,6 +47,8 @@ COMMANDS = {
     "stop": "noid.cli.power:stop",
     "start": "noid.cli.power:start",
     "reboot": "noid.cli.power:reboot",
+    "pause": "noid.cli.power:pause",
+    "resume": "noid.cli.power:resume",
     "destroy": "noid.cli.vms:destroy",
     "use": "noid.cli.account:use",
     "current": "noid.cli.account:current",

@@ -1,4 +1,7 @@
-"""``noid stop``, ``start``, ``reboot``: a VM's power. Each takes any number of VMs, one after the other."""
+"""``noid stop``, ``start``, ``reboot``, ``pause``, ``resume``: whether a VM runs.
+
+Each takes any number of VMs, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,37 @@ def reboot(names: tuple[str, ...], name_option: str | None, grace_secs: float, f
         return vm, f"VM '{name}' rebooted ({printable(vm.get('how') or 'started')})"
 
     _each(names, name_option, "Rebooting", act)
+
+
+@click.command(cls=Command, epilog="noid pause web")
+@_with_vms
+@with_json
+@with_endpoint
+def pause(names: tuple[str, ...], name_option: str | None) -> None:
+    """Make a VM's CPUs stand still. Its memory stays, and so does its place on the host.
+
+    Its clock stands still too, and is behind afterwards.
+    """
+
+    def act(name: str) -> tuple[api.VmInfo, str]:
+        vm = api.pause_vm(call().endpoint, name)
+        return vm, f"VM '{name}' is {vm['state']}"
+
+    _each(names, name_option, "Pausing", act)
+
+
+@click.command(cls=Command, epilog="noid resume web")
+@_with_vms
+@with_json
+@with_endpoint
+def resume(names: tuple[str, ...], name_option: str | None) -> None:
+    """Let a paused VM go on."""
+
+    def act(name: str) -> tuple[api.VmInfo, str]:
+        vm = api.resume_vm(call().endpoint, name)
+        return vm, f"VM '{name}' is {vm['state']}"
+
+    _each(names, name_option, "Resuming", act)
 
 
 def _each(

@@ -127,6 +127,16 @@ def reboot_vm(endpoint: Endpoint, name: str, *, grace_secs: float, force: bool =
     return _one(endpoint, _ask(endpoint, "POST", f"/v1/vms/{name}/reboot", body, quick=False), VmInfo)
 
 
+def pause_vm(endpoint: Endpoint, name: str) -> VmInfo:
+    """Make the CPUs of the VM *name* stand still, until `resume_vm`."""
+    return _one(endpoint, _ask(endpoint, "POST", f"/v1/vms/{name}/pause", {}, quick=False), VmInfo)
+
+
+def resume_vm(endpoint: Endpoint, name: str) -> VmInfo:
+    """Let the VM *name* go on."""
+    return _one(endpoint, _ask(endpoint, "POST", f"/v1/vms/{name}/resume", {}, quick=False), VmInfo)
+
+
 def destroy_vm(endpoint: Endpoint, name: str) -> None:
     """End and remove the VM *name*; returns when nothing is left. Its checkpoints stay."""
     _ask(endpoint, "DELETE", f"/v1/vms/{name}", quick=False)

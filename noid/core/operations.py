@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -11,8 +10,6 @@ import trio
 
 from noid.core import tracing
 from noid.errors import Busy, DependencyDown, OperationCancelled
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -75,7 +72,6 @@ class Operations:
                     result.error = cancelled
             except Exception as error:  # the waiter raises it; nothing may cross the nursery
                 result.error = error
-                logger.info("%s of %s failed: %s", what, ", ".join(vm_names), error, extra={"op": what, "owner": owner})
             except BaseException:  # a cancellation (perhaps several, in a group), or the end of the process
                 result.error = DependencyDown(
                     f"{what} was interrupted because the noid agent stopped. What was not finished is undone, at the "

@@ -184,9 +184,11 @@ class Performer:
     ) -> Outcome:
         table, work, facts = performance.table, performance.work, performance.facts
         owner, vm_name = performance.owner, performance.vm_name
+        about = {"op": table.kind, "owner": owner, "vm": vm_name}
         try:
             await saga.run(table, work, self._store, owner=owner, vm_name=vm_name, facts=facts, progress=performance)
-        except NoidError:
+        except NoidError as error:
+            logger.info("%s of %s failed: %s", what, vm_name, error, extra=about)
             raise
         except Exception:  # a bug; the journal's text refers to this line
             logger.exception("operation %s: %s of %s failed", performance.operation, table.kind, vm_name)
@@ -203,7 +205,7 @@ class Performer:
             finally:
                 if replaced is not None:
                     await replaced.machine.aclose()
-        logger.info("%s %s", what, vm_name, extra={"op": table.kind, "owner": owner, "vm": vm_name})
+        logger.info("%s %s", what, vm_name, extra=about)
         assert performance.outcome is not None  # noqa: S101  # the commit made it
         self._services.events.tell(
             Event(kind=table.kind, owner=owner, vm=vm_name, facts=_facts_of(performance.outcome))
@@ -261,7 +263,8 @@ class Performer:
         found = self.get(user, operation)
         performance = self._live.get(operation)
         if performance is None or performance.committed:
-            raise Conflict(f"operation {operation} has ended: it {found.state}. It cannot be cancelled any more.")
+            how = "is about to succeed" if found.state is OperationState.RUNNING else f"has ended ({found.state})"
+            raise Conflict(f"operation {operation} {how}: it cannot be cancelled any more.")
         if performance.table.forward:
             raise Conflict(f"a {found.kind} cannot be cancelled: what it has removed cannot be brought back.")
         performance.cancelled = performance.cancelled or OperationCancelled(
@@ -318,5 +321,5 @@ def _facts_of(outcome: Outcome) -> dict[str, Any]:
     """Return what is told of something that has happened."""
     facts: dict[str, Any] = {"operation": outcome.operation}
     if outcome.vm is not None:
-        facts |= {"state": outcome.vm.state.value, "generation": outcome.vm.generation}
+        facts |= {"state": outcome.vm.state.value, "generation": outcome.vm.generation, "name": outcome.vm.name}
     return facts if outcome.checkpoint is None else facts | {"checkpoint": outcome.checkpoint.id}

@@ -28,7 +28,7 @@ _WORDS = {
     "mem_mib": "MiB of memory",
     "checkpoints": "checkpoints",
     "bytes": "bytes on disk",
-    "exec_sessions": "processes at once",
+    "exec_sessions": "running processes",
 }
 _RELIEF = {
     "checkpoints": "Delete one",
@@ -201,6 +201,6 @@ def _files(directories: list[Path]) -> Iterator[Path]:
 
 
 def _sentence(resource: str, most: int, used: int) -> str:
-    held = f"That would be {used}" if resource not in ("bytes", "exec_sessions") else f"There are {used}"
+    held = "this would be" if resource not in ("bytes", "exec_sessions") else "there are"
     relief = _RELIEF.get(resource, "Destroy a VM")
-    return f"{most} {_WORDS[resource]} is the most you may have. {held}. {relief} first, or ask for a higher quota."
+    return f"your quota of {_WORDS[resource]} is {most}, and {held} {used}. {relief} first, or ask for a higher quota."

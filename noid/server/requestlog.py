@@ -94,5 +94,5 @@ def _outcome(exchange: Exchange) -> str:
         return "nobody: the client has left"
     text = str(exchange.status)
     if exchange.close_code is not None:
-        return f"{text}, closed with {exchange.close_code}"
+        return f"{text}, closed{' by the client' if exchange.closed_by_client else ''} with {exchange.close_code}"
     return text if exchange.ended else f"{text}, broken off"

@@ -47,7 +47,8 @@ def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd
     set_up(LoggingConfig())
     config = load_config(config_path, data_dir=data_dir, local=local)
     set_up(config.logging)
-    logger.info("configuration: %s; data: %s", config.source or "no file", config.data_dir)
+    source = config.source.absolute() if config.source else "no file"
+    logger.info("configuration: %s; data: %s", source, config.data_dir)
     for note in config.notes:
         logger.warning("%s: %s", config.source, note)
 

@@ -161,3 +161,12 @@ def test_help_lists_every_command_and_fits_a_screen(offline_noid: Any) -> None:
         help_ = offline_noid("help", name).stdout.decode()
         assert help_.startswith(f"Usage: noid {name}")
         assert help_.count("\n") <= 40
+
+
+@pytest.mark.parametrize(("verb", "state"), [("pause", "paused"), ("resume", "running")])
+def test_pause_and_resume_say_the_state_of_each_vm_that_is_named(noid: Any, agent: Any, verb: str, state: str) -> None:
+    for name in ("web", "db"):
+        agent.answers("POST", f"/v1/vms/{name}/{verb}", 200, VM | {"name": name, "state": state})
+    done = noid(verb, "web", "db")
+    assert (done.returncode, done.stdout.decode()) == (0, f"VM 'web' is {state}\nVM 'db' is {state}\n")
+    assert [request.path for request in agent.requests] == [f"/v1/vms/web/{verb}", f"/v1/vms/db/{verb}"]

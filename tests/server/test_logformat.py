@@ -157,6 +157,24 @@ async def test_a_websocket_has_one_line_when_it_has_ended(web: Server, log: Log)
     assert (line["method"], line["status"], line["close_code"], line["ended"]) == ("WS", 101, 1000, True)
 
 
+async def test_a_websocket_that_its_client_closes_has_ended_in_order(web: Server, log: Log) -> None:
+    async with web.exec() as exec_:
+        await exec_.ask("sleep", "60")
+        headers = {name.lower(): value for name, value in exec_.ws.handshake_headers}
+        await exec_.ws.aclose(1000)
+    line = await log.request(headers[b"x-request-id"].decode())
+    assert (line["close_code"], line["ended"]) == (1000, True)
+    assert "-> 101, closed by the client with 1000 (" in line["message"]
+
+
+async def test_an_operation_that_fails_has_a_line_with_the_names_of_one_that_succeeds(web: Server, log: Log) -> None:
+    answer = await web.ask("POST", "/v1/vms", {"name": "web", "cpus": 1, "mem_mib": 128})
+    await log.request(answer.headers["x-request-id"])
+    (line, _) = log.of(answer.headers["x-request-id"])
+    assert line["message"] == "create of web failed: VM 'web' already exists"
+    assert (line["op"], line["vm"]) == ("vm.create", "web")
+
+
 async def test_a_client_that_leaves_has_a_line_and_its_operation_goes_on_under_the_id(server: Server, log: Log) -> None:
     go_on = trio.Event()
     server.faults.arm("launch", lambda _: go_on.wait())

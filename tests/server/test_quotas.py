@@ -36,7 +36,7 @@ async def refused(server: Server, path: str, body: Any = None) -> str:
 @limited(quota(vms=1), quota(vcpus=1), quota(mem_mib=200))
 async def test_a_vm_over_the_quota_is_not_made(server: Server) -> None:
     await server.create("one")
-    assert "is the most you may have" in await refused(server, "/v1/vms", {"name": "two", **SHAPE})
+    assert "ask for a higher quota" in await refused(server, "/v1/vms", {"name": "two", **SHAPE})
     assert [vm["name"] for vm in (await server.ask("GET", "/v1/vms")).json()] == ["one"]
     await server.create("one", token=await server.add_user("alice"))
     await server.ask("DELETE", "/v1/vms/one")
@@ -70,7 +70,7 @@ async def test_of_checkpoints_too_no_more_are_made_than_fit(server: Server) -> N
         for number in range(4):
             nursery.start_soon(checkpoint, f"vm{number}")
     assert sorted(statuses) == [201] * 2 + [403] * 2
-    assert "2 checkpoints is the most" in await refused(server, "/v1/vms/vm0/checkpoints")
+    assert "your quota of checkpoints is 2" in await refused(server, "/v1/vms/vm0/checkpoints")
     assert (await server.ask("GET", "/v1/quota")).json()["use"]["checkpoints"] == 2
 
 
@@ -85,7 +85,7 @@ async def test_a_clone_counts_and_a_restore_in_place_does_not(server: Server) ->
 @limited(quota(bytes=10_000))
 async def test_who_fills_the_disk_makes_nothing_more(server: Server) -> None:
     await server.create("web")  # nothing was there before
-    assert "10000 bytes on disk is the most" in await refused(server, "/v1/vms", {"name": "two", **SHAPE})
+    assert "your quota of bytes on disk is 10000" in await refused(server, "/v1/vms", {"name": "two", **SHAPE})
     await refused(server, "/v1/vms/web/checkpoints")
     assert (await server.run("echo", "still here"))["stdout"] == "still here\n"
 
@@ -107,7 +107,7 @@ async def test_a_user_s_own_quota_counts_at_once_and_can_be_taken_back(server: S
     await quotas.set_limits(user, {"vms": None, "vcpus": 2}, frozenset())
     await server.create("one")
     await server.create("two")
-    assert "2 vCPUs is the most" in await refused(server, "/v1/vms", {"name": "three", **SHAPE})
+    assert "your quota of vCPUs is 2" in await refused(server, "/v1/vms", {"name": "three", **SHAPE})
     answer = (await server.ask("GET", "/v1/quota")).json()
     assert answer["limits"] == {
         "vms": None, "vcpus": 2, "mem_mib": 4096, "checkpoints": None, "bytes": None, "exec_sessions": None,
@@ -116,7 +116,7 @@ async def test_a_user_s_own_quota_counts_at_once_and_can_be_taken_back(server: S
     assert used.pop("bytes") > 0
     assert used == {"vms": 2, "vcpus": 2, "mem_mib": 256, "checkpoints": 0, "exec_sessions": 0}
     await quotas.set_limits(user, {}, frozenset({"vms", "vcpus"}))
-    assert "1 VMs is the most" in await refused(server, "/v1/vms", {"name": "three", **SHAPE})
+    assert "your quota of VMs is 1" in await refused(server, "/v1/vms", {"name": "three", **SHAPE})
 
 
 @limited({"limits": LimitsConfig(max_vms=1, max_memory_per_vm=200)})

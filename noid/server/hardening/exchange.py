@@ -19,8 +19,9 @@ class Exchange:
         headers: Are added to the response, whoever makes it; also to the 101 of a WebSocket.
         status: The response's; None while there is none, and for ever when the client leaves before.
         sent_bytes: How much of a body the handler has sent; of WebSockets nothing is counted.
-        ended: Whether the response is whole, or the WebSocket was closed in order by us.
-        close_code: Of a WebSocket: the code it was closed with by us.
+        ended: Whether the response is whole, or the WebSocket was closed in order.
+        close_code: Of a WebSocket: the code it was closed with.
+        closed_by_client: Whether it was the client that closed the WebSocket.
     """
 
     headers: dict[str, str] = field(default_factory=dict)
@@ -28,6 +29,7 @@ class Exchange:
     sent_bytes: int = 0
     ended: bool = False
     close_code: int | None = None
+    closed_by_client: bool = False
 
     def raw_headers(self) -> list[tuple[bytes, bytes]]:
         """Return `headers` as ASGI has them."""

@@ -38,6 +38,7 @@ class WebsocketConnection(TrioASGIWebsocketConnection):
 
     def __init__(self, app: QuartTrio, scope: Any) -> None:
         super().__init__(app, scope)
+        self.exchange = Exchange()
         self.send_channel, self.receive_channel = trio.open_memory_channel[str | bytes](0)
 
     async def put(self, event: Any) -> None:
@@ -48,7 +49,7 @@ class WebsocketConnection(TrioASGIWebsocketConnection):
 
     async def serve(self, life: trio.CancelScope, send: Send) -> None:
         """Call the handler, in this task, for as long as *life* is not cancelled."""
-        exchange = Exchange()
+        exchange = self.exchange
 
         async def send_noted(message: Any) -> None:
             if message["type"] == "websocket.accept":
@@ -58,7 +59,7 @@ class WebsocketConnection(TrioASGIWebsocketConnection):
                 exchange.status = message["status"]
                 message["headers"] = [*message["headers"], *exchange.raw_headers()]
             await send(message)
-            if message["type"] == "websocket.close":
+            if message["type"] == "websocket.close" and not exchange.closed_by_client:
                 exchange.ended, exchange.close_code = True, message["code"]
             elif message["type"] == "websocket.http.response.body":
                 exchange.sent_bytes += len(message["body"])
@@ -83,6 +84,7 @@ class WebsocketStream(WSStream):
         self._spawn = tasks.spawn
         self.task_group: Any = self  # of which only the next method is used
         self._life = trio.CancelScope()
+        self._exchange: Exchange | None = None
         self._answers = False  # whether the handler has said anything
 
     async def handle(self, event: Event) -> None:
@@ -98,6 +100,7 @@ class WebsocketStream(WSStream):
     async def spawn_app(self, app: Any, config: Any, scope: Any, send: Any) -> Callable[[Any], Awaitable[None]]:
         """Start the handler and return what takes the client's messages. Hypercorn would put a queue between them."""
         connection = WebsocketConnection(app.app, scope)
+        self._exchange = connection.exchange
         Transport.of(scope).stays_busy()
         self._spawn(self._serve, connection, send)
 
@@ -130,6 +133,9 @@ class WebsocketStream(WSStream):
     async def _send_wsproto_event(self, event: WsEvent) -> None:
         if isinstance(event, CloseConnection) and self.connection.state is ConnectionState.REMOTE_CLOSING:
             Transport.of(self.scope).said_goodbye = True
+            if self._exchange is not None:
+                self._exchange.ended = self._exchange.closed_by_client = True
+                self._exchange.close_code = event.code
         await super()._send_wsproto_event(event)
 
     async def _accept(self, message: Any) -> None:
