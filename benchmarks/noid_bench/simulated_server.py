@@ -14,6 +14,7 @@ from pathlib import Path
 
 import trio
 
+from noid.core.config import LimitsConfig
 from noid.core.opening import open_agent
 from noid.server.serve import serve
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
@@ -33,7 +34,9 @@ def main() -> None:
 
 
 async def _serve(data_dir: Path, listen: str, ready_fd: int) -> None:
-    config = simulated_config(data_dir, local=False, listen=listen)
+    # One user asks as much as the server can answer: the rate is counted as ever, and never exceeded.
+    limits = LimitsConfig(requests_per_second=1e9)
+    config = simulated_config(data_dir, local=False, listen=listen, limits=limits)
     config = dataclasses.replace(config, max_ws_sessions=SESSIONS_MAX)
     async with open_agent(config, simulated_plugins()) as agent:
         _, token = await agent.users.add(USER)

@@ -68,9 +68,7 @@ class Guard:
         here.caller = caller = self._caller(call, transport, here.address)
         if caller.token is not None:
             limits = self._agent.config.limits
-            self._requests.pass_one(
-                caller.user.id, caller.token, per_second=limits.requests_per_second, burst=limits.requests_burst
-            )
+            self._requests.pass_one(caller.user.id, per_second=limits.requests_per_second, burst=limits.requests_burst)
         if route is not None and route.scope is not None and route.scope not in caller.scopes:
             raise Forbidden(route.scope, caller.token)
 

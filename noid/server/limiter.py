@@ -1,4 +1,4 @@
-"""How often somebody may try: failed authentications by address and token, requests by token, in bounded memory."""
+"""How often somebody may try: failed authentications by address and token, requests by user, in bounded memory."""
 
 from __future__ import annotations
 
@@ -65,14 +65,17 @@ def _too_many_failures() -> TooManyRequests:
 
 
 class RequestLimiter:
-    """Lets so many requests a second pass for each token, and some more at once after a pause."""
+    """Lets so many requests a second of each user pass, with whatever tokens, and some more at once after a pause.
+
+    Not by token: who may make tokens would make one more for every burst.
+    """
 
     def __init__(self) -> None:
-        #: By user and token: how many requests may come at once, and at which time that was so.
-        self._tokens: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
+        #: By user: how many requests may come at once, and at which time that was so.
+        self._users: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def pass_one(self, user_id: str, token: str, *, per_second: float, burst: int) -> None:
-        """Count a request made with *token*, the name of one of the user's. *per_second* 0 lets everything pass.
+    def pass_one(self, user_id: str, *, per_second: float, burst: int) -> None:
+        """Count a request of a user. *per_second* 0 lets everything pass.
 
         Raises:
             TooManyRequests: it has to wait; it is not counted.
@@ -80,14 +83,14 @@ class RequestLimiter:
         if not per_second:
             return
         now = trio.current_time()
-        left, at = self._tokens.pop((user_id, token), (float(burst), now))
+        left, at = self._users.pop(user_id, (float(burst), now))
         left = min(float(burst), left + (now - at) * per_second)
-        self._tokens[user_id, token] = (left - 1 if left >= 1 else left, now)
-        while len(self._tokens) > REQUEST_KEYS_MAX:
-            self._tokens.popitem(last=False)
+        self._users[user_id] = (left - 1 if left >= 1 else left, now)
+        while len(self._users) > REQUEST_KEYS_MAX:
+            self._users.popitem(last=False)
         if left < 1:
             raise TooManyRequests(
-                f"more than {per_second:g} requests a second with token {token!r}. Make fewer, or ask whoever runs the "
-                "server for a higher requests_per_second.",
+                f"you make more than {per_second:g} requests a second, all your tokens together. Make fewer, or ask "
+                "whoever runs the server for a higher requests_per_second.",
                 (1 - left) / per_second,
             )

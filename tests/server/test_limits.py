@@ -40,7 +40,7 @@ async def test_requests_pass_at_their_rate_and_some_at_once_after_a_pause(autoju
         count = 0
         with contextlib.suppress(TooManyRequests):
             while True:
-                requests.pass_one("alice", "ci", per_second=2, burst=5)
+                requests.pass_one("alice", per_second=2, burst=5)
                 count += 1
         return count
 
@@ -50,19 +50,18 @@ async def test_requests_pass_at_their_rate_and_some_at_once_after_a_pause(autoju
     await trio.sleep(3600)
     assert passed() == 5
     with pytest.raises(TooManyRequests) as refused:
-        requests.pass_one("alice", "ci", per_second=2, burst=5)
+        requests.pass_one("alice", per_second=2, burst=5)
     assert refused.value.retry_after_secs == 0.5
-    requests.pass_one("alice", "other", per_second=2, burst=5)
-    requests.pass_one("bob", "ci", per_second=2, burst=5)
-    requests.pass_one("alice", "ci", per_second=0, burst=5)
+    requests.pass_one("bob", per_second=2, burst=5)
+    requests.pass_one("alice", per_second=0, burst=5)
 
 
-async def test_the_rates_of_a_bounded_number_of_tokens_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_rates_of_a_bounded_number_of_users_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limiter, "REQUEST_KEYS_MAX", 10)
     requests = RequestLimiter()
     for number in range(50):
-        requests.pass_one("alice", f"token-{number}", per_second=1, burst=1)
-    assert len(requests._tokens) == 10
+        requests.pass_one(f"user-{number}", per_second=1, burst=1)
+    assert len(requests._users) == 10
 
 
 @limited(requests_per_second=0.1, requests_burst=2)
@@ -77,6 +76,47 @@ async def test_a_token_that_is_too_fast_is_429_and_says_when_to_come_again(serve
     assert (await server.ask("GET", "/healthz", token=token)).status == 200
     for _ in range(4):
         assert (await server.ask("GET", "/v1/whoami")).status == 200
+
+
+@limited(requests_per_second=0.1, requests_burst=4)
+async def test_who_makes_more_tokens_may_not_make_more_requests(server: Server) -> None:
+    tokens = [await server.add_user("alice")]
+    for name in ("more", "and-more"):
+        made = await server.ask("POST", "/v1/tokens", {"name": name}, token=tokens[-1])
+        tokens.append(made.json()["token"])
+        assert (await server.ask("GET", "/v1/whoami", token=tokens[-1])).status == 200
+    for token in tokens:
+        assert (await server.ask("GET", "/v1/whoami", token=token)).status == 429
+
+
+@limited(requests_per_second=0.1, requests_burst=3)
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/vms/web/exec", {"command": ["echo", "x"]}),
+        ("POST", "/v1/vms/web/checkpoints", {}),
+    ],
+)
+async def test_what_costs_most_has_the_same_rate(server: Server, method: str, path: str, body: Any) -> None:
+    token = await server.add_user("alice")
+    await server.create(token=token)
+    for _ in range(2):
+        assert (await server.ask(method, path, body, token=token)).status < 300
+    answer = await server.ask(method, path, body, token=token)
+    assert (answer.status, answer.json()["code"]) == (429, "rate_limited")
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+@limited(requests_per_second=0.1, requests_burst=2)
+async def test_websockets_have_the_rate_of_requests_before_anything_is_begun(server: Server) -> None:
+    token = await server.add_user("alice")
+    await server.create(token=token)
+    async with server.exec(token=token):
+        pass
+    with pytest.raises(ConnectionRejected) as refused:
+        async with server.exec(token=token):
+            pass
+    assert refused.value.status_code == 429
 
 
 # --- sessions and sizes ----------------------------------------------------------------------------------------------
