@@ -15,7 +15,6 @@ LINES_MAX = 450
 LONG_FILES: dict[str, str] = {
     "noid/core/model.py": "the records everything talks about; whoever reads one reads those it is made of",
     "noid/core/backends.py": "every contract a backend fulfils, on one page",
-    "noid/core/agent.py": "the one list of what an agent can be asked",
     "noid/core/sessions.py": "the whole life of a process: who starts it, reads it, loses it, takes it up again",
 }
 

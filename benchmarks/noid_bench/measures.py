@@ -82,7 +82,7 @@ async def checkpoint_pause(rig: Rig, rounds: int, storage: str) -> Figure:
         name = f"pause-{number}"
         await rig.fork(source.name, origin, name)
         await rig.run(name, "sh", "-c", "head -c 1000000 /dev/urandom > /dev/shm/noise")
-        outcome: Outcome = await rig.agent.checkpoint_vm(rig.user, name, None)
+        outcome: Outcome = await rig.agent.checkpoints.take(rig.user, name, None)
         samples.append(outcome.timings["pause"])
         changed.append((outcome.changed_bytes or 0) / 1e6)
         await rig.agent.destroy_vm(rig.user, name)
@@ -129,7 +129,7 @@ async def ten_clones(rig: Rig, rounds: int) -> Figure:
 
         async def clone(name: str) -> None:
             await rig.fork(source.name, origin, name)
-            async with rig.agent.guest(rig.user, name) as guest:
+            async with rig.agent.guests.reach(rig.user, name) as guest:
                 await guest.ping()
 
         started = time.perf_counter()
@@ -258,7 +258,7 @@ def _names(disk: Path) -> tuple[str, ...]:
 
 
 async def _checkpoint(rig: Rig, name: str) -> str:
-    checkpoint = (await rig.agent.checkpoint_vm(rig.user, name, None)).checkpoint
+    checkpoint = (await rig.agent.checkpoints.take(rig.user, name, None)).checkpoint
     if checkpoint is None:
         raise RuntimeError("a checkpoint operation without a checkpoint")
     return checkpoint.id

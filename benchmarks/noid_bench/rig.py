@@ -51,7 +51,7 @@ class Rig:
             BackendError: it failed.
         """
         output = b""
-        async with self.agent.guest(self.user, name) as guest:
+        async with self.agent.guests.reach(self.user, name) as guest:
             process = await guest.start(ExecRequest(argv=argv))
             try:
                 while not isinstance(received := await process.receive(), ProcessExit):

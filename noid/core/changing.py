@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import trio
@@ -23,6 +24,9 @@ from noid.core.work import Work, given
 from noid.errors import Damaged, NotFound
 
 logger = logging.getLogger(__name__)
+
+#: No labels, or no change of any.
+NO_LABELS: Mapping[str, str] = MappingProxyType({})
 
 
 def patched(labels: Mapping[str, str], patch: Mapping[str, str | None]) -> dict[str, str]:

@@ -22,6 +22,10 @@ _STATES = {
     OperationState.CANCELLED: f"code = '{OperationCancelled.code}'",
     OperationState.FAILED: f"(code <> '{OperationCancelled.code}' OR outcome = 'interrupted')",
 }
+_INTERRUPTED = (
+    "it was interrupted because the noid agent ended. What it had begun is undone, at the latest by the next start. "
+    "Ask for it again."
+)
 
 
 def find(store: Store, owner: str, operation: str) -> Operation:
@@ -59,18 +63,13 @@ def find_all(
 
 
 def _operation(row: Mapping[str, Any]) -> Operation:
-    finished = row["outcome"] == "finished"
-    interrupted = not finished and row["code"] is None
+    finished, code = row["outcome"] == "finished", row["code"]
+    interrupted = not finished and code is None
     error: NoidError | None = None
-    if interrupted:
-        error = DependencyDown(
-            "it was interrupted because the noid agent ended. What it had begun is undone, at the latest by the next "
-            "start. Ask for it again."
-        )
-    elif not finished:
-        error = Recorded(row["error"], row["code"], row["status"])
+    if not finished:
+        error = DependencyDown(_INTERRUPTED) if code is None else Recorded(row["error"], code, row["status"])
     state = OperationState.SUCCEEDED if finished else OperationState.FAILED
-    if row["code"] == OperationCancelled.code:
+    if code == OperationCancelled.code:
         state = OperationState.CANCELLED
     outcome = from_json(Outcome, json.loads(row["result"])) if row["result"] else None
     return Operation(

@@ -121,13 +121,13 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
             await templates.collect()
             nursery.start_soon(pool.keep)
             agent = Agent(services, users, audit, operations, templates, pool, sessions)
-            endings.serve(agent.boot_again)
+            endings.serve(agent.power.boot_again)
             nursery.start_soon(users.keep_saving_uses)
             nursery.start_soon(audit.keep_flushing)
             nursery.start_soon(agent.keys.keep_forgetting)
             nursery.start_soon(agent.operations.keep_forgetting)
             for vm in interrupted:
-                nursery.start_soon(agent.finish_reboot, vm)
+                nursery.start_soon(agent.power.finish_reboot, vm)
             yield agent
         finally:
             with trio.move_on_after(DRAIN_SECS, shield=True):

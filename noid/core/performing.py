@@ -6,8 +6,6 @@ last one. What this module adds is the part that runs, for as long as it does.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,15 +17,15 @@ import trio
 from noid.core import calls, journal, saga
 from noid.core.backends import Event
 from noid.core.calls import Call
-from noid.core.model import User, Vm, now
+from noid.core.model import User, Vm, VmSpec, now
 from noid.core.operations import Operations
 from noid.core.outcomes import Operation, OperationState, Outcome
 from noid.core.records import to_json
-from noid.core.rows import VMS_REMEMBERED
 from noid.core.saga import Facts, Progress, Saga
 from noid.core.services import Services
+from noid.core.sight import seen_by
 from noid.core.store import Tx
-from noid.core.supervisor import GuestLink
+from noid.core.templates import Templates
 from noid.core.work import Work
 from noid.errors import Conflict, NoidError, NotFound, OperationCancelled
 
@@ -108,23 +106,12 @@ def outcome_of(tx: Tx, performance: Performance) -> Outcome:
     )
 
 
-def seen_by(vm: Vm, link: GuestLink | None, busy: str | None = None) -> Vm:
-    """Return *vm*, as it is stored, with what holds it and what is known of its guest's health; None: nothing."""
-    if link is None:
-        return _seen(vm, busy, None, None)
-    return _seen(vm, busy, link.health.responding, link.health.unresponsive_since)
-
-
-@functools.lru_cache(maxsize=VMS_REMEMBERED)
-def _seen(vm: Vm, busy: str | None, responding: bool | None, unresponsive_since: datetime | None) -> Vm:
-    return dataclasses.replace(vm, busy=busy, responding=responding, unresponsive_since=unresponsive_since)
-
-
 class Performer:
     """Carries out sagas as operations. Whoever asks for one of a user's sees that user's only."""
 
-    def __init__(self, services: Services, operations: Operations) -> None:
+    def __init__(self, services: Services, operations: Operations, templates: Templates) -> None:
         self._services = services
+        self._templates = templates
         self._store = services.store
         self._operations = operations
         self._live: dict[str, Performance] = {}
@@ -133,6 +120,10 @@ class Performer:
     def watch(self, watcher: Callable[[Operation], None]) -> None:
         """Have *watcher* called with every operation that ends from now on, everybody's; it must not block."""
         self._watchers.append(watcher)
+
+    def work(self, user: User, *, vm: Vm | None = None, spec: VmSpec | None = None) -> Work:
+        """Return the live objects of an operation that *user* asks for, which is about *vm* or makes *spec*."""
+        return Work(services=self._services, templates=self._templates, user=user, vm=vm, spec=spec)
 
     async def run(
         self,

@@ -7,7 +7,7 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -107,5 +107,5 @@ def _line(at: str, user: str, token: str, address: str, status: str, count: str,
     return f"{at:<19} {user:<16} {token:<12} {address:<15} {status:<6} {count:>5} {action}"
 
 
-def _fields(entry: AuditEntry) -> dict[str, object]:
+def _fields(entry: AuditEntry) -> dict[str, Any]:
     return dataclasses.asdict(entry) | {"at": entry.at.isoformat()}

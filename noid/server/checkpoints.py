@@ -52,36 +52,38 @@ class CheckpointRoutes:
         vm_name = request.args.get("vm")
         page = Page.asked()
         wanted = Wanted(labels=wanted_labels(), vm_name=None if vm_name is None else checked_name(vm_name))
-        return _list_reply(page, self._agent.all_checkpoints(current_user(), page.of(wanted)))
+        return _list_reply(page, self._agent.checkpoints.all(current_user(), page.of(wanted)))
 
     async def of_vm(self, name: str) -> Response:
         """List a VM's checkpoints, oldest first."""
         page = Page.asked()
         wanted = page.of(Wanted(labels=wanted_labels()))
-        return _list_reply(page, self._agent.checkpoints(current_user(), checked_name(name), wanted))
+        return _list_reply(page, self._agent.checkpoints.of(current_user(), checked_name(name), wanted))
 
     async def one(self, name: str, checkpoint: str) -> Response:
         """Show one checkpoint."""
-        return json_reply(checkpoint_fields(self._agent.checkpoint(current_user(), checked_name(name), checkpoint)))
+        return json_reply(
+            checkpoint_fields(self._agent.checkpoints.one(current_user(), checked_name(name), checkpoint))
+        )
 
     async def change(self, name: str, checkpoint: str) -> Response:
         """Change a checkpoint's label, and its labels by a JSON merge patch."""
-        self._agent.checkpoint(current_user(), checked_name(name), checkpoint)
+        self._agent.checkpoints.one(current_user(), checked_name(name), checkpoint)
         body = await read_body()
-        found = self._agent.checkpoint(
+        found = self._agent.checkpoints.one(
             current_user(), name, checkpoint
         )  # as it is now: the body may have taken its time
         label = body.optional_text("label") if "label" in body.fields else found.label
         labels = body.labels("labels", may_be_null=True)
         async with still_working():
-            outcome = await self._agent.change_checkpoint(current_user(), found, label=label, labels=labels or {})
+            outcome = await self._agent.checkpoints.change(current_user(), found, label=label, labels=labels or {})
         return outcome_reply(outcome)
 
     async def delete(self, name: str, checkpoint: str) -> Response:
         """Delete a checkpoint: 204. What was made from it lives on."""
-        found = self._agent.checkpoint(current_user(), checked_name(name), checkpoint)
+        found = self._agent.checkpoints.one(current_user(), checked_name(name), checkpoint)
         async with still_working():
-            outcome = await self._agent.delete_checkpoint(current_user(), found)
+            outcome = await self._agent.checkpoints.delete(current_user(), found)
         return outcome_reply(outcome)
 
 

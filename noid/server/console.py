@@ -64,7 +64,7 @@ class ConsoleRoutes:
     async def stream(self, name: str) -> None:
         """Attach to the console. What can be refused is refused before the upgrade, as plain HTTP."""
         user = current_user()
-        console = self._agent.console(user, checked_name(name))
+        console = self._agent.guests.console(user, checked_name(name))
         history = whole_number("history", websocket.args.get("history"), HISTORY_BYTES)
         writes = not flag(websocket.args.get("readonly"))
         session = _Session(self._agent, user, name, console)
@@ -189,7 +189,7 @@ class _Session:
             if self._size is None:
                 continue
             try:
-                async with self._agent.guest(self._user, self._name) as guest:
+                async with self._agent.guests.reach(self._user, self._name) as guest:
                     if "tty" in guest.features:
                         await guest.resize_console(self._size)
             except NoidError as error:  # a console works without

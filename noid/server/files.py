@@ -186,10 +186,10 @@ class FileRoutes:
         """Yield the guest and who copies there: whom the request names, or the image's user."""
         checked_name(name)
         user = current_user()
-        async with self._agent.guest(user, name) as guest:
+        async with self._agent.guests.reach(user, name) as guest:
             if "files" not in guest.features:
                 raise Unsupported(self._agent.config.backends.exec[0], "copy files")
-            yield guest, query.user or self._agent.default_user(user, name)
+            yield guest, query.user or self._agent.guests.default_user(user, name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,14 +48,14 @@ class PowerRoutes:
         checked_name(name)
         grace_secs = _grace_secs(await read_body(may_be_empty=True))
         async with still_working():
-            outcome = await self._agent.stop_vm(current_user(), name, grace_secs)
+            outcome = await self._agent.power.stop(current_user(), name, grace_secs)
         return outcome_reply(outcome)
 
     async def start(self, name: str) -> Response:
         """Boot a stopped or dead VM on its disk."""
         checked_name(name)
         async with still_working():
-            outcome = await self._agent.start_vm(current_user(), name)
+            outcome = await self._agent.power.start(current_user(), name)
         return outcome_reply(outcome)
 
     async def reboot(self, name: str) -> Response:
@@ -63,21 +63,21 @@ class PowerRoutes:
         checked_name(name)
         grace_secs = _grace_secs(await read_body(may_be_empty=True))
         async with still_working():
-            outcome = await self._agent.reboot_vm(current_user(), name, grace_secs)
+            outcome = await self._agent.power.reboot(current_user(), name, grace_secs)
         return outcome_reply(outcome)
 
     async def pause(self, name: str) -> Response:
         """Stop the VM's CPUs; everything else of it stays."""
         checked_name(name)
         async with still_working():
-            outcome = await self._agent.pause_vm(current_user(), name)
+            outcome = await self._agent.power.pause(current_user(), name)
         return outcome_reply(outcome)
 
     async def resume(self, name: str) -> Response:
         """Let the CPUs of a paused VM go on."""
         checked_name(name)
         async with still_working():
-            outcome = await self._agent.resume_vm(current_user(), name)
+            outcome = await self._agent.power.resume(current_user(), name)
         return outcome_reply(outcome)
 
 

@@ -82,7 +82,7 @@ class ProcessRoutes:
 
     async def all(self, name: str) -> Response:
         """List the VM's processes, oldest first."""
-        sessions = await self._agent.sessions(current_user(), checked_name(name))
+        sessions = await self._agent.guests.sessions(current_user(), checked_name(name))
         page = Page.asked()
         return page.reply(page.cut(await sessions.all(), _position), process_fields, _position)
 
@@ -155,7 +155,7 @@ class ProcessRoutes:
         await self._websockets.hold(relay)
 
     async def _session(self, name: str, process: str, lineage: str | None = None) -> Session:
-        sessions = await self._agent.sessions(current_user(), checked_name(name))
+        sessions = await self._agent.guests.sessions(current_user(), checked_name(name))
         return await sessions.get(process, lineage)
 
 

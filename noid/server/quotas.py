@@ -25,5 +25,5 @@ class QuotaRoutes:
 
     async def quota(self) -> Response:
         """Show the caller's limits, null where there is none, and what they use."""
-        limits, use = await self._agent.quota(current_user())
+        limits, use = await self._agent.guests.quota(current_user())
         return json_reply({"limits": limits, "use": use})

@@ -189,7 +189,7 @@ class VmRoutes:
         body = await read_body(may_be_empty=True)
         label, labels = body.optional_text("label"), body.labels("labels")
         async with still_working():
-            outcome = await self._agent.checkpoint_vm(current_user(), name, label, labels or {})
+            outcome = await self._agent.checkpoints.take(current_user(), name, label, labels or {})
         return outcome_reply(outcome)
 
     async def restore(self, name: str) -> Response:

@@ -154,7 +154,7 @@ async def start(agent: Agent, user: User, name: str, command: ExecRequest, *, de
     """
     try:
         with trio.fail_after(START_SECS):
-            session = await agent.start_process(user, name, command, detached=detached)
+            session = await agent.guests.start_process(user, name, command, detached=detached)
     except trio.TooSlowError as error:
         raise DependencyDown(
             f"the guest of VM {name!r} did not start the command within {START_SECS:g} s. The VM still runs; it may be "

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import trio
 from noid_exec_vsock import guest_binary
@@ -95,7 +95,7 @@ class _ExecWithFiles(SimulatedExec):
             with trio.fail_after(PATIENCE_SECS):
                 await until(path.exists)
             async with super().connect(machine, console) as guest, connect(partial(_opened, path)) as native:
-                yield _GuestWithFiles(guest, native)
+                yield cast("Guest", _GuestWithFiles(guest, native))  # the rest it has from the simulated one
         finally:
             self._agents.remove(agent)
             agent.kill()

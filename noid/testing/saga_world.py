@@ -69,10 +69,10 @@ class World:
         async with self.agent() as agent:
             user = agent.local_user()
             await agent.create_vm(user, VmSpec(name="web", mem_mib=MEM_MIB))
-            async with agent.guest(user, "web") as guest:
+            async with agent.guests.reach(user, "web") as guest:
                 await guest.start(ExecRequest(argv=("count", "/run/n")))
                 self.counts = await _counted(guest, beyond=0)
-            taken = await agent.checkpoint_vm(user, "web", "before")
+            taken = await agent.checkpoints.take(user, "web", "before")
             assert taken.checkpoint is not None
             self.checkpoint = taken.checkpoint.id
             self.files = self._hashes()
@@ -93,25 +93,25 @@ class World:
             case "restore":
                 await agent.restore_vm(user, "web", self.checkpoint, None)
             case "checkpoint":
-                await agent.checkpoint_vm(user, "web", "another")
+                await agent.checkpoints.take(user, "web", "another")
             case "destroy":
                 await agent.destroy_vm(user, "victim")
             case "stop":
-                await agent.stop_vm(user, "victim", GRACE_SECS)
+                await agent.power.stop(user, "victim", GRACE_SECS)
             case "start":
-                await agent.start_vm(user, "victim")
+                await agent.power.start(user, "victim")
             case "reboot":
-                await agent.reboot_vm(user, "victim", GRACE_SECS)
+                await agent.power.reboot(user, "victim", GRACE_SECS)
             case "pause":
-                await agent.pause_vm(user, "victim")
+                await agent.power.pause(user, "victim")
             case "resume":
-                await agent.resume_vm(user, "victim")
+                await agent.power.resume(user, "victim")
             case "rename":
                 await agent.change_vm(user, "victim", new_name="renamed", labels={"renamed": "yes"})
             case "relabel":
-                await agent.change_checkpoint(user, _spare(agent), label="relabelled", labels={"relabelled": "yes"})
+                await agent.checkpoints.change(user, _spare(agent), label="relabelled", labels={"relabelled": "yes"})
             case "discard":
-                await agent.delete_checkpoint(user, _spare(agent))
+                await agent.checkpoints.delete(user, _spare(agent))
 
     def run_broken(self, cell: Cell) -> str:
         """Run the operation, broken, in a process of its own; return how it ended: an error, ``done``, ``killed``."""
@@ -141,7 +141,7 @@ class World:
             if cell.saga in VICTIMS:
                 await self._make_victim(agent, cell.saga)
             if cell.saga in OF_CHECKPOINTS:
-                await agent.checkpoint_vm(user, "web", "spare", {"spare": ""})
+                await agent.checkpoints.take(user, "web", "spare", {"spare": ""})
             with broken(cell, faults):
                 try:
                     await self.operate(agent, cell.saga)
@@ -151,7 +151,7 @@ class World:
             if cell.is_call:
                 assert faults.struck, f"the operation never came to {cell.place}"
             if cell.mode != "cancelled":
-                async with agent.guest(user, "web") as guest:
+                async with agent.guests.reach(user, "web") as guest:
                     await _counted(guest, beyond=0 if (cell.saga, outcome) == ("restore", "done") else self.counts)
                 if cell.saga != "destroy" and cell.mode != "undo fails":  # what these leave, the next start removes
                     self._agrees(agent)
@@ -184,7 +184,7 @@ class World:
             if cell.saga == "relabel":
                 assert (_spare(agent).label == "relabelled") is happened, f"the label is {_spare(agent).label}"
             if cell.saga == "discard":
-                left = len(agent.all_checkpoints(user, SPARES))
+                left = len(agent.checkpoints.all(user, SPARES))
                 assert left == (0 if happened else 1), f"{left} are left of the checkpoint"
             assert names == expected, f"VMs are {names}, not {expected}, after {outcome}"
             web = agent.vm(user, "web")
@@ -193,7 +193,7 @@ class World:
                 assert web.process != self.process, "web was restored, but its process is the old one"
             else:
                 assert web.process == self.process, "web's process is another one, although nothing was restored"
-            async with agent.guest(user, "web") as guest:
+            async with agent.guests.reach(user, "web") as guest:
                 await _counted(guest, beyond=0 if happened else self.counts)
             self._agrees(agent)
             assert {key: self._hashes().get(key) for key in self.files} == self.files, "the checkpoint was changed"
@@ -205,14 +205,14 @@ class World:
         """Make another VM for the operation, with something on its disk."""
         user = agent.local_user()
         await agent.restore_vm(user, "web", self.checkpoint, "victim")
-        async with agent.guest(user, "victim") as guest:
+        async with agent.guests.reach(user, "victim") as guest:
             await _said(guest, "echo kept > /root/word; sync")
         if saga == "start":
-            await agent.stop_vm(user, "victim", GRACE_SECS)
+            await agent.power.stop(user, "victim", GRACE_SECS)
         if saga == "resume":
-            await agent.pause_vm(user, "victim")
+            await agent.power.pause(user, "victim")
         if saga == "rename":
-            await agent.checkpoint_vm(user, "victim", "spare", {"spare": ""})
+            await agent.checkpoints.take(user, "victim", "spare", {"spare": ""})
 
     async def _look_at_victim(self, agent: Agent, cell: Cell, *, happened: bool) -> None:
         """See to it that the victim is what it may be, and says so; a reboot cut off by a crash is finished."""
@@ -241,11 +241,11 @@ class World:
         user = agent.local_user()
         if saga == "stop":
             assert agent.vm(user, "victim").state is VmState.STOPPED
-            await agent.start_vm(user, "victim")
+            await agent.power.start(user, "victim")
         if saga == "pause":
             assert agent.vm(user, "victim").state is VmState.PAUSED
-            await agent.resume_vm(user, "victim")
-        async with agent.guest(user, "victim") as guest:
+            await agent.power.resume(user, "victim")
+        async with agent.guests.reach(user, "victim") as guest:
             assert await _said(guest, "cat /root/word") == b"kept\n", "the victim's disk"
             assert await _said(guest, "hostname") == b"victim\n", "the victim's name"
         await agent.destroy_vm(user, "victim")
@@ -260,25 +260,25 @@ class World:
         if happened and cell.saga == "rename":
             await agent.change_vm(user, "renamed", new_name="victim", labels={"renamed": None})
         if happened and cell.saga == "discard":
-            await agent.checkpoint_vm(user, "web", "spare", {"spare": ""})
+            await agent.checkpoints.take(user, "web", "spare", {"spare": ""})
         if cell.saga == "reboot" and agent.vm(user, "victim").state is VmState.STOPPED:
-            await agent.start_vm(user, "victim")
+            await agent.power.start(user, "victim")
         await self.operate(agent, cell.saga)
         if cell.saga in POWER:
             await self._finish_victim(agent, cell.saga)
         if cell.saga in ("create", "fork"):
-            async with agent.guest(user, "new") as guest:
+            async with agent.guests.reach(user, "new") as guest:
                 await guest.ping()
             await agent.destroy_vm(user, "new")
         if cell.saga == "rename":
             await agent.destroy_vm(user, "renamed")
         if cell.saga == "discard":
-            assert agent.all_checkpoints(user, SPARES) == [], "the checkpoint was deleted and is still there"
+            assert agent.checkpoints.all(user, SPARES) == [], "the checkpoint was deleted and is still there"
         elif cell.saga in ("rename", "relabel"):
-            await agent.delete_checkpoint(user, _spare(agent))
+            await agent.checkpoints.delete(user, _spare(agent))
         if cell.saga == "destroy":
             assert all(vm.name != "victim" for vm in agent.vms(user)), "the victim was destroyed and is still there"
-        async with agent.guest(user, "web") as guest:
+        async with agent.guests.reach(user, "web") as guest:
             self.counts = await _counted(guest, beyond=0)
 
     def _agrees(self, agent: Agent) -> None:
@@ -293,9 +293,9 @@ class World:
         assert _names(layout.vms) == instances, "directories of VMs"
         assert _names(config.run_dir) - {"agent.sock"} == instances, "directories of sockets"
         assert _names(layout.scratch) == set(), "scratch directories"
-        checkpoints = {c.id for c in agent.all_checkpoints(user)}
+        checkpoints = {c.id for c in agent.checkpoints.all(user)}
         assert _names(layout.checkpoint(user.id, "x").parent) == checkpoints, "directories of checkpoints"
-        for row in agent.all_checkpoints(user):
+        for row in agent.checkpoints.all(user):
             said = manifests.read(layout.checkpoint(user.id, row.id))
             assert (said.vm_name, said.label, said.labels) == (row.vm_name, row.label, row.labels), "manifest and row"
         assert self.checkpoint in checkpoints, "the checkpoint's row"
@@ -311,7 +311,7 @@ class World:
 
 def _spare(agent: Agent) -> Checkpoint:
     """Return the checkpoint that is there to be changed or deleted."""
-    (spare,) = agent.all_checkpoints(agent.local_user(), SPARES)
+    (spare,) = agent.checkpoints.all(agent.local_user(), SPARES)
     return spare
 
 

@@ -59,7 +59,7 @@ class Driven:
         await self.agent.create_vm(self.user, VmSpec(name=name, **SHAPE | fields))
 
     async def checkpoint(self, name: str = "web") -> str:
-        outcome = await self.agent.checkpoint_vm(self.user, name, None)
+        outcome = await self.agent.checkpoints.take(self.user, name, None)
         assert outcome.checkpoint is not None
         return outcome.checkpoint.id
 
@@ -71,7 +71,7 @@ class Driven:
 
     async def sh(self, *argv: str, name: str = "web", stdin: bytes | None = None) -> str:
         """Run a command in the guest and return what it wrote; it must succeed."""
-        async with self.agent.guest(self.user, name) as guest:
+        async with self.agent.guests.reach(self.user, name) as guest:
             process = await guest.start(ExecRequest(argv=argv, user="root", stdin=stdin is not None))
             if stdin is not None:
                 await process.send_stdin(stdin)

@@ -27,7 +27,7 @@ def say(event: str, op: str, **facts: str) -> None:
 
 
 async def write_token(agent: Agent, name: str, token: str) -> None:
-    async with agent.guest(agent.local_user(), name) as guest:
+    async with agent.guests.reach(agent.local_user(), name) as guest:
         process = await guest.start(ExecRequest(argv=("tee", TOKEN), user="root", stdin=True))
         await process.send_stdin(token.encode())
         await process.close_stdin()
@@ -54,7 +54,7 @@ async def act(agent: Agent, chance: random.Random) -> None:
         say("done", op, name=name, token=token)
     elif op == "checkpoint":
         say("begin", op, name=name)
-        outcome = await agent.checkpoint_vm(user, name, None)
+        outcome = await agent.checkpoints.take(user, name, None)
         assert outcome.checkpoint is not None
         say("done", op, name=name, id=outcome.checkpoint.id)
     elif op == "restore" and mine:

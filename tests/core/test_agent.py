@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from noid.core import agent as agents
+from noid.core import guests
 from noid.core.model import VmSpec
 from noid.errors import (
     BackendError,
@@ -72,7 +73,7 @@ async def test_the_life_of_a_vm(rig: Rig, no_leaks: None) -> None:
         assert noid.states() == {}
         assert rig.machines() == 0
         assert rig.stray() == []
-        assert [c.id for c in noid.agent.checkpoints(noid.user, "web")] == [checkpoint]
+        assert [c.id for c in noid.agent.checkpoints.of(noid.user, "web")] == [checkpoint]
 
         await noid.restore(checkpoint)  # a VM that was destroyed comes back under its name
         assert await noid.sh("cat", MEMORY) == "1"
@@ -85,7 +86,7 @@ async def test_checkpoints_know_their_parents(rig: Rig) -> None:
         first = await noid.checkpoint()
         await noid.restore(first, new_name="copy")
         second = await noid.checkpoint("copy")
-        parents = {c.id: c.parent for name in ("web", "copy") for c in noid.agent.checkpoints(noid.user, name)}
+        parents = {c.id: c.parent for name in ("web", "copy") for c in noid.agent.checkpoints.of(noid.user, name)}
         assert parents == {first: None, second: first}
 
 
@@ -161,7 +162,7 @@ async def test_what_is_not_there_is_not_found(rig: Rig) -> None:
             with pytest.raises(NotFound, match="not found"):
                 await ask()
         with pytest.raises(NotFound, match="VM 'no' not found"):
-            noid.agent.checkpoints(noid.user, "no")
+            noid.agent.checkpoints.of(noid.user, "no")
 
 
 async def test_what_belongs_to_another_user_is_not_found(rig: Rig) -> None:
@@ -229,7 +230,7 @@ async def test_a_caller_who_leaves_gets_the_vm_all_the_same(rig: Rig) -> None:
 async def test_connecting_to_a_guest_that_hangs_ends_with_advice_and_others_go_on(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agents, "CONNECT_SECS", 0.2)
+    monkeypatch.setattr(guests, "CONNECT_SECS", 0.2)
     async with rig.agent() as noid:
         await noid.create("a")
         await noid.create("b")
@@ -244,12 +245,12 @@ async def test_connecting_to_a_guest_that_hangs_ends_with_advice_and_others_go_o
 async def test_the_failure_of_one_user_of_a_guest_does_not_disturb_another(rig: Rig) -> None:
     async with rig.agent() as noid:
         await noid.create()
-        async with noid.agent.guest(noid.user, "web") as guest:
+        async with noid.agent.guests.reach(noid.user, "web") as guest:
             with pytest.raises(BackendError, match="mine alone"):
-                async with noid.agent.guest(noid.user, "web"):
+                async with noid.agent.guests.reach(noid.user, "web"):
                     raise BackendError("mine alone")
             assert await guest.ping() >= 0
-            async with noid.agent.guest(noid.user, "web") as again:
+            async with noid.agent.guests.reach(noid.user, "web") as again:
                 assert again is guest
 
 
@@ -351,7 +352,7 @@ async def test_a_vm_that_ends_by_itself_says_how_and_what_can_be_done(rig: Rig, 
             assert process is not None
             os.kill(process.pid, signal.SIGKILL)
         else:
-            async with noid.agent.guest(noid.user, "web") as guest:
+            async with noid.agent.guests.reach(noid.user, "web") as guest:
                 await guest.power_off()
         await until(lambda: noid.states() == {"web": becomes})
         assert noid.agent.vm(noid.user, "web").process is None

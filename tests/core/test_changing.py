@@ -31,7 +31,7 @@ async def agent_of(data_dir: Path, faults: Faults | None = None) -> AsyncIterato
 
 async def say(agent: Agent, user: User, name: str, script: str) -> str:
     """Run a script in the guest and return what it says."""
-    async with agent.guest(user, name) as guest:
+    async with agent.guests.reach(user, name) as guest:
         process = await guest.start(ExecRequest(argv=("sh", "-c", script)))
         text = b""
         while isinstance(said := await process.receive(), OutputChunk):
@@ -45,7 +45,7 @@ async def make(agent: Agent, user: User, name: str = "web", **labels: str) -> No
 
 
 async def freeze(agent: Agent, user: User, name: str = "web", label: str | None = None, **labels: str) -> Checkpoint:
-    taken = await agent.checkpoint_vm(user, name, label, labels)
+    taken = await agent.checkpoints.take(user, name, label, labels)
     assert taken.checkpoint is not None
     return taken.checkpoint
 
@@ -71,8 +71,8 @@ async def test_a_running_vm_is_renamed_and_its_checkpoints_follow(data_dir: Path
         with pytest.raises(NotFound):
             agent.vm(user, "web")
         with pytest.raises(NotFound):
-            agent.checkpoints(user, "web")
-        (followed,) = agent.checkpoints(user, "www")
+            agent.checkpoints.of(user, "web")
+        (followed,) = agent.checkpoints.of(user, "www")
         assert (followed.id, followed.vm_name) == (checkpoint.id, "www")
         assert manifests.read(agent.services.layout.checkpoint(user.id, checkpoint.id)).vm_name == "www"
         assert await say(agent, user, "www", "hostname") == "web"  # the guest is not told
@@ -138,10 +138,10 @@ async def test_labels_that_cannot_be_are_refused_everywhere(data_dir: Path, labe
         for attempt in (
             lambda: agent.create_vm(user, VmSpec(name="new", mem_mib=64, labels=labels)),
             lambda: agent.change_vm(user, "web", labels=labels),
-            lambda: agent.checkpoint_vm(user, "web", None, labels),
+            lambda: agent.checkpoints.take(user, "web", None, labels),
             lambda: agent.restore_vm(user, "web", checkpoint.id, "new", labels),
             lambda: agent.restore_vm(user, "web", checkpoint.id, None, labels),
-            lambda: agent.change_checkpoint(user, checkpoint, label=None, labels=labels),
+            lambda: agent.checkpoints.change(user, checkpoint, label=None, labels=labels),
         ):
             with pytest.raises(InvalidRequest, match=text):
                 await attempt()
@@ -165,13 +165,13 @@ async def test_a_lost_database_is_rebuilt_with_names_and_labels(data_dir: Path) 
         await make(agent, user, tier="front")
         checkpoint = await freeze(agent, user, label="before", purpose="test")
         await agent.change_vm(user, "web", new_name="www", labels={"tier": "back"})
-        await agent.change_checkpoint(user, checkpoint, label="after", labels={"more": "yes"})
-        expected = agent.vm(user, "www").labels, agent.checkpoints(user, "www")
+        await agent.checkpoints.change(user, checkpoint, label="after", labels={"more": "yes"})
+        expected = agent.vm(user, "www").labels, agent.checkpoints.of(user, "www")
     simulated_config(data_dir).database.rename(data_dir / "lost")
     async with agent_of(data_dir) as (agent, user):
         (vm,) = agent.services.store.all_vms()
         owner = agent.services.store.user(vm.owner)
-        assert (vm.name, vm.labels, agent.checkpoints(owner, "www")) == ("www", *expected)
+        assert (vm.name, vm.labels, agent.checkpoints.of(owner, "www")) == ("www", *expected)
         assert expected[1][0].labels == {"more": "yes", "purpose": "test"}
         assert expected[1][0].label == "after"
 
@@ -184,7 +184,7 @@ async def test_lists_are_filtered_by_labels_and_state(data_dir: Path) -> None:
         await make(agent, user, "a", tier="front", site="x")
         await make(agent, user, "b", tier="back")
         await make(agent, user, "c", **{"tier/of.it-1": "front=1"})
-        await agent.stop_vm(user, "b", 0.0)
+        await agent.power.stop(user, "b", 0.0)
 
         def names(**wanted: object) -> list[str]:
             return [vm.name for vm in agent.vms(user, Wanted(**wanted))]  # type: ignore[arg-type]  # said once
@@ -202,14 +202,14 @@ async def test_pages_meet_everything_once_whatever_comes_and_goes_between_them(d
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
         ids = [(await freeze(agent, user)).id for _ in range(5)]
-        first = agent.checkpoints(user, "web", Wanted(limit=2))
+        first = agent.checkpoints.of(user, "web", Wanted(limit=2))
         assert [c.id for c in first] == ids[:2]
-        await agent.delete_checkpoint(user, first[-1])  # the very one where the page ends
-        await agent.delete_checkpoint(user, first[0])
+        await agent.checkpoints.delete(user, first[-1])  # the very one where the page ends
+        await agent.checkpoints.delete(user, first[0])
         late = (await freeze(agent, user)).id
-        second = agent.checkpoints(user, "web", Wanted(limit=2, after=position_of(first[-1])))
+        second = agent.checkpoints.of(user, "web", Wanted(limit=2, after=position_of(first[-1])))
         assert [c.id for c in second] == ids[2:4]
-        third = agent.checkpoints(user, "web", Wanted(limit=9, after=position_of(second[-1])))
+        third = agent.checkpoints.of(user, "web", Wanted(limit=9, after=position_of(second[-1])))
         assert [c.id for c in third] == [ids[4], late]
 
 
@@ -220,11 +220,11 @@ async def test_checkpoints_of_all_vms_also_of_those_that_are_gone_and_of_nobody_
         await make(agent, other)
         one, _theirs = await freeze(agent, user), await freeze(agent, other)
         await agent.destroy_vm(user, "web")
-        assert agent.all_checkpoints(user) == [one]
-        assert agent.checkpoint(user, "web", one.id) == one
+        assert agent.checkpoints.all(user) == [one]
+        assert agent.checkpoints.one(user, "web", one.id) == one
         for who, name in ((other, "web"), (user, "www")):
             with pytest.raises(NotFound):
-                agent.checkpoint(who, name, one.id)
+                agent.checkpoints.one(who, name, one.id)
 
 
 # --- deleting --------------------------------------------------------------------------------------------------------
@@ -242,20 +242,20 @@ async def test_a_deleted_checkpoint_frees_what_it_says_it_occupies_and_what_came
         usage = await agent.services.storage.usage(manifest.disk(directory))
         others = sum((directory / name).stat().st_blocks * 512 for name in ("memory", "state"))
         before = bytes_below(data_dir / "storage")
-        gone = await agent.delete_checkpoint(user, checkpoint)
+        gone = await agent.checkpoints.delete(user, checkpoint)
         assert gone.timings.keys() == {"unlist", "withdraw"}
         freed = before - bytes_below(data_dir / "storage")
         assert freed >= usage.unique_bytes + others > 0
         assert not directory.exists()
-        assert agent.all_checkpoints(user) == []
+        assert agent.checkpoints.all(user) == []
         with pytest.raises(NotFound):
-            await agent.delete_checkpoint(user, checkpoint)
+            await agent.checkpoints.delete(user, checkpoint)
         with pytest.raises(NotFound):
             await agent.restore_vm(user, "web", checkpoint.id, "copy")
 
         again = await freeze(agent, user)
         await agent.restore_vm(user, "web", again.id, "copy")
-        await agent.delete_checkpoint(user, again)
+        await agent.checkpoints.delete(user, again)
         assert await say(agent, user, "copy", "cat /dev/shm/word /root/word") == "memory\ndisk"
         of_copy = await freeze(agent, user, "copy")
         assert of_copy.parent == again.id
@@ -279,9 +279,9 @@ async def test_a_checkpoint_is_not_deleted_while_it_is_restored_nor_restored_whi
             nursery.start_soon(agent.restore_vm, user, "web", checkpoint.id, "copy")
             await faults.reached("restore")
             with pytest.raises(Busy, match=rf"checkpoint '{checkpoint.id}' is busy with vm\.fork"):
-                await agent.delete_checkpoint(user, checkpoint)
+                await agent.checkpoints.delete(user, checkpoint)
             go_on.set()
-        assert agent.all_checkpoints(user) == [checkpoint]  # the refusal took nothing away
+        assert agent.checkpoints.all(user) == [checkpoint]  # the refusal took nothing away
         failures: list[str] = []
 
         async def attempt(what: str, act: Callable[[], Awaitable[object]]) -> None:
@@ -291,11 +291,11 @@ async def test_a_checkpoint_is_not_deleted_while_it_is_restored_nor_restored_whi
                 failures.append(what)
 
         async with trio.open_nursery() as nursery:  # whoever is first; never both, never neither
-            nursery.start_soon(attempt, "delete", partial(agent.delete_checkpoint, user, checkpoint))
+            nursery.start_soon(attempt, "delete", partial(agent.checkpoints.delete, user, checkpoint))
             nursery.start_soon(attempt, "restore", partial(agent.restore_vm, user, "web", checkpoint.id, "late"))
         assert len(failures) == 1
         assert any(vm.name == "late" for vm in agent.vms(user)) is (failures == ["delete"])
-        assert len(agent.all_checkpoints(user)) == (1 if failures == ["delete"] else 0)
+        assert len(agent.checkpoints.all(user)) == (1 if failures == ["delete"] else 0)
 
 
 async def test_a_damaged_checkpoint_and_one_without_files_can_be_deleted_and_relabelled(data_dir: Path) -> None:
@@ -305,9 +305,9 @@ async def test_a_damaged_checkpoint_and_one_without_files_can_be_deleted_and_rel
         (agent.services.layout.checkpoint(user.id, damaged.id) / "manifest.json").write_text("{")
         shutil.rmtree(agent.services.layout.checkpoint(user.id, empty.id))
         for checkpoint in (damaged, empty):
-            changed = await agent.change_checkpoint(user, checkpoint, label="bad")
+            changed = await agent.checkpoints.change(user, checkpoint, label="bad")
             assert changed.checkpoint is not None
             assert changed.checkpoint.label == "bad"
-            await agent.delete_checkpoint(user, checkpoint)
-        assert agent.all_checkpoints(user) == []
+            await agent.checkpoints.delete(user, checkpoint)
+        assert agent.checkpoints.all(user) == []
         assert list(agent.services.layout.checkpoint(user.id, "x").parent.iterdir()) == []

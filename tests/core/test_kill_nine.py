@@ -123,7 +123,7 @@ async def check(rig: Rig, noid: Any, expected: Expected, where: str) -> None:
 
 
 async def token_of(noid: Any, name: str) -> str:
-    async with noid.agent.guest(noid.user, name) as guest:
+    async with noid.agent.guests.reach(noid.user, name) as guest:
         process = await guest.start(ExecRequest(argv=("cat", TOKEN), user="root"))
         text = b""
         while not isinstance(event := await process.receive(), ProcessExit):

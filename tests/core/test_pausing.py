@@ -33,7 +33,7 @@ async def agent_of(data_dir: Path, faults: Faults | None = None) -> AsyncIterato
 
 async def say(agent: Agent, user: User, name: str, script: str) -> str:
     """Run a script in the guest and return what it says."""
-    async with agent.guest(user, name) as guest:
+    async with agent.guests.reach(user, name) as guest:
         process = await guest.start(ExecRequest(argv=("sh", "-c", script)))
         text = b""
         while isinstance(said := await process.receive(), OutputChunk):
@@ -52,7 +52,7 @@ async def eventually(holds: Callable[[], object]) -> None:
 async def make(agent: Agent, user: User, name: str = "web") -> None:
     """Make a VM that counts in /run/n."""
     await agent.create_vm(user, VmSpec(name=name, mem_mib=64))
-    async with agent.guest(user, name) as guest:
+    async with agent.guests.reach(user, name) as guest:
         await guest.start(ExecRequest(argv=("count", "/run/n")))
 
 
@@ -66,7 +66,7 @@ async def test_a_paused_vm_stands_still_and_goes_on_where_it_stood(data_dir: Pat
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
         before = agent.vm(user, "web")
-        paused = await agent.pause_vm(user, "web")
+        paused = await agent.power.pause(user, "web")
         assert paused.vm is not None
         assert (paused.vm.state, paused.vm.process, paused.vm.instance) == (
             VmState.PAUSED,
@@ -78,8 +78,8 @@ async def test_a_paused_vm_stands_still_and_goes_on_where_it_stood(data_dir: Pat
         with pytest.raises(Conflict, match=r"cannot exec VM 'web': it is paused\. Resume it with `noid resume web`\."):
             await say(agent, user, "web", "true")
         with pytest.raises(Conflict, match="cannot start VM 'web': it is paused"):
-            await agent.start_vm(user, "web")
-        resumed = await agent.resume_vm(user, "web")
+            await agent.power.start(user, "web")
+        resumed = await agent.power.resume(user, "web")
         assert resumed.vm is not None
         assert (resumed.vm.state, resumed.vm.process) == (VmState.RUNNING, before.process)
         first = int(await say(agent, user, "web", "cat /run/n"))
@@ -93,14 +93,14 @@ async def test_pausing_the_paused_and_resuming_the_running_is_fine_and_nothing_i
     faults = Faults()
     async with agent_of(data_dir, faults) as (agent, user):
         await make(agent, user)
-        assert (await agent.resume_vm(user, "web")).timings == {}
-        await agent.pause_vm(user, "web")
+        assert (await agent.power.resume(user, "web")).timings == {}
+        await agent.power.pause(user, "web")
         calls, generation = dict(faults.calls), agent.vm(user, "web").generation
-        again = await agent.pause_vm(user, "web")
+        again = await agent.power.pause(user, "web")
         assert again.vm is not None
         assert (again.timings, again.vm.generation, dict(faults.calls)) == ({}, generation, calls)
-        await agent.stop_vm(user, "web", 0.0)
-        for verb in (agent.pause_vm, agent.resume_vm):
+        await agent.power.stop(user, "web", 0.0)
+        for verb in (agent.power.pause, agent.power.resume):
             with pytest.raises(Conflict, match=r"it is stopped\. Start it with `noid start web`"):
                 await verb(user, "web")
 
@@ -109,19 +109,19 @@ async def test_it_stays_paused_when_the_agent_ends_and_another_comes(data_dir: P
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
         process = agent.vm(user, "web").process
-        await agent.pause_vm(user, "web")
+        await agent.power.pause(user, "web")
     async with agent_of(data_dir) as (agent, user):
         vm = agent.vm(user, "web")
         assert (vm.state, vm.process, vm.responding) == (VmState.PAUSED, process, None)
         assert await is_paused(agent, user)
-        await agent.resume_vm(user, "web")
+        await agent.power.resume(user, "web")
         assert int(await say(agent, user, "web", "cat /run/n")) > 0
 
 
 async def test_one_that_runs_though_its_row_says_paused_is_paused_when_it_is_adopted(data_dir: Path) -> None:
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
-        await agent.pause_vm(user, "web")
+        await agent.power.pause(user, "web")
         await agent.services.supervisor.get(agent.vm(user, "web")).machine.resume()  # a stop that began, say
     async with agent_of(data_dir) as (agent, user):
         assert agent.vm(user, "web").state is VmState.PAUSED
@@ -131,7 +131,7 @@ async def test_one_that_runs_though_its_row_says_paused_is_paused_when_it_is_ado
 async def test_it_is_paused_also_for_an_agent_that_finds_it_without_a_database(data_dir: Path) -> None:
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
-        await agent.pause_vm(user, "web")
+        await agent.power.pause(user, "web")
         instance = agent.vm(user, "web").instance
     simulated_config(data_dir).database.rename(data_dir / "lost")
     async with agent_of(data_dir) as (agent, user):
@@ -150,13 +150,13 @@ async def test_nobody_takes_the_silence_of_a_paused_guest_for_a_fault(
     async with agent_of(data_dir, faults) as (agent, user):
         await make(agent, user)
         await eventually(lambda: faults.calls["ping"])
-        await agent.pause_vm(user, "web")
+        await agent.power.pause(user, "web")
         pings = faults.calls["ping"]
         await trio.sleep(0.5)
         vm = agent.vm(user, "web")
         assert (vm.responding, vm.unresponsive_since) == (None, None)
         assert faults.calls["ping"] <= pings + 1  # one may have been on its way
-        await agent.resume_vm(user, "web")
+        await agent.power.resume(user, "web")
         await eventually(lambda: agent.vm(user, "web").responding)
 
 
@@ -164,8 +164,8 @@ async def test_a_checkpoint_of_a_paused_vm_leaves_it_paused_and_wakes_running(da
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
         await say(agent, user, "web", "echo memory > /dev/shm/word")
-        await agent.pause_vm(user, "web")
-        taken = await agent.checkpoint_vm(user, "web", None)
+        await agent.power.pause(user, "web")
+        taken = await agent.checkpoints.take(user, "web", None)
         assert taken.checkpoint is not None
         assert agent.vm(user, "web").state is VmState.PAUSED
         assert await is_paused(agent, user)
@@ -181,25 +181,25 @@ async def test_a_checkpoint_that_fails_leaves_a_paused_vm_paused(data_dir: Path)
     faults = Faults()
     async with agent_of(data_dir, faults) as (agent, user):
         await make(agent, user)
-        await agent.pause_vm(user, "web")
+        await agent.power.pause(user, "web")
         faults.arm("capture", fail(BackendError("no")))
         with pytest.raises(BackendError):
-            await agent.checkpoint_vm(user, "web", None)
+            await agent.checkpoints.take(user, "web", None)
         assert await is_paused(agent, user)
-        await agent.resume_vm(user, "web")
+        await agent.power.resume(user, "web")
         assert int(await say(agent, user, "web", "cat /run/n")) > 0
 
 
 async def test_a_paused_vm_is_stopped_in_order_rebooted_and_destroyed(data_dir: Path) -> None:
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
-        await agent.pause_vm(user, "web")
-        assert (await agent.stop_vm(user, "web", 10.0)).how == "clean"
-        await agent.start_vm(user, "web")
-        await agent.pause_vm(user, "web")
-        rebooted = await agent.reboot_vm(user, "web", 10.0)
+        await agent.power.pause(user, "web")
+        assert (await agent.power.stop(user, "web", 10.0)).how == "clean"
+        await agent.power.start(user, "web")
+        await agent.power.pause(user, "web")
+        rebooted = await agent.power.reboot(user, "web", 10.0)
         assert (rebooted.how, rebooted.vm and rebooted.vm.state) == ("clean", VmState.RUNNING)
-        await agent.pause_vm(user, "web")
+        await agent.power.pause(user, "web")
         await agent.destroy_vm(user, "web")
         assert marked_processes(data_dir) == {}
 
@@ -208,12 +208,12 @@ async def test_a_stop_that_is_cancelled_leaves_a_paused_vm_paused(data_dir: Path
     faults = Faults()
     async with agent_of(data_dir, faults) as (agent, user):
         await make(agent, user)
-        await agent.pause_vm(user, "web")
+        await agent.power.pause(user, "web")
         faults.arm("power_off", hang)
 
         async def stop() -> None:
             with pytest.raises(OperationCancelled):
-                await agent.stop_vm(user, "web", 3000.0)
+                await agent.power.stop(user, "web", 3000.0)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stop)
@@ -222,7 +222,7 @@ async def test_a_stop_that_is_cancelled_leaves_a_paused_vm_paused(data_dir: Path
             agent.operations.cancel(user, agent.operations.all(user, limit=1)[0].id)
         assert agent.vm(user, "web").state is VmState.PAUSED
         assert await is_paused(agent, user)
-        await agent.resume_vm(user, "web")
+        await agent.power.resume(user, "web")
         assert int(await say(agent, user, "web", "cat /run/n")) > 0
 
 
@@ -232,7 +232,7 @@ async def test_a_pause_that_fails_leaves_the_vm_running(data_dir: Path) -> None:
         await make(agent, user)
         faults.arm("pause", fail(BackendError("no")), after=True)
         with pytest.raises(BackendError):
-            await agent.pause_vm(user, "web")
+            await agent.power.pause(user, "web")
         assert agent.vm(user, "web").state is VmState.RUNNING
         assert not await is_paused(agent, user)
         assert int(await say(agent, user, "web", "cat /run/n")) > 0
@@ -244,16 +244,16 @@ async def test_a_machine_that_dies_of_its_pause_is_dead_and_the_journal_is_clean
         await make(agent, user)
         faults.arm("pause", die)
         with pytest.raises(DependencyDown):
-            await agent.pause_vm(user, "web")
+            await agent.power.pause(user, "web")
         await eventually(lambda: agent.vm(user, "web").state is VmState.DEAD)
         assert agent.services.store.open_operations() == []
-        await agent.start_vm(user, "web")
+        await agent.power.start(user, "web")
 
 
 async def test_a_paused_vm_whose_machine_is_killed_is_dead(data_dir: Path) -> None:
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
-        await agent.pause_vm(user, "web")
+        await agent.power.pause(user, "web")
         process = agent.vm(user, "web").process
         assert process is not None
         os.kill(process.pid, signal.SIGKILL)
@@ -271,9 +271,9 @@ async def test_one_operation_at_a_time_also_while_it_is_paused(data_dir: Path) -
 
         faults.arm("pause", wait)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(agent.pause_vm, user, "web")
+            nursery.start_soon(agent.power.pause, user, "web")
             await faults.reached("pause")
-            for verb in (agent.pause_vm, agent.resume_vm):
+            for verb in (agent.power.pause, agent.power.resume):
                 with pytest.raises(Busy, match="busy with pause"):
                     await verb(user, "web")
             go_on.set()

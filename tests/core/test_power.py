@@ -33,7 +33,7 @@ async def agent_of(data_dir: Path, faults: Faults | None = None) -> AsyncIterato
 
 async def say(agent: Agent, user: User, name: str, script: str) -> str:
     """Run a script in the guest and return what it says."""
-    async with agent.guest(user, name) as guest:
+    async with agent.guests.reach(user, name) as guest:
         process = await guest.start(ExecRequest(argv=("sh", "-c", script)))
         text = b""
         while isinstance(said := await process.receive(), OutputChunk):
@@ -65,13 +65,13 @@ async def test_what_was_written_is_there_after_a_stop_and_a_start_and_memory_is_
         await make(agent, user)
         before = agent.vm(user, "web")
         await say(agent, user, "web", "echo kept > /root/word; echo lost > /dev/shm/word")
-        stopped = await agent.stop_vm(user, "web", 10.0)
+        stopped = await agent.power.stop(user, "web", 10.0)
         assert stopped.vm is not None
         assert (stopped.how, stopped.vm.state, stopped.vm.process) == ("clean", VmState.STOPPED, None)
         assert marked_processes(data_dir) == {}
         with pytest.raises(Conflict, match=r"it is stopped\. Start it with `noid start web`"):
             await say(agent, user, "web", "true")
-        started = await agent.start_vm(user, "web")
+        started = await agent.power.start(user, "web")
         assert started.vm is not None
         assert started.vm.state is VmState.RUNNING
         assert (started.vm.id, started.vm.instance, started.vm.origin) == (before.id, before.instance, before.origin)
@@ -85,22 +85,22 @@ async def test_stopping_the_stopped_and_starting_the_running_is_fine(data_dir: P
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
         process = agent.vm(user, "web").process
-        assert (await agent.start_vm(user, "web")).timings == {}
+        assert (await agent.power.start(user, "web")).timings == {}
         assert agent.vm(user, "web").process == process
-        await agent.stop_vm(user, "web", 0.0)
-        again = await agent.stop_vm(user, "web", 10.0)
+        await agent.power.stop(user, "web", 0.0)
+        again = await agent.power.stop(user, "web", 10.0)
         assert again.how == "already stopped"
         with pytest.raises(Conflict, match="cannot reboot VM 'web': it is stopped"):
-            await agent.reboot_vm(user, "web", 1.0)
+            await agent.power.reboot(user, "web", 1.0)
         with pytest.raises(NotFound):
-            await agent.start_vm(user, "other")
+            await agent.power.start(user, "other")
 
 
 async def test_a_guest_that_ignores_it_is_killed_when_its_time_is_over(data_dir: Path) -> None:
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
         await say(agent, user, "web", "echo 1 > /etc/stubborn")
-        outcome = await agent.stop_vm(user, "web", 0.5)
+        outcome = await agent.power.stop(user, "web", 0.5)
         assert outcome.how == "killed after 0.5 s"
         assert agent.vm(user, "web").ended == "stopped: killed after 0.5 s"
         assert marked_processes(data_dir) == {}
@@ -111,7 +111,7 @@ async def test_where_the_agent_is_silent_the_power_button_is_pressed(data_dir: P
     async with agent_of(data_dir, faults) as (agent, user):
         await make(agent, user)
         faults.arm("power_off", hang)
-        outcome = await agent.stop_vm(user, "web", 4.0)
+        outcome = await agent.power.stop(user, "web", 4.0)
         assert outcome.how == "clean"
         assert faults.calls["press_power_button"] == 1
 
@@ -125,7 +125,7 @@ async def test_a_dead_vm_boots_on_the_disk_it_has(data_dir: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         await becomes(agent, user, "web", VmState.DEAD)
         assert (agent.vm(user, "web").ended or "").startswith("killed")
-        await agent.start_vm(user, "web")
+        await agent.power.start(user, "web")
         assert agent.vm(user, "web").ended is None
         assert await say(agent, user, "web", "cat /root/word") == "kept"
 
@@ -133,13 +133,13 @@ async def test_a_dead_vm_boots_on_the_disk_it_has(data_dir: Path) -> None:
 async def test_a_vm_that_was_started_is_checkpointed_cloned_and_restored_like_any_other(data_dir: Path) -> None:
     async with agent_of(data_dir) as (agent, user):
         await make(agent, user)
-        await agent.reboot_vm(user, "web", 5.0)
+        await agent.power.reboot(user, "web", 5.0)
         await say(agent, user, "web", "echo disk > /root/word; echo memory > /dev/shm/word")
-        taken = await agent.checkpoint_vm(user, "web", None)
+        taken = await agent.checkpoints.take(user, "web", None)
         assert taken.checkpoint is not None
         await agent.restore_vm(user, "web", taken.checkpoint.id, "copy")
         assert await say(agent, user, "copy", "cat /root/word; cat /dev/shm/word") == "disk\nmemory"
-        await agent.reboot_vm(user, "copy", 5.0)
+        await agent.power.reboot(user, "copy", 5.0)
         assert await say(agent, user, "copy", "cat /root/word; hostname") == "disk\ncopy"
         await agent.restore_vm(user, "web", taken.checkpoint.id, None)
         assert await say(agent, user, "web", "cat /dev/shm/word") == "memory"
@@ -150,7 +150,7 @@ async def test_a_guest_that_reboots_itself_comes_back(data_dir: Path) -> None:
         await make(agent, user)
         before = agent.vm(user, "web")
         await say(agent, user, "web", "echo kept > /root/word; sync")
-        async with agent.guest(user, "web") as guest:
+        async with agent.guests.reach(user, "web") as guest:
             await guest.reboot()
         await eventually(lambda: agent.vm(user, "web").process != before.process)
         await becomes(agent, user, "web", VmState.RUNNING)
@@ -164,7 +164,7 @@ async def test_a_guest_that_does_nothing_but_reset_is_given_up(data_dir: Path, m
         await make(agent, user)
         for _ in range(3):
             before = agent.vm(user, "web").process
-            async with agent.guest(user, "web") as guest:
+            async with agent.guests.reach(user, "web") as guest:
                 await guest.reboot()
             await eventually(lambda before=before: agent.vm(user, "web").process != before)
             await becomes(agent, user, "web", VmState.RUNNING, VmState.DEAD)
@@ -178,9 +178,9 @@ async def test_a_reboot_that_fails_leaves_a_stopped_vm_that_can_be_started(data_
         await make(agent, user)
         faults.arm("launch", fail(NotFound("no such program")))
         with pytest.raises(NotFound):
-            await agent.reboot_vm(user, "web", 5.0)
+            await agent.power.reboot(user, "web", 5.0)
         assert agent.vm(user, "web").state is VmState.STOPPED
-        await agent.start_vm(user, "web")
+        await agent.power.start(user, "web")
         assert agent.vm(user, "web").state is VmState.RUNNING
 
 
@@ -190,11 +190,11 @@ async def test_a_reboot_without_its_image_stops_nothing(data_dir: Path) -> None:
         process = agent.vm(user, "web").process
         agent.services.images.remove("default")
         with pytest.raises(NotFound):
-            await agent.reboot_vm(user, "web", 5.0)
+            await agent.power.reboot(user, "web", 5.0)
         assert (agent.vm(user, "web").state, agent.vm(user, "web").process) == (VmState.RUNNING, process)
-        await agent.stop_vm(user, "web", 5.0)
+        await agent.power.stop(user, "web", 5.0)
         with pytest.raises(NotFound, match="its image 'default', which has its kernel, is not there any more"):
-            await agent.start_vm(user, "web")
+            await agent.power.start(user, "web")
         assert agent.vm(user, "web").state is VmState.STOPPED
 
 
@@ -208,7 +208,7 @@ async def test_exec_during_a_reboot_says_what_is_going_on(data_dir: Path) -> Non
         await make(agent, user)
         faults.arm("launch", wait)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(agent.reboot_vm, user, "web", 5.0)
+            nursery.start_soon(agent.power.reboot, user, "web", 5.0)
             await faults.reached("launch")
             with pytest.raises(Busy, match="busy with reboot"):
                 await say(agent, user, "web", "true")
@@ -238,7 +238,7 @@ async def test_a_silent_guest_is_seen_and_refused_quickly_and_its_recovery_too(
         assert agent.vm(user, "web").unresponsive_since is None
         assert await say(agent, user, "web", "echo well") == "well"
         await live.machine.pause()
-        assert (await agent.stop_vm(user, "web", 5.0)).how == "clean"
+        assert (await agent.power.stop(user, "web", 5.0)).how == "clean"
 
 
 async def test_a_guest_that_others_hear_from_is_not_asked(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_a_reboot_that_was_cut_off_is_finished_by_the_next_agent(data_dir: Path)
         faults = Faults()
         faults.arm("launch", kill_agent)
         async with agent_of(data_dir, faults) as (agent, user):
-            await agent.reboot_vm(user, "web", 5.0)
+            await agent.power.reboot(user, "web", 5.0)
 
     async def look() -> None:
         async with agent_of(data_dir) as (agent, user):

@@ -220,7 +220,7 @@ async def test_a_lost_database_loses_no_vm_and_no_checkpoint(rig: Rig) -> None:
         assert noid.user == local
         assert replace(noid.agent.vm(noid.user, "web"), responding=True) == before
         assert await noid.sh("cat", MEMORY) == "kept"
-        assert [c.id for c in noid.agent.checkpoints(local, "web")] == [checkpoint]
+        assert [c.id for c in noid.agent.checkpoints.of(local, "web")] == [checkpoint]
         await noid.restore(checkpoint)
         noid.user = next(user for user in noid.agent.users.list() if user.name == "other")
         assert noid.user == other

@@ -105,7 +105,7 @@ class Model:
 
     def lose_what_is_unsaved(self) -> None:
         """Let the agent end as by ``kill -9``: what is only in its memory is gone."""
-        for sessions in self.agent.agent._sessions._by_vm.values():
+        for sessions in self.agent.agent.guests._sessions._by_vm.values():
             for session in sessions._sessions.values():
                 for copy in self.copies:
                     if (copy.process, copy.lineage) == (session.name, session.lineage):
@@ -116,14 +116,14 @@ class Model:
         await self.agent.create("web")
 
     async def session(self, copy: Copy) -> Session:
-        sessions = await self.agent.agent.sessions(self.agent.user, copy.vm)
+        sessions = await self.agent.agent.guests.sessions(self.agent.user, copy.vm)
         return await sessions.get(copy.process, copy.lineage)
 
     # --- what can happen ----------------------------------------------------------------------------------------------
 
     async def start(self, _: int) -> None:
         request = ExecRequest(argv=("cat",), stdin=True, log_bytes=RING_BYTES)
-        session = await self.agent.agent.start_process(self.agent.user, "web", request, detached=True)
+        session = await self.agent.agent.guests.start_process(self.agent.user, "web", request, detached=True)
         self.copies.append(Copy("web", session.name, session.lineage, b"", 0, [Reader(session.lineage)]))
 
     async def write(self, which: int) -> None:
@@ -174,7 +174,7 @@ class Model:
             await self.now_in(name, then, "forked-copy")
 
     async def now_in(self, vm: str, then: list[tuple[str, bytes]], origin: str) -> None:
-        sessions = await (await self.agent.agent.sessions(self.agent.user, vm)).all()
+        sessions = await (await self.agent.agent.guests.sessions(self.agent.user, vm)).all()
         assert {s.name: s.origin for s in sessions} == dict.fromkeys((p for p, _ in then), origin)
         lineages = {c.lineage for c in self.copies}
         for process, produced in then:

@@ -109,7 +109,7 @@ async def test_a_signal_is_told_beside_the_shells_code(web: Server) -> None:
         await run.ask("sh", "-c", "echo begun; sleep 60")
         await run.until(b"begun\n")
         user = web.agent.local_user()
-        async with web.agent.guest(user, "web") as guest:
+        async with web.agent.guests.reach(user, "web") as guest:
             for process in list(guest._processes.values()):
                 await process.signal(9)
         assert (await run.result())[1] == ExecResult(exit_code=137, signal=9)
@@ -258,7 +258,7 @@ async def test_d_a_server_that_stops_says_so_and_the_vm_runs_on(web: Server) -> 
     await web.stopped.wait()
     user = web.agent.local_user()
     assert web.agent.vm(user, "web").state == "running"
-    async with web.agent.guest(user, "web") as guest:
+    async with web.agent.guests.reach(user, "web") as guest:
         assert await guest.ping() >= 0
 
 

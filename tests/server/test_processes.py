@@ -128,7 +128,7 @@ async def test_a_client_that_comes_back_is_told_how_much_input_arrived_and_what_
         assert lost.stdin == 0
         for _ in range(6):  # more than the process' buffer takes: the rest waits in the server
             nursery.start_soon(run.feed, b"x" * 60_000)
-        session = await (await web.agent.sessions(web.agent.local_user(), "web")).get(lost.process)
+        session = await (await web.agent.guests.sessions(web.agent.local_user(), "web")).get(lost.process)
         with trio.fail_after(10):
             while session.process is None or session.process.stdin_taken < 60_001:  # noqa: ASYNC110  # over a socket
                 await trio.sleep(0.01)

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 import trio
 
-from noid.core import agent
+from noid.core import guests
 from noid.core.config import Config
 from noid.core.config_reading import build_record
 from noid.core.config_spellings import settled
@@ -108,7 +108,7 @@ def plugins_of(
     """Replaces the one of conftest.py; the server is made with it, so whatever is needed beforehand happens here."""
     if HASTE in said(steps):
         monkeypatch.setattr(serve, "BODY_TIMEOUT_SECS", 0.5)
-        monkeypatch.setattr(agent, "RECOVERED_SECS", 0.5)
+        monkeypatch.setattr(guests, "RECOVERED_SECS", 0.5)
     if FILES not in said(steps):
         return simulated_plugins
     try:

@@ -1,0 +1,141 @@
+"""Being in a guest: its agent, its processes, its console, and who commands run as."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator
+
+import trio
+
+from noid.core import states
+from noid.core.backends import Guest
+from noid.core.console import Console
+from noid.core.model import ExecRequest, User, Vm, checked_name, wire_time
+from noid.core.services import Services
+from noid.core.session import Session
+from noid.core.sessions import Sessions, VmSessions
+from noid.core.sight import Sight
+from noid.core.supervisor import GuestLink
+from noid.errors import Busy, DeadlineExceeded, NotFound
+
+CONNECT_SECS = 10.0
+RECOVERED_SECS = 2.0
+
+
+class Guests:
+    """The guests of one host's VMs. Every method that takes a user sees that user's VMs only."""
+
+    def __init__(self, services: Services, sessions: Sessions, sight: Sight) -> None:
+        self._services = services
+        self._store = services.store
+        self._sessions = sessions
+        self._sight = sight
+
+    @contextlib.asynccontextmanager
+    async def reach(self, user: User, name: str) -> AsyncIterator[Guest]:
+        """Yield the VM's guest agent, over the one connection everybody shares.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it does not run.
+            DependencyDown, DeadlineExceeded: its guest does not answer.
+        """
+        async with self._guest(name, self._link(await self._sight.handed_over(user, name))) as guest:
+            yield guest
+
+    def _link(self, vm: Vm) -> GuestLink:
+        states.require("exec", vm.name, vm.state)
+        holder = self._sight.holder(vm)
+        if holder is not None and self._services.supervisor.find(vm.id) is None:
+            raise Busy(vm.name, holder)
+        return self._services.supervisor.get(vm).link
+
+    @contextlib.asynccontextmanager
+    async def _guest(self, name: str, link: GuestLink) -> AsyncIterator[Guest]:
+        await self._refuse_if_hung(name, link)
+        connecting = link.guest()
+        try:
+            with trio.fail_after(CONNECT_SECS):
+                guest = await connecting.__aenter__()
+        except trio.TooSlowError as error:
+            raise DeadlineExceeded(
+                f"the guest of VM {name!r} does not answer (waited {CONNECT_SECS:g} s). It may be busy or hung: try "
+                f"again, look at its serial.log, reboot it with `noid reboot {name}`, or restore it from a checkpoint."
+            ) from error
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_exit(connecting.__aexit__)
+            yield guest
+
+    async def sessions(self, user: User, name: str) -> VmSessions:
+        """Return the processes of the VM, also of one that has ended.
+
+        Raises:
+            NotFound: there is no such VM.
+        """
+        return await self._sessions.of(await self._sight.handed_over(user, name))
+
+    async def start_process(self, user: User, name: str, request: ExecRequest, *, detached: bool) -> Session:
+        """Start a process in the VM, as the image's default user unless the request names one.
+
+        One that is not *detached* is the caller's to finish: see `VmSessions.finish`.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it does not run.
+            InvalidRequest, Unsupported: the guest cannot start that.
+            QuotaExceeded: as many run as may.
+            DependencyDown, DeadlineExceeded: its guest does not answer.
+        """
+        vm = await self._sight.handed_over(user, name)
+        link = self._link(vm)
+        sessions = await self._sessions.of(vm)  # before anything that takes time: the same machine's as the link
+        if request.user is None:
+            request = dataclasses.replace(request, user=self._default_user(vm))
+        async with self._guest(name, link) as guest:
+            self._services.quotas.check_process(user, self._running_processes(user))
+            return await sessions.start(guest, request, detached=detached)
+
+    async def quota(self, user: User) -> tuple[dict[str, int | None], dict[str, int]]:
+        """Return the most *user* may have of each resource (None: no limit), and what they use."""
+        quotas = self._services.quotas
+        used = await quotas.use(user)
+        return quotas.limits(user), {**used, "exec_sessions": self._running_processes(user)}
+
+    def _running_processes(self, user: User) -> int:
+        return self._sessions.running(vm.id for vm in self._store.vms(user.id))
+
+    async def _refuse_if_hung(self, name: str, link: GuestLink) -> None:
+        """Let pass unless the guest is known not to answer and has not come back since.
+
+        Raises:
+            DeadlineExceeded: says since when it does not answer.
+        """
+        since = link.health.unresponsive_since
+        if since is None or await link.health.ask(link, RECOVERED_SECS):
+            return
+        raise DeadlineExceeded(
+            f"the guest of VM {name!r} has not answered since {wire_time(since)} UTC. It may be hung or starved: look "
+            f"at its serial.log, reboot it with `noid reboot {name}`, or restore it from a checkpoint."
+        )
+
+    def console(self, user: User, name: str) -> Console:
+        """Return the serial console of the VM's machine, for as long as that runs.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it does not run.
+        """
+        vm = self._store.vm(user.id, checked_name(name))
+        states.require("console", name, vm.state)
+        return self._services.supervisor.get(vm).link.console
+
+    def default_user(self, user: User, name: str) -> str:
+        """Return who commands run as in that VM when nobody is named: the image's user, or root."""
+        return self._default_user(self._store.vm(user.id, name))
+
+    def _default_user(self, vm: Vm) -> str:
+        try:
+            return self._services.images.user(vm.image)
+        except NotFound:
+            return "root"
