@@ -73,9 +73,11 @@ class Forbidden(NoidError):
     code = "scope"
     status = 403
 
-    def __init__(self, scope: str, token: str | None) -> None:
+    def __init__(
+        self, scope: str, token: str | None, *, or_else: str = "run noid-server on the server's own machine"
+    ) -> None:
         if scope == "admin":
-            remedy = "which no token has: run noid-server on the server's own machine"
+            remedy = f"which no token has: {or_else}"
         else:
             remedy = f"which token {token!r} has not. Use one that has, or make one: `noid-server token create`"
         super().__init__(f"this needs the scope '{scope}', {remedy}.")

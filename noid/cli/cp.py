@@ -44,7 +44,9 @@ tar c . | noid cp - web:/srv     (a tar stream; - as the target gives one)
 def cp(
     source: str, target: str, user: str | None, archive: bool, resume: bool, max_bytes: int, max_entries: int
 ) -> int:
-    """Copy files and directories: VM:PATH is one in a VM, - a tar stream.
+    """Copy files and directories into, out of and between VMs.
+
+    VM:PATH is one in a VM, - a tar stream.
 
     Times, modes, links and holes are kept. Exit code 1 if something was left out; stderr names it.
     """

@@ -30,7 +30,7 @@ noid logs web --tail 2000
 @with_json
 @with_endpoint
 def logs(name: str | None, log: str, name_option: str | None, follow: bool, tail: int | None) -> int:
-    """Print a log of a VM: its console's, or that of the process LOG.
+    """Print what a VM's console, or the process LOG, has shown.
 
     A console's log begins with the machine: a clone's with the clone. Of a long one the middle is no longer kept;
     where that is the case, stderr says so.

@@ -60,7 +60,10 @@ def stop(names: tuple[str, ...], name_option: str | None, grace_secs: float, for
 @with_json
 @with_endpoint
 def start(names: tuple[str, ...], name_option: str | None) -> None:
-    """Boot a stopped or dead VM on its disk and wait until it has booted."""
+    """Boot a stopped or dead VM on its disk.
+
+    Returns when it has booted.
+    """
 
     def act(name: str) -> tuple[api.VmInfo, str]:
         vm = api.start_vm(call().endpoint, name)

@@ -24,7 +24,7 @@ ARGV_CHARACTERS = 60
 @with_json
 @with_endpoint
 def ps(name: str | None, name_option: str | None) -> None:
-    """Show the processes of a VM that were started with noid, also ended ones."""
+    """Show a VM's processes that noid started, ended ones too."""
     found = api.processes(call().endpoint, resolved_vm(name, name_option))
     header = ("process", "pid", "state", "exit", "origin", "started", "command")
     rows = [

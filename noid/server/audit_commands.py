@@ -36,7 +36,10 @@ class Since(click.ParamType[datetime]):
                 return datetime.fromisoformat(text).replace(tzinfo=UTC)
             except ValueError:
                 self.fail(f"{text!r} is no date.", param, ctx)
-        ago: timedelta = Span().convert(text, param, ctx)
+        try:
+            ago: timedelta = Span().convert(text, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{text!r} is no moment. Write it as 2026-01-02, 2026-01-02T03:04 or 12h.", param, ctx)
         return datetime.now(UTC) - ago
 
 

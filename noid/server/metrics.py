@@ -229,5 +229,7 @@ class MetricsRoutes:
         """
         caller = current_caller()
         if not visit().is_local and caller.user.name not in self._agent.config.metrics_users:
-            raise Forbidden(Scope.ADMIN, caller.token)
+            raise Forbidden(
+                Scope.ADMIN, caller.token, or_else="ask as a user whom `metrics_users` names in server.toml"
+            )
         return Response(self._metrics.show(), content_type=CONTENT_TYPE)

@@ -47,9 +47,9 @@ def _limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_limit_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def quota(config_path: Path | None, data_dir: Path | None, user: str, as_json: bool, **given: str | None) -> None:
-    """Show what a user may have and has, after changing it if asked to.
+    """Show or change what a user may have.
 
-    N is a whole number, none for no limit, or default for what [quota] says.
+    What they have is shown beside it. N is a whole number, none for no limit, or default for what [quota] says.
     """
     from noid.core.layout import Layout
     from noid.core.quotas import Quotas

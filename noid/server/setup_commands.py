@@ -16,7 +16,7 @@ _STATE = "StateDirectory=noid\nStateDirectoryMode=0700\n"  # in the unit: system
 @click.command("check-config", epilog=examples("noid-server check-config --config /etc/noid/server.toml"))
 @config_options
 def check_config(config_path: Path | None, data_dir: Path | None) -> None:
-    """Say whether a server could start with this configuration, and which one it is.
+    """Say whether a server could start with this configuration.
 
     Nothing is started or changed. What is wrong is said as at a start, with exit status 1.
     """

@@ -34,7 +34,7 @@ def add_user(config_path: Path | None, data_dir: Path | None, name: str) -> None
 @config_options
 @click.argument("name")
 def rotate_token(config_path: Path | None, data_dir: Path | None, name: str) -> None:
-    """Make a user's token invalid, at once, and print a new one."""
+    """Revoke all tokens of a user, and print a new one."""
 
     async def job() -> None:
         from noid.core.users import open_users
@@ -73,9 +73,10 @@ def list_users(config_path: Path | None, data_dir: Path | None) -> None:
 @config_options
 @click.argument("name")
 def remove_user(config_path: Path | None, data_dir: Path | None, name: str) -> None:
-    """Remove a user with all they have: tokens, VMs, checkpoints, files.
+    """Remove a user with all they have.
 
-    A running server does it; without one, this command does. Cut off, it can be repeated.
+    That is tokens, checkpoints, files, and VMs, running or not. A running server does it; without one, this command
+    does. Cut off, it can be repeated.
     """
     from noid.core import departures
     from noid.core.model import checked_name
@@ -94,11 +95,13 @@ def remove_user(config_path: Path | None, data_dir: Path | None, name: str) -> N
 
     if removed is None:
         removed = run(job)
+    vms, checkpoints = _counted(removed["vms"], "VM"), _counted(removed["checkpoints"], "checkpoint")
     mib = removed["bytes"] / (1 << 20)
-    click.echo(
-        f"User '{name}' removed, with {removed['vms']} VMs and {removed['checkpoints']} checkpoints: {mib:.1f} MiB.",
-        err=True,
-    )
+    click.echo(f"User '{name}' removed, with {vms} and {checkpoints}: {mib:.1f} MiB.", err=True)
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 class Spellings(click.Group):

@@ -44,7 +44,7 @@ def error_statuses() -> dict[int, dict[str, str]]:
     """Return every status an error has: its codes, each with what it means."""
     statuses: dict[int, dict[str, str]] = {}
     for kind in _all_errors(NoidError):
-        meaning = (kind.__doc__ or "").partition("\n")[0]
+        meaning = (kind.__doc__ or "").partition("\n")[0].replace("``", "`")
         statuses.setdefault(kind.status, {})[kind.code] = "A bug." if kind is NoidError else meaning
     for status, codes in _BESIDE_CLASSES.items():
         statuses.setdefault(status, {}).update(dict.fromkeys(codes, HTTPStatus(status).phrase + "."))
