@@ -1,4 +1,4 @@
-"""What happened: told once, to plugins and to whoever follows. Each user's events are numbered and the latest are kept.
+"""What happened: told once, to whoever listens or follows. Each user's events are numbered, the latest are kept.
 
 They are of this agent and in memory. A reader has its own position and takes what it can; one that is slower than what
 happens is told of a gap, and so is one that comes back after the agent it was reading has ended.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -57,16 +58,21 @@ class Events:
     """What happens in one agent."""
 
     def __init__(self, plugins: Plugins) -> None:
-        self._plugins = plugins
         self._agent = secrets.token_hex(4)
         self._rings: dict[str, _Ring] = {}
+        self._listeners: list[Callable[[Event], object]] = [lambda event: plugins.hook.on_event(event=event)]
+
+    def listen(self, listener: Callable[[Event], object]) -> None:
+        """Have *listener* called with everything that happens from now on, to anybody's; it must not block."""
+        self._listeners.append(listener)
 
     def tell(self, event: Event) -> None:
         """Let everybody know of *event*, which has happened. Does not wait for anybody."""
-        try:
-            self._plugins.hook.on_event(event=event)
-        except Exception:  # a listener's fault is nobody else's
-            logger.exception("a plugin failed to hear of %s", event.kind)
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:  # a listener's fault is nobody else's
+                logger.exception("a listener failed to hear of %s", event.kind)
         ring = self._ring(event.owner)
         ring.kept.append((now(), event))
         ring.last += 1

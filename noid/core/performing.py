@@ -115,11 +115,6 @@ class Performer:
         self._store = services.store
         self._operations = operations
         self._live: dict[str, Performance] = {}
-        self._watchers: list[Callable[[Operation], None]] = []
-
-    def watch(self, watcher: Callable[[Operation], None]) -> None:
-        """Have *watcher* called with every operation that ends from now on, everybody's; it must not block."""
-        self._watchers.append(watcher)
 
     def work(self, user: User, *, vm: Vm | None = None, spec: VmSpec | None = None) -> Work:
         """Return the live objects of an operation that *user* asks for, which is about *vm* or makes *spec*."""
@@ -296,16 +291,10 @@ class Performer:
             logger.warning("what became of operation %s is not told: %s", performance.operation, error)
             return
         if not ended.interrupted:  # by the end of this agent: the next one will know what became of it
-            self._show(ended)
-            facts = {"operation": ended.id, "kind": ended.kind, "state": ended.state.value}
+            secs = ((ended.ended_at or now()) - ended.started_at).total_seconds()
+            facts: dict[str, Any] = {"operation": ended.id, "kind": ended.kind, "state": ended.state.value}
+            facts |= {"secs": secs, "timings": dict(ended.timings)}
             self._services.events.tell(Event(kind="operation.end", owner=ended.owner, vm=ended.vm, facts=facts))
-
-    def _show(self, ended: Operation) -> None:
-        for watcher in self._watchers:
-            try:
-                watcher(ended)
-            except Exception:  # a watcher's fault is not the operation's
-                logger.exception("operation %s: somebody failed to take note of its end", ended.id)
 
 
 def _facts_of(outcome: Outcome) -> dict[str, Any]:

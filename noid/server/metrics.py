@@ -23,9 +23,10 @@ from quart.typing import ResponseTypes
 
 from noid import __version__, hostfs
 from noid.core.agent import Agent
+from noid.core.backends import Event
 from noid.core.layout import Layout
 from noid.core.model import Scope, VmState
-from noid.core.outcomes import Operation, OperationState
+from noid.core.outcomes import OperationState
 from noid.errors import Forbidden, NoidError
 from noid.server.hardening import App, Connections
 from noid.server.schemas.vocabulary import Content, text
@@ -94,7 +95,7 @@ class Metrics:
     def watch_agent(self, agent: Agent, websockets: WebSockets) -> None:
         """Show the operations, VMs, pool and disk of *agent*, and its open *websockets*, from now on."""
         self._registry.register(_Standing(agent, websockets))
-        agent.operations.watch(self.operation_ended)
+        agent.services.events.listen(self.note)
 
     def watch_connections(self, connections: Connections) -> None:
         """Show how many *connections* there are, and how many were refused, from now on."""
@@ -104,15 +105,15 @@ class Metrics:
         """Take note of somebody who was not let in."""
         self._refusals.labels(error.code).inc()
 
-    def operation_ended(self, operation: Operation) -> None:
-        """Take note of an operation, its time and its phases."""
-        kind, outcome = operation.kind, operation.state.value
+    def note(self, event: Event) -> None:
+        """Take note of what has happened: of an operation that has ended, its time and its phases."""
+        if event.kind != "operation.end":
+            return
+        kind, outcome = event.facts["kind"], event.facts["state"]
         self._operations.labels(kind, outcome).inc()
-        if operation.ended_at is not None:
-            secs = (operation.ended_at - operation.started_at).total_seconds()
-            self._operation_secs.labels(kind, outcome).observe(max(0.0, secs))
-        if operation.state is OperationState.SUCCEEDED:
-            for phase, secs in operation.timings.items():
+        self._operation_secs.labels(kind, outcome).observe(max(0.0, event.facts["secs"]))
+        if outcome == OperationState.SUCCEEDED.value:
+            for phase, secs in event.facts["timings"].items():
                 self._phase_secs.labels(kind, phase).observe(secs)
 
     async def keep_measuring(self, layout: Layout, stopping: trio.Event) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from typing import Any
 
@@ -19,6 +18,7 @@ from noid.server.answers import empty_reply, json_reply, upgrade_required
 from noid.server.hardening import Transport
 from noid.server.interim import still_working
 from noid.server.lists import Page
+from noid.server.queries import seconds
 from noid.server.relay import await_goodbye, converse
 from noid.server.rest import read_body
 from noid.server.schemas.failures import GUEST, UPGRADE_REQUIRED
@@ -100,7 +100,7 @@ class ProcessRoutes:
 
     async def wait(self, name: str, process: str) -> Response:
         """Answer when the process has ended, or after ``timeout_secs`` as it is then."""
-        limit_secs = _seconds(request.args.get("timeout_secs"))
+        limit_secs = seconds("timeout_secs", request.args.get("timeout_secs"), WAIT_SECS, WAIT_SECS_MAX)
         session = await self._session(name, process)
         async with still_working():
             with trio.move_on_after(limit_secs):
@@ -200,18 +200,6 @@ def signal_number(value: object) -> int:
     raise InvalidRequest(
         f"there is no signal {str(value)[:40]!r}. Name it as in TERM, or by its number, 1 to {SIGNAL_MAX}."
     )
-
-
-def _seconds(text: str | None) -> float:
-    if text is None:
-        return WAIT_SECS
-    try:
-        secs = float(text)
-    except ValueError:
-        secs = math.nan
-    if not 0 <= secs <= WAIT_SECS_MAX:
-        raise InvalidRequest(f"timeout_secs is {text[:40]!r}; it must be a number from 0 to {WAIT_SECS_MAX:g}.")
-    return secs
 
 
 def _position(session: Session) -> Position:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from quart import Response
 
 from noid.core.agent import Agent
-from noid.core.model import TOKEN_SCOPES, Scope, now
+from noid.core.listing import Position
+from noid.core.model import TOKEN_SCOPES, Scope, TokenInfo, now
 from noid.core.users import ordered, token_fields
 from noid.errors import Forbidden, InvalidRequest
 from noid.server.answers import empty_reply, json_reply
+from noid.server.lists import Page
 from noid.server.rest import Body, read_body
+from noid.server.schemas.lists import PAGE, listed
 from noid.server.schemas.tokens import CREATE, EXPIRES_SECS_MAX, TOKEN, TOKEN_MADE
-from noid.server.schemas.vocabulary import array
 from noid.server.table import Route
 from noid.server.visit import current_caller, current_user, visit
 
@@ -30,7 +32,7 @@ class TokenRoutes:
     def routes(self) -> list[Route]:
         """Return the lines of the table."""
         return [
-            Route(method="GET", path="/v1/tokens", handler=self.tokens, answers={200: array(TOKEN)}),
+            Route(method="GET", path="/v1/tokens", handler=self.tokens, query=PAGE, answers={200: listed(TOKEN)}),
             Route(
                 method="POST", path="/v1/tokens", handler=self.create, scope=Scope.MANAGE,
                 body=CREATE, answers={201: TOKEN_MADE}, errors=_KEEPING,
@@ -43,7 +45,8 @@ class TokenRoutes:
 
     async def tokens(self) -> Response:
         """List the caller's tokens, oldest first, without what they are."""
-        return json_reply([token_fields(info) for info in await self._agent.users.tokens(current_user())])
+        page, found = Page.asked(), await self._agent.users.tokens(current_user())
+        return page.reply(page.cut(found, _position), token_fields, _position)
 
     async def create(self) -> Response:
         """Make a token: 201, with the only copy of it."""
@@ -96,3 +99,8 @@ def _expiry(body: Body) -> datetime | None:
     if not 0 < secs <= EXPIRES_SECS_MAX:
         raise InvalidRequest(f"expires_in_secs is {secs:g}; it must be above 0 and at most {EXPIRES_SECS_MAX}.")
     return now() + timedelta(seconds=secs)
+
+
+def _position(info: TokenInfo) -> Position:
+    """Return where a token is among its user's, oldest first."""
+    return info.created_at.astimezone(UTC).isoformat(timespec="microseconds"), info.name

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from noid.core.agent import Agent
 from noid.core.config import Backends, Config, PoolConfig
 from noid.core.images import Images
 from noid.core.layout import Layout
+from noid.core.model import ExecRequest, OutputChunk, User
+from noid.core.opening import open_agent
 from noid.core.plugins import Plugins
 from noid.testing.faults import Faults
 from noid.testing.simulated_image import add_simulated_image
@@ -35,6 +40,26 @@ def simulated_config(data_dir: Path, *, storage: str = "copy", **fields: Any) ->
         "wake_timeout_secs": 10.0,
     }
     return Config(data_dir=data_dir, **defaults | fields)
+
+
+@asynccontextmanager
+async def simulated_agent(data_dir: Path, faults: Faults | None = None) -> AsyncIterator[tuple[Agent, User]]:
+    """Open the agent of *data_dir*, which gets an image if it has none; yield it and its local user."""
+    if not (data_dir / "images").exists():
+        give_default_image(data_dir)
+    async with open_agent(simulated_config(data_dir), simulated_plugins(faults)) as agent:
+        yield agent, agent.local_user()
+
+
+async def said(agent: Agent, user: User, name: str, script: str) -> str:
+    """Run *script* in the guest of *user*'s VM *name* and return what it has written, stripped."""
+    async with agent.guests.reach(user, name) as guest:
+        process = await guest.start(ExecRequest(argv=("sh", "-c", script)))
+        text = b""
+        while isinstance(heard := await process.receive(), OutputChunk):
+            text += heard.data
+        await guest.release(process)
+    return text.decode().strip()
 
 
 def give_default_image(data_dir: Path, *, cmdline: str = "") -> None:

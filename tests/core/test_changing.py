@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,30 +13,10 @@ import trio
 from noid.core import manifest as manifests
 from noid.core.agent import Agent
 from noid.core.listing import Wanted, position_of
-from noid.core.model import Checkpoint, ExecRequest, OutputChunk, User, VmSpec, VmState
-from noid.core.opening import open_agent
+from noid.core.model import Checkpoint, User, VmSpec, VmState
 from noid.errors import Busy, Conflict, InvalidRequest, NotFound
 from noid.testing.faults import Faults
-from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
-
-
-@asynccontextmanager
-async def agent_of(data_dir: Path, faults: Faults | None = None) -> AsyncIterator[tuple[Agent, User]]:
-    if not (data_dir / "images").exists():
-        give_default_image(data_dir)
-    async with open_agent(simulated_config(data_dir), simulated_plugins(faults)) as agent:
-        yield agent, agent.local_user()
-
-
-async def say(agent: Agent, user: User, name: str, script: str) -> str:
-    """Run a script in the guest and return what it says."""
-    async with agent.guests.reach(user, name) as guest:
-        process = await guest.start(ExecRequest(argv=("sh", "-c", script)))
-        text = b""
-        while isinstance(said := await process.receive(), OutputChunk):
-            text += said.data
-        await guest.release(process)
-    return text.decode().strip()
+from noid.testing.simulated_agent import said, simulated_agent, simulated_config
 
 
 async def make(agent: Agent, user: User, name: str = "web", **labels: str) -> None:
@@ -60,7 +39,7 @@ def bytes_below(directory: Path) -> int:
 
 
 async def test_a_running_vm_is_renamed_and_its_checkpoints_follow(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user, tier="front")
         checkpoint = await freeze(agent, user)
         before = agent.vm(user, "web")
@@ -75,15 +54,15 @@ async def test_a_running_vm_is_renamed_and_its_checkpoints_follow(data_dir: Path
         (followed,) = agent.checkpoints.of(user, "www")
         assert (followed.id, followed.vm_name) == (checkpoint.id, "www")
         assert manifests.read(agent.services.layout.checkpoint(user.id, checkpoint.id)).vm_name == "www"
-        assert await say(agent, user, "www", "hostname") == "web"  # the guest is not told
+        assert await said(agent, user, "www", "hostname") == "web"  # the guest is not told
         await make(agent, user)  # the name is free
         await agent.restore_vm(user, "www", checkpoint.id, None)
         assert agent.vm(user, "www").labels == {"site": "b"}  # in place it keeps them
-        assert await say(agent, user, "www", "hostname") == "www"  # a wake tells it
+        assert await said(agent, user, "www", "hostname") == "www"  # a wake tells it
 
 
 async def test_a_name_that_is_taken_is_refused_and_nothing_changes(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         await make(agent, user, "other")
         checkpoint = await freeze(agent, user)
@@ -98,7 +77,7 @@ async def test_a_name_that_is_taken_is_refused_and_nothing_changes(data_dir: Pat
 
 
 async def test_a_change_to_what_it_is_does_nothing(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         unchanged = await agent.change_vm(user, "web", new_name="web")
         assert (unchanged.timings, unchanged.vm) == ({}, agent.vm(user, "web"))
@@ -110,7 +89,7 @@ async def test_both_names_are_held_while_a_vm_is_renamed(data_dir: Path) -> None
     async def wait(_: int | None) -> None:
         await go_on.wait()
 
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         faults.arm("wake", wait)
         async with trio.open_nursery() as nursery:
@@ -132,7 +111,7 @@ async def test_both_names_are_held_while_a_vm_is_renamed(data_dir: Path) -> None
     ],
 )
 async def test_labels_that_cannot_be_are_refused_everywhere(data_dir: Path, labels: dict[str, str], text: str) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         checkpoint = await freeze(agent, user)
         for attempt in (
@@ -149,7 +128,7 @@ async def test_labels_that_cannot_be_are_refused_everywhere(data_dir: Path, labe
 
 
 async def test_a_clone_has_the_labels_of_its_request_and_a_restore_in_place_may_bring_some(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user, tier="front")
         checkpoint = await freeze(agent, user, purpose="test")
         assert checkpoint.labels == {"purpose": "test"}
@@ -161,14 +140,14 @@ async def test_a_clone_has_the_labels_of_its_request_and_a_restore_in_place_may_
 
 
 async def test_a_lost_database_is_rebuilt_with_names_and_labels(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user, tier="front")
         checkpoint = await freeze(agent, user, label="before", purpose="test")
         await agent.change_vm(user, "web", new_name="www", labels={"tier": "back"})
         await agent.checkpoints.change(user, checkpoint, label="after", labels={"more": "yes"})
         expected = agent.vm(user, "www").labels, agent.checkpoints.of(user, "www")
     simulated_config(data_dir).database.rename(data_dir / "lost")
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         (vm,) = agent.services.store.all_vms()
         owner = agent.services.store.user(vm.owner)
         assert (vm.name, vm.labels, agent.checkpoints.of(owner, "www")) == ("www", *expected)
@@ -180,7 +159,7 @@ async def test_a_lost_database_is_rebuilt_with_names_and_labels(data_dir: Path) 
 
 
 async def test_lists_are_filtered_by_labels_and_state(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user, "a", tier="front", site="x")
         await make(agent, user, "b", tier="back")
         await make(agent, user, "c", **{"tier/of.it-1": "front=1"})
@@ -199,7 +178,7 @@ async def test_lists_are_filtered_by_labels_and_state(data_dir: Path) -> None:
 
 
 async def test_pages_meet_everything_once_whatever_comes_and_goes_between_them(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         ids = [(await freeze(agent, user)).id for _ in range(5)]
         first = agent.checkpoints.of(user, "web", Wanted(limit=2))
@@ -214,7 +193,7 @@ async def test_pages_meet_everything_once_whatever_comes_and_goes_between_them(d
 
 
 async def test_checkpoints_of_all_vms_also_of_those_that_are_gone_and_of_nobody_else(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         other, _ = await agent.users.add("other")
         await make(agent, user)
         await make(agent, other)
@@ -233,9 +212,9 @@ async def test_checkpoints_of_all_vms_also_of_those_that_are_gone_and_of_nobody_
 async def test_a_deleted_checkpoint_frees_what_it_says_it_occupies_and_what_came_from_it_lives_on(
     data_dir: Path,
 ) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
-        await say(agent, user, "web", "echo memory > /dev/shm/word; echo disk > /root/word; sync")
+        await said(agent, user, "web", "echo memory > /dev/shm/word; echo disk > /root/word; sync")
         checkpoint = await freeze(agent, user)
         directory = agent.services.layout.checkpoint(user.id, checkpoint.id)
         manifest = manifests.read(directory)
@@ -256,11 +235,11 @@ async def test_a_deleted_checkpoint_frees_what_it_says_it_occupies_and_what_came
         again = await freeze(agent, user)
         await agent.restore_vm(user, "web", again.id, "copy")
         await agent.checkpoints.delete(user, again)
-        assert await say(agent, user, "copy", "cat /dev/shm/word /root/word") == "memory\ndisk"
+        assert await said(agent, user, "copy", "cat /dev/shm/word /root/word") == "memory\ndisk"
         of_copy = await freeze(agent, user, "copy")
         assert of_copy.parent == again.id
         await agent.restore_vm(user, "copy", of_copy.id, "third")
-        assert await say(agent, user, "third", "cat /dev/shm/word /root/word") == "memory\ndisk"
+        assert await said(agent, user, "third", "cat /dev/shm/word /root/word") == "memory\ndisk"
 
 
 async def test_a_checkpoint_is_not_deleted_while_it_is_restored_nor_restored_while_it_is_deleted(
@@ -271,7 +250,7 @@ async def test_a_checkpoint_is_not_deleted_while_it_is_restored_nor_restored_whi
     async def wait(_: int | None) -> None:
         await go_on.wait()
 
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         checkpoint = await freeze(agent, user)
         faults.arm("restore", wait)
@@ -299,7 +278,7 @@ async def test_a_checkpoint_is_not_deleted_while_it_is_restored_nor_restored_whi
 
 
 async def test_a_damaged_checkpoint_and_one_without_files_can_be_deleted_and_relabelled(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         damaged, empty = await freeze(agent, user), await freeze(agent, user)
         (agent.services.layout.checkpoint(user.id, damaged.id) / "manifest.json").write_text("{")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,33 +12,13 @@ import trio
 
 from noid.core import deeds, health
 from noid.core.agent import Agent
-from noid.core.model import ExecRequest, OutputChunk, User, VmSpec, VmState
-from noid.core.opening import open_agent
+from noid.core.model import ExecRequest, User, VmSpec, VmState
 from noid.errors import BackendError, Busy, Conflict, DependencyDown, OperationCancelled
 from noid.testing.faults import Faults, die, fail, hang
 from noid.testing.processes import marked_processes
-from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
+from noid.testing.simulated_agent import said, simulated_agent, simulated_config
 
 SOON_SECS = 20.0
-
-
-@asynccontextmanager
-async def agent_of(data_dir: Path, faults: Faults | None = None) -> AsyncIterator[tuple[Agent, User]]:
-    if not (data_dir / "images").exists():
-        give_default_image(data_dir)
-    async with open_agent(simulated_config(data_dir), simulated_plugins(faults)) as agent:
-        yield agent, agent.local_user()
-
-
-async def say(agent: Agent, user: User, name: str, script: str) -> str:
-    """Run a script in the guest and return what it says."""
-    async with agent.guests.reach(user, name) as guest:
-        process = await guest.start(ExecRequest(argv=("sh", "-c", script)))
-        text = b""
-        while isinstance(said := await process.receive(), OutputChunk):
-            text += said.data
-        await guest.release(process)
-    return text.decode().strip()
 
 
 async def eventually(holds: Callable[[], object]) -> None:
@@ -63,7 +42,7 @@ async def is_paused(agent: Agent, user: User, name: str = "web") -> bool:
 
 
 async def test_a_paused_vm_stands_still_and_goes_on_where_it_stood(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         before = agent.vm(user, "web")
         paused = await agent.power.pause(user, "web")
@@ -76,22 +55,22 @@ async def test_a_paused_vm_stands_still_and_goes_on_where_it_stood(data_dir: Pat
         assert paused.timings.keys() == {"pause"}
         assert await is_paused(agent, user)
         with pytest.raises(Conflict, match=r"cannot exec VM 'web': it is paused\. Resume it with `noid resume web`\."):
-            await say(agent, user, "web", "true")
+            await said(agent, user, "web", "true")
         with pytest.raises(Conflict, match="cannot start VM 'web': it is paused"):
             await agent.power.start(user, "web")
         resumed = await agent.power.resume(user, "web")
         assert resumed.vm is not None
         assert (resumed.vm.state, resumed.vm.process) == (VmState.RUNNING, before.process)
-        first = int(await say(agent, user, "web", "cat /run/n"))
+        first = int(await said(agent, user, "web", "cat /run/n"))
         assert first > 0
         with trio.fail_after(SOON_SECS):
-            while int(await say(agent, user, "web", "cat /run/n")) <= first:
+            while int(await said(agent, user, "web", "cat /run/n")) <= first:
                 pass
 
 
 async def test_pausing_the_paused_and_resuming_the_running_is_fine_and_nothing_is_done(data_dir: Path) -> None:
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         assert (await agent.power.resume(user, "web")).timings == {}
         await agent.power.pause(user, "web")
@@ -106,35 +85,35 @@ async def test_pausing_the_paused_and_resuming_the_running_is_fine_and_nothing_i
 
 
 async def test_it_stays_paused_when_the_agent_ends_and_another_comes(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         process = agent.vm(user, "web").process
         await agent.power.pause(user, "web")
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         vm = agent.vm(user, "web")
         assert (vm.state, vm.process, vm.responding) == (VmState.PAUSED, process, None)
         assert await is_paused(agent, user)
         await agent.power.resume(user, "web")
-        assert int(await say(agent, user, "web", "cat /run/n")) > 0
+        assert int(await said(agent, user, "web", "cat /run/n")) > 0
 
 
 async def test_one_that_runs_though_its_row_says_paused_is_paused_when_it_is_adopted(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         await agent.power.pause(user, "web")
         await agent.services.supervisor.get(agent.vm(user, "web")).machine.resume()  # a stop that began, say
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         assert agent.vm(user, "web").state is VmState.PAUSED
         assert await is_paused(agent, user)
 
 
 async def test_it_is_paused_also_for_an_agent_that_finds_it_without_a_database(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         await agent.power.pause(user, "web")
         instance = agent.vm(user, "web").instance
     simulated_config(data_dir).database.rename(data_dir / "lost")
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         deed = deeds._read_vm(agent.services.layout.vm(instance))
         assert deed is not None
         (found,) = agent.services.store.all_vms()
@@ -147,7 +126,7 @@ async def test_nobody_takes_the_silence_of_a_paused_guest_for_a_fault(
     monkeypatch.setattr(health, "PING_EVERY_SECS", 0.05)
     monkeypatch.setattr(health, "ANSWER_SECS", 0.1)
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         await eventually(lambda: faults.calls["ping"])
         await agent.power.pause(user, "web")
@@ -161,25 +140,25 @@ async def test_nobody_takes_the_silence_of_a_paused_guest_for_a_fault(
 
 
 async def test_a_checkpoint_of_a_paused_vm_leaves_it_paused_and_wakes_running(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
-        await say(agent, user, "web", "echo memory > /dev/shm/word")
+        await said(agent, user, "web", "echo memory > /dev/shm/word")
         await agent.power.pause(user, "web")
         taken = await agent.checkpoints.take(user, "web", None)
         assert taken.checkpoint is not None
         assert agent.vm(user, "web").state is VmState.PAUSED
         assert await is_paused(agent, user)
         await agent.restore_vm(user, "web", taken.checkpoint.id, "copy")
-        assert await say(agent, user, "copy", "cat /dev/shm/word") == "memory"
+        assert await said(agent, user, "copy", "cat /dev/shm/word") == "memory"
         in_place = await agent.restore_vm(user, "web", taken.checkpoint.id, None)
         assert in_place.vm is not None
         assert in_place.vm.state is VmState.RUNNING
-        assert await say(agent, user, "web", "cat /dev/shm/word") == "memory"
+        assert await said(agent, user, "web", "cat /dev/shm/word") == "memory"
 
 
 async def test_a_checkpoint_that_fails_leaves_a_paused_vm_paused(data_dir: Path) -> None:
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         await agent.power.pause(user, "web")
         faults.arm("capture", fail(BackendError("no")))
@@ -187,11 +166,11 @@ async def test_a_checkpoint_that_fails_leaves_a_paused_vm_paused(data_dir: Path)
             await agent.checkpoints.take(user, "web", None)
         assert await is_paused(agent, user)
         await agent.power.resume(user, "web")
-        assert int(await say(agent, user, "web", "cat /run/n")) > 0
+        assert int(await said(agent, user, "web", "cat /run/n")) > 0
 
 
 async def test_a_paused_vm_is_stopped_in_order_rebooted_and_destroyed(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         await agent.power.pause(user, "web")
         assert (await agent.power.stop(user, "web", 10.0)).how == "clean"
@@ -206,7 +185,7 @@ async def test_a_paused_vm_is_stopped_in_order_rebooted_and_destroyed(data_dir: 
 
 async def test_a_stop_that_is_cancelled_leaves_a_paused_vm_paused(data_dir: Path) -> None:
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         await agent.power.pause(user, "web")
         faults.arm("power_off", hang)
@@ -223,24 +202,24 @@ async def test_a_stop_that_is_cancelled_leaves_a_paused_vm_paused(data_dir: Path
         assert agent.vm(user, "web").state is VmState.PAUSED
         assert await is_paused(agent, user)
         await agent.power.resume(user, "web")
-        assert int(await say(agent, user, "web", "cat /run/n")) > 0
+        assert int(await said(agent, user, "web", "cat /run/n")) > 0
 
 
 async def test_a_pause_that_fails_leaves_the_vm_running(data_dir: Path) -> None:
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         faults.arm("pause", fail(BackendError("no")), after=True)
         with pytest.raises(BackendError):
             await agent.power.pause(user, "web")
         assert agent.vm(user, "web").state is VmState.RUNNING
         assert not await is_paused(agent, user)
-        assert int(await say(agent, user, "web", "cat /run/n")) > 0
+        assert int(await said(agent, user, "web", "cat /run/n")) > 0
 
 
 async def test_a_machine_that_dies_of_its_pause_is_dead_and_the_journal_is_clean(data_dir: Path) -> None:
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         faults.arm("pause", die)
         with pytest.raises(DependencyDown):
@@ -251,7 +230,7 @@ async def test_a_machine_that_dies_of_its_pause_is_dead_and_the_journal_is_clean
 
 
 async def test_a_paused_vm_whose_machine_is_killed_is_dead(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         await agent.power.pause(user, "web")
         process = agent.vm(user, "web").process
@@ -262,7 +241,7 @@ async def test_a_paused_vm_whose_machine_is_killed_is_dead(data_dir: Path) -> No
 
 async def test_one_operation_at_a_time_also_while_it_is_paused(data_dir: Path) -> None:
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         go_on = trio.Event()
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,33 +12,13 @@ import trio
 
 from noid.core import endings, health
 from noid.core.agent import Agent
-from noid.core.model import ExecRequest, OutputChunk, User, VmSpec, VmState
-from noid.core.opening import open_agent
+from noid.core.model import User, VmSpec, VmState
 from noid.errors import Busy, Conflict, DeadlineExceeded, NotFound
 from noid.testing.faults import Faults, fail, hang, kill_agent
 from noid.testing.processes import marked_processes
-from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
+from noid.testing.simulated_agent import said, simulated_agent
 
 SOON_SECS = 20.0
-
-
-@asynccontextmanager
-async def agent_of(data_dir: Path, faults: Faults | None = None) -> AsyncIterator[tuple[Agent, User]]:
-    if not (data_dir / "images").exists():
-        give_default_image(data_dir)
-    async with open_agent(simulated_config(data_dir), simulated_plugins(faults)) as agent:
-        yield agent, agent.local_user()
-
-
-async def say(agent: Agent, user: User, name: str, script: str) -> str:
-    """Run a script in the guest and return what it says."""
-    async with agent.guests.reach(user, name) as guest:
-        process = await guest.start(ExecRequest(argv=("sh", "-c", script)))
-        text = b""
-        while isinstance(said := await process.receive(), OutputChunk):
-            text += said.data
-        await guest.release(process)
-    return text.decode().strip()
 
 
 async def eventually(holds: Callable[[], object]) -> None:
@@ -61,28 +40,28 @@ async def make(agent: Agent, user: User, name: str = "web") -> str:
 
 
 async def test_what_was_written_is_there_after_a_stop_and_a_start_and_memory_is_not(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         before = agent.vm(user, "web")
-        await say(agent, user, "web", "echo kept > /root/word; echo lost > /dev/shm/word")
+        await said(agent, user, "web", "echo kept > /root/word; echo lost > /dev/shm/word")
         stopped = await agent.power.stop(user, "web", 10.0)
         assert stopped.vm is not None
         assert (stopped.how, stopped.vm.state, stopped.vm.process) == ("clean", VmState.STOPPED, None)
         assert marked_processes(data_dir) == {}
         with pytest.raises(Conflict, match=r"it is stopped\. Start it with `noid start web`"):
-            await say(agent, user, "web", "true")
+            await said(agent, user, "web", "true")
         started = await agent.power.start(user, "web")
         assert started.vm is not None
         assert started.vm.state is VmState.RUNNING
         assert (started.vm.id, started.vm.instance, started.vm.origin) == (before.id, before.instance, before.origin)
         assert started.vm.receipt is not None
-        assert await say(agent, user, "web", "cat /root/word") == "kept"
-        assert await say(agent, user, "web", "cat /dev/shm/word") == "cat: /dev/shm/word: No such file or directory"
-        assert await say(agent, user, "web", "hostname") == "web"
+        assert await said(agent, user, "web", "cat /root/word") == "kept"
+        assert await said(agent, user, "web", "cat /dev/shm/word") == "cat: /dev/shm/word: No such file or directory"
+        assert await said(agent, user, "web", "hostname") == "web"
 
 
 async def test_stopping_the_stopped_and_starting_the_running_is_fine(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         process = agent.vm(user, "web").process
         assert (await agent.power.start(user, "web")).timings == {}
@@ -97,9 +76,9 @@ async def test_stopping_the_stopped_and_starting_the_running_is_fine(data_dir: P
 
 
 async def test_a_guest_that_ignores_it_is_killed_when_its_time_is_over(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
-        await say(agent, user, "web", "echo 1 > /etc/stubborn")
+        await said(agent, user, "web", "echo 1 > /etc/stubborn")
         outcome = await agent.power.stop(user, "web", 0.5)
         assert outcome.how == "killed after 0.5 s"
         assert agent.vm(user, "web").ended == "stopped: killed after 0.5 s"
@@ -108,7 +87,7 @@ async def test_a_guest_that_ignores_it_is_killed_when_its_time_is_over(data_dir:
 
 async def test_where_the_agent_is_silent_the_power_button_is_pressed(data_dir: Path) -> None:
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         faults.arm("power_off", hang)
         outcome = await agent.power.stop(user, "web", 4.0)
@@ -117,9 +96,9 @@ async def test_where_the_agent_is_silent_the_power_button_is_pressed(data_dir: P
 
 
 async def test_a_dead_vm_boots_on_the_disk_it_has(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
-        await say(agent, user, "web", "echo kept > /root/word; sync")
+        await said(agent, user, "web", "echo kept > /root/word; sync")
         process = agent.vm(user, "web").process
         assert process is not None
         os.kill(process.pid, signal.SIGKILL)
@@ -127,40 +106,40 @@ async def test_a_dead_vm_boots_on_the_disk_it_has(data_dir: Path) -> None:
         assert (agent.vm(user, "web").ended or "").startswith("killed")
         await agent.power.start(user, "web")
         assert agent.vm(user, "web").ended is None
-        assert await say(agent, user, "web", "cat /root/word") == "kept"
+        assert await said(agent, user, "web", "cat /root/word") == "kept"
 
 
 async def test_a_vm_that_was_started_is_checkpointed_cloned_and_restored_like_any_other(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         await agent.power.reboot(user, "web", 5.0)
-        await say(agent, user, "web", "echo disk > /root/word; echo memory > /dev/shm/word")
+        await said(agent, user, "web", "echo disk > /root/word; echo memory > /dev/shm/word")
         taken = await agent.checkpoints.take(user, "web", None)
         assert taken.checkpoint is not None
         await agent.restore_vm(user, "web", taken.checkpoint.id, "copy")
-        assert await say(agent, user, "copy", "cat /root/word; cat /dev/shm/word") == "disk\nmemory"
+        assert await said(agent, user, "copy", "cat /root/word; cat /dev/shm/word") == "disk\nmemory"
         await agent.power.reboot(user, "copy", 5.0)
-        assert await say(agent, user, "copy", "cat /root/word; hostname") == "disk\ncopy"
+        assert await said(agent, user, "copy", "cat /root/word; hostname") == "disk\ncopy"
         await agent.restore_vm(user, "web", taken.checkpoint.id, None)
-        assert await say(agent, user, "web", "cat /dev/shm/word") == "memory"
+        assert await said(agent, user, "web", "cat /dev/shm/word") == "memory"
 
 
 async def test_a_guest_that_reboots_itself_comes_back(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         before = agent.vm(user, "web")
-        await say(agent, user, "web", "echo kept > /root/word; sync")
+        await said(agent, user, "web", "echo kept > /root/word; sync")
         async with agent.guests.reach(user, "web") as guest:
             await guest.reboot()
         await eventually(lambda: agent.vm(user, "web").process != before.process)
         await becomes(agent, user, "web", VmState.RUNNING)
         assert agent.vm(user, "web").instance == before.instance
-        assert await say(agent, user, "web", "cat /root/word") == "kept"
+        assert await said(agent, user, "web", "cat /root/word") == "kept"
 
 
 async def test_a_guest_that_does_nothing_but_reset_is_given_up(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endings, "RESETS_MAX", 2)
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         for _ in range(3):
             before = agent.vm(user, "web").process
@@ -174,7 +153,7 @@ async def test_a_guest_that_does_nothing_but_reset_is_given_up(data_dir: Path, m
 
 async def test_a_reboot_that_fails_leaves_a_stopped_vm_that_can_be_started(data_dir: Path) -> None:
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         faults.arm("launch", fail(NotFound("no such program")))
         with pytest.raises(NotFound):
@@ -185,7 +164,7 @@ async def test_a_reboot_that_fails_leaves_a_stopped_vm_that_can_be_started(data_
 
 
 async def test_a_reboot_without_its_image_stops_nothing(data_dir: Path) -> None:
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         process = agent.vm(user, "web").process
         agent.services.images.remove("default")
@@ -204,16 +183,16 @@ async def test_exec_during_a_reboot_says_what_is_going_on(data_dir: Path) -> Non
     async def wait(_: int | None) -> None:
         await go_on.wait()
 
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         faults.arm("launch", wait)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(agent.power.reboot, user, "web", 5.0)
             await faults.reached("launch")
             with pytest.raises(Busy, match="busy with reboot"):
-                await say(agent, user, "web", "true")
+                await said(agent, user, "web", "true")
             go_on.set()
-        assert await say(agent, user, "web", "echo well") == "well"
+        assert await said(agent, user, "web", "echo well") == "well"
 
 
 async def test_a_silent_guest_is_seen_and_refused_quickly_and_its_recovery_too(
@@ -221,7 +200,7 @@ async def test_a_silent_guest_is_seen_and_refused_quickly_and_its_recovery_too(
 ) -> None:
     monkeypatch.setattr(health, "PING_EVERY_SECS", 0.2)
     monkeypatch.setattr(health, "ANSWER_SECS", 0.4)
-    async with agent_of(data_dir) as (agent, user):
+    async with simulated_agent(data_dir) as (agent, user):
         await make(agent, user)
         await make(agent, user, "other")
         assert agent.vm(user, "web").responding is True
@@ -231,12 +210,12 @@ async def test_a_silent_guest_is_seen_and_refused_quickly_and_its_recovery_too(
         await eventually(lambda: agent.vm(user, "web").responding is False)
         assert agent.vm(user, "web").unresponsive_since is not None
         with trio.fail_after(SOON_SECS), pytest.raises(DeadlineExceeded, match="has not answered since 20"):
-            await say(agent, user, "web", "true")
-        assert await say(agent, user, "other", "echo well") == "well"
+            await said(agent, user, "web", "true")
+        assert await said(agent, user, "other", "echo well") == "well"
         await live.machine.resume()
         await eventually(lambda: agent.vm(user, "web").responding is True)
         assert agent.vm(user, "web").unresponsive_since is None
-        assert await say(agent, user, "web", "echo well") == "well"
+        assert await said(agent, user, "web", "echo well") == "well"
         await live.machine.pause()
         assert (await agent.power.stop(user, "web", 5.0)).how == "clean"
 
@@ -244,32 +223,32 @@ async def test_a_silent_guest_is_seen_and_refused_quickly_and_its_recovery_too(
 async def test_a_guest_that_others_hear_from_is_not_asked(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "PING_EVERY_SECS", 0.5)
     faults = Faults()
-    async with agent_of(data_dir, faults) as (agent, user):
+    async with simulated_agent(data_dir, faults) as (agent, user):
         await make(agent, user)
         pings = faults.calls["ping"]
         with trio.move_on_after(1.5):
             while True:
-                await say(agent, user, "web", "true")
+                await said(agent, user, "web", "true")
                 await trio.sleep(0.05)
         assert faults.calls["ping"] == pings
 
 
 def test_a_reboot_that_was_cut_off_is_finished_by_the_next_agent(data_dir: Path) -> None:
     async def prepare() -> None:
-        async with agent_of(data_dir) as (agent, user):
+        async with simulated_agent(data_dir) as (agent, user):
             await make(agent, user)
-            await say(agent, user, "web", "echo kept > /root/word; sync")
+            await said(agent, user, "web", "echo kept > /root/word; sync")
 
     async def be_killed_between_the_halves() -> None:
         faults = Faults()
         faults.arm("launch", kill_agent)
-        async with agent_of(data_dir, faults) as (agent, user):
+        async with simulated_agent(data_dir, faults) as (agent, user):
             await agent.power.reboot(user, "web", 5.0)
 
     async def look() -> None:
-        async with agent_of(data_dir) as (agent, user):
+        async with simulated_agent(data_dir) as (agent, user):
             await becomes(agent, user, "web", VmState.RUNNING)
-            assert await say(agent, user, "web", "cat /root/word") == "kept"
+            assert await said(agent, user, "web", "cat /root/word") == "kept"
 
     trio.run(prepare)
     pid = os.fork()

@@ -30,6 +30,19 @@ async def test_a_token_of_before_there_were_scopes_may_do_everything_but_adminis
     assert (local["token"], local["scopes"]) == (None, ["read", "exec", "manage", "admin"])
 
 
+async def test_tokens_come_in_pages_that_hold_each_once_whatever_goes_meanwhile(server: Server) -> None:
+    token = await server.add_user("alice")
+    for name in ("b", "a", "c"):
+        await token_of(server, name, Scope.READ)
+    seen, step = [], "/v1/tokens?limit=1"
+    while step:
+        page = await server.ask("GET", step, token=token)
+        seen += [each["name"] for each in page.json()]
+        await server.ask("DELETE", "/v1/tokens/b", token=token)
+        step = page.headers.get("link", "").partition(">")[0].lstrip("<")
+    assert seen == ["default", "a", "c"]
+
+
 @pytest.mark.parametrize(
     ("scope", "allowed"),
     [(Scope.READ, {"GET /v1/vms"}), (Scope.EXEC, {"POST /v1/vms/web/exec"}), (Scope.MANAGE, {"POST /v1/vms"})],
