@@ -137,7 +137,8 @@ def test_what_admins_do_is_in_the_audit_log_and_can_be_picked_from_it(run: Run) 
     assert run("audit", "--since", "2100-01-01")[1].count("\n") == 1
     assert run("audit", "--user", "bob")[1].count("\n") == 1
     code, _, complaint = run("audit", "--since", "yesterday")
-    assert (code, "'yesterday' is no moment. Write it as 2026-01-02, 2026-01-02T03:04 or 12h." in complaint) == (2, True)
+    assert code == 2
+    assert "'yesterday' is no moment. Write it as 2026-01-02, 2026-01-02T03:04 or 12h." in complaint
 
 
 def test_an_admin_sees_and_changes_what_a_user_may_have(run: Run, data_dir: Path) -> None:
