@@ -269,7 +269,9 @@ class Incoming:
             if len(self._buffer) > HEAD_BYTES_MAX:
                 raise self._broken("an answer with endless headers")
             if not self._receive():
-                raise self._broken("nothing more" if self._buffer else "no answer: it closed the connection")
+                raise self._broken(
+                    "nothing more" if self._buffer else f"no answer: it closed the connection{self._maybe_tls()}"
+                )
         found = bytes(self._buffer[:end])
         del self._buffer[: end + len(mark)]
         return found
@@ -295,6 +297,10 @@ class Incoming:
             raise self._broken("an answer of unreasonable length")
         self._buffer += data
         return bool(data)
+
+    def _maybe_tls(self) -> str:
+        plain = (self._endpoint.url or "").startswith("http://")
+        return ", as servers do that are reached by https://" if plain else ""
 
     def _broken(self, what: str) -> ConnectionFailed:
         return ConnectionFailed(f"{self._endpoint.address} sent {what}.")
@@ -344,6 +350,7 @@ def _connect_tcp(endpoint: Endpoint) -> socket.socket:
         raise ConnectionFailed(f"cannot find {host!r}: {getattr(error, 'strerror', None) or error}.") from error
     addresses = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
     failures: list[str] = []
+    hint = "Is noid-server running there, on that port?"
     for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -358,13 +365,13 @@ def _connect_tcp(endpoint: Endpoint) -> socket.socket:
         except OSError as error:  # TimeoutError and ssl.SSLError are among them
             sock.close()
             failures.append(f"{address[0]} port {port}: {_reason(error)}")
+            if getattr(error, "verify_message", None):
+                hint = "If that is its certificate, name a PEM file with it, or with who signed it, in SSL_CERT_FILE."
         except BaseException:
             sock.close()
             raise
     detail = "; ".join(failures) or "no address answered in time"
-    raise ConnectionFailed(
-        f"cannot connect to {endpoint.address} ({detail}). Is noid-server running there, on that port?"
-    )
+    raise ConnectionFailed(f"cannot connect to {endpoint.address} ({detail}). {hint}")
 
 
 def _reason(error: OSError) -> str:

@@ -46,15 +46,21 @@ def check_config(config_path: Path | None, data_dir: Path | None) -> None:
 def systemd_unit(config_path: Path | None, data_dir: Path | None) -> None:
     """Print a hardened unit for systemd.
 
-    It starts this program as the user noid, with /etc/noid/server.toml and its data in /var/lib/noid unless told
-    otherwise.
+    It starts this program as the user noid, with /etc/noid/server.toml unless told otherwise. That may write to where
+    its data is: /var/lib/noid, or what the file says, if it is there already.
     """
-    from noid.core.config_reading import SYSTEM_FILE
+    from noid.core.config_reading import SYSTEM_DATA_DIR, SYSTEM_FILE, load_config
 
     text = importlib.resources.files("noid.server").joinpath("noid.service").read_text()
-    options = f"--config {(config_path or SYSTEM_FILE).absolute()}"
+    source = (config_path or SYSTEM_FILE).absolute()
+    options = f"--config {source}"
+    data = SYSTEM_DATA_DIR
     if data_dir is not None:
-        options += f" --data-dir {data_dir.absolute()}"
-        text = text.replace(_STATE, f"ReadWritePaths={data_dir.absolute()}\n")
+        data = data_dir.absolute()
+        options += f" --data-dir {data}"
+    elif source.exists():
+        data = load_config(source).data_dir
+    if data != SYSTEM_DATA_DIR:
+        text = text.replace(_STATE, f"ReadWritePaths={data}\n")
     program = Path(sys.executable).with_name("noid-server")
     click.echo(text.replace("@PROGRAM@", str(program)).replace("@OPTIONS@", options), nl=False)

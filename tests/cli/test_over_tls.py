@@ -71,7 +71,23 @@ def test_a_certificate_nobody_vouches_for_is_refused(noid: Any, tls_agent: Any) 
     done = noid("--server", url(tls_agent), "list")
     assert done.returncode == 1
     assert b"self-signed certificate" in done.stderr
+    assert b"in SSL_CERT_FILE." in done.stderr
     assert tls_agent.requests == []
+
+
+def test_a_server_with_tls_that_is_asked_without_it_is_said_to_be_perhaps_one(noid: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closing:
+
+        def read_and_close() -> None:
+            with closing.accept()[0] as connection:
+                connection.recv(65536)  # or closing would be a reset
+
+        thread = threading.Thread(target=read_and_close)
+        thread.start()
+        done = noid("--server", f"http://localhost:{closing.getsockname()[1]}", "list")
+        thread.join(PATIENCE_SECS)
+    assert done.returncode == 1
+    assert b"https://" in done.stderr
 
 
 def test_https_to_a_port_without_tls_is_a_connection_error(noid: Any) -> None:

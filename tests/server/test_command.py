@@ -300,12 +300,15 @@ def test_the_unit_for_systemd_names_this_program_and_the_configuration(run: Run,
     assert "serve --config /etc/noid/server.toml --data-dir /srv/noid\n" in elsewhere
     assert "\nReadWritePaths=/srv/noid\n" in elsewhere
     assert "StateDirectory" not in elsewhere
+    (tmp_path / "other.toml").write_text('data_dir = "/srv/other"')
+    assert "\nReadWritePaths=/srv/other\n" in run("systemd-unit", "--config", str(tmp_path / "other.toml"))[1]
     code, out, err = run("systemd-unit", "--config", str(tmp_path / "server.toml"))
     assert (code, err) == (0, "")
     assert "\nStateDirectory=noid\n" in out
     assert f"ExecStart={Path(sys.executable).with_name('noid-server')} serve --config {tmp_path}/server.toml\n" in out
     assert "@" not in out
     assert "KillMode=process\n" in out
+    assert "\nReadWritePaths=/tmp\n" in out  # without it there is no place for temporary files
     if (systemd_analyze := shutil.which("systemd-analyze")) is None:
         pytest.skip("no systemd-analyze here")
     unit = tmp_path / "noid.service"

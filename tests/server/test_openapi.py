@@ -125,6 +125,7 @@ async def test_the_page_for_people_has_everything_and_needs_nothing(server: Serv
     operations = [operation for methods in DOCUMENT["paths"].values() for operation in methods.values()]
     assert {*(operation["operationId"] for operation in operations)} <= set(ids)
     assert {f"schema-{name}" for name in DOCUMENT["components"]["schemas"]} <= set(ids)
+    assert "`" not in text
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert not re.findall(r"<script|src=|https?://", text)
 
