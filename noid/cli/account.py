@@ -43,7 +43,11 @@ def setup(url: str, token: str) -> None:
 def whoami() -> None:
     """Show who you are to the server."""
     user = api.whoami(call().endpoint)
-    show(user, f"User: {printable(user['name'])}\nID:   {printable(user['user_id'])}")
+    text = f"User: {printable(user['name'])}\nID:   {printable(user['user_id'])}"
+    token = user.get("token")
+    if token is not None:
+        text += f"\nToken: {printable(token)} ({printable(', '.join(user.get('scopes', ())))})"
+    show(user, text)
 
 
 @click.command(cls=Command, epilog="noid use web")

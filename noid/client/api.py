@@ -73,10 +73,12 @@ class ProcessInfo(TypedDict):
 
 
 class Identity(TypedDict):
-    """Who the agent says the caller is."""
+    """Who the agent says the caller is. *token* is the name of the token, None for the local user."""
 
     user_id: str
     name: str
+    token: NotRequired[str | None]
+    scopes: NotRequired[list[str]]
 
 
 def whoami(endpoint: Endpoint) -> Identity:

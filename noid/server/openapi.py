@@ -27,9 +27,10 @@ _IN_EVERY_ANSWER: Mapping[str, Schema] = {
 _POLICY = "Content-Security-Policy"
 _PAGE = Content(media={"text/html": text()}, headers={_POLICY: text()})
 _ABOUT = (
-    "Virtual machines that can be frozen, forked and woken in milliseconds. WebSockets are described as GET with the "
-    "answer 101; what travels over them is in noid's documentation, HTTP. Requests may have fields and words in the "
-    "query beyond those named here; they are ignored."
+    "Virtual machines that can be frozen, forked and woken in milliseconds. What needs a scope needs a token that has "
+    "it: `Authorization: Bearer noid_tok_...`. WebSockets are described as GET with the answer 101; what travels over "
+    "them is in noid's documentation, HTTP. Requests may have fields and words in the query beyond those named here; "
+    "they are ignored."
 )
 
 

@@ -109,7 +109,7 @@ class VmRoutes:
         return json_reply({"status": "ok"})
 
     async def version(self) -> Response:
-        """Say what answers."""
+        """Say which version answers."""
         return json_reply({"version": __version__, "api_version": API_VERSION})
 
     async def whoami(self) -> Response:

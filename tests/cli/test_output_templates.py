@@ -111,6 +111,12 @@ def test_whoami_shows_name_and_id(noid: Any, agent: Any) -> None:
     assert noid("whoami").stdout == b"User: ada\nID:   0198-x\n"
 
 
+def test_whoami_shows_what_the_token_allows_where_the_server_tells(noid: Any, agent: Any) -> None:
+    told = {"user_id": "0198-x", "name": "ada", "token": "ci", "scopes": ["read", "exec"]}
+    agent.answers("GET", "/v1/whoami", 200, told)
+    assert noid("whoami").stdout == b"User: ada\nID:   0198-x\nToken: ci (read, exec)\n"
+
+
 def test_use_and_current_name_the_vm_of_this_directory(noid: Any, agent: Any) -> None:
     assert noid("current").stdout.decode() == f"Server: {agent.url}\nActive VM: (none — run `noid use <name>`)\n"
     assert noid("use", "web").stdout == b"Active VM set to 'web'\n"
