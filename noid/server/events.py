@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncIterator, Callable
 
 import trio
 from quart import Response, request
+from quart.wrappers.response import ResponseBody
 
 from noid.core.agent import Agent
 from noid.core.backends import Event
 from noid.core.events import EventReader, Missed, Told
 from noid.core.model import Scope, checked_name
-from noid.core.waiting import plain_nursery
+from noid.server.hardening import Stay
+from noid.server.open_streams import OpenStreams
 from noid.server.queries import seconds
 from noid.server.schemas.operations import EVENTS
 from noid.server.schemas.paths import NAME
@@ -63,43 +66,53 @@ class EventRoutes:
             return vm in (None, event.vm) and (not kinds or event.kind in kinds)
 
         deadline = trio.current_time() + limit_secs
-        pieces = _pieces(reader, wanted, deadline, self._websockets.stopping)
-        return Response(pieces, 200, {"Cache-Control": "no-store"}, content_type="text/event-stream")
+        reply = Response(b"", 200, {"Cache-Control": "no-store"}, content_type="text/event-stream")
+        reply.response = _Body(reader, wanted, deadline, self._websockets.streams)
+        del reply.headers["Content-Length"]
+        return reply
 
 
-async def _pieces(  # noqa: ASYNC900  # holds nothing that an end would have to free
-    reader: EventReader, wanted: Callable[[Event], bool], deadline: float, stopping: trio.Event
-) -> AsyncGenerator[bytes, None]:
-    # An id alone is no event, but who is cut off before the first one comes back to where it began.
-    yield f"retry: {RECONNECT_MILLISECONDS}\nid: {reader.position}\n\n".encode()
-    while True:
-        found = reader.next_now()
-        if found is None:
-            if trio.current_time() >= deadline or stopping.is_set():
-                return
-            found = await _next(reader, deadline, stopping)
-        if found is None:
-            yield b": nothing new\n\n"
-        elif isinstance(found, Missed):
-            yield f"event: gap\nid: {found.position}\ndata: {{}}\n\n".encode()
-        elif wanted(found.event):
-            yield _written(found)
+class _Body(ResponseBody):
+    """The events that are *wanted* until *deadline*, or until the stream has to end."""
+
+    def __init__(
+        self, reader: EventReader, wanted: Callable[[Event], bool], deadline: float, streams: OpenStreams
+    ) -> None:
+        self._reader = reader
+        self._wanted = wanted
+        self._deadline = deadline
+        self._streams = streams
+        self._held = contextlib.ExitStack()
+
+    async def __aenter__(self) -> _Body:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._held.close()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:  # noqa: ASYNC900  # what it holds, __aexit__ frees
+        reader, stay = self._reader, self._held.enter_context(self._streams.stay())
+        # An id alone is no event, but who is cut off before the first one comes back to where it began.
+        yield f"retry: {RECONNECT_MILLISECONDS}\nid: {reader.position}\n\n".encode()
+        while stay.over is None:
+            found = reader.next_now()
+            if found is None:
+                if trio.current_time() >= self._deadline:
+                    return
+                found = await _next(reader, self._deadline, stay)
+            if found is None:
+                yield b": nothing new\n\n"
+            elif isinstance(found, Missed):
+                yield f"event: gap\nid: {found.position}\ndata: {{}}\n\n".encode()
+            elif self._wanted(found.event):
+                yield _written(found)
 
 
-async def _next(reader: EventReader, deadline: float, stopping: trio.Event) -> Told | Missed | None:
-    """Return the next event, or None after `SILENCE_SECS`, at the *deadline*, or when the server is *stopping*."""
-    found: Told | Missed | None = None
-    with trio.move_on_at(min(deadline, trio.current_time() + SILENCE_SECS)):
-        async with plain_nursery() as nursery:
-
-            async def stop() -> None:
-                await stopping.wait()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(stop)
-            found = await reader.next()
-            nursery.cancel_scope.cancel()
-    return found
+async def _next(reader: EventReader, deadline: float, stay: Stay) -> Told | Missed | None:
+    """Return the next event, or None after `SILENCE_SECS`, at the *deadline*, or when the stream has to end."""
+    with trio.move_on_at(min(deadline, trio.current_time() + SILENCE_SECS)), stay.interruptible():
+        return await reader.next()
+    return None
 
 
 def _written(told: Told) -> bytes:

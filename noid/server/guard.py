@@ -81,14 +81,13 @@ class Guard:
             raise Unauthenticated("missing or invalid Authorization header")
         where = place(address)
         self._failures.check(where, token)
+        shown = Credentials(token=token, peer_uid=transport.peer_uid, address=address)
         try:
-            caller = self._agent.users.authenticate(
-                Credentials(token=token, peer_uid=transport.peer_uid, address=address)
-            )
+            caller = self._agent.users.authenticate(shown)
         except Unauthenticated as error:
             self._failures.failed(where, token)
             raise Unauthenticated("invalid token") from error
-        visit().shown = token
+        visit().shown = shown
         return caller
 
     def _address(self, call: Any, transport: Transport) -> str:

@@ -23,7 +23,9 @@ from noid.core.model import Gap, Scope, checked_name
 from noid.core.vmlogs import CONSOLE, LogInfo
 from noid.errors import DeadlineExceeded
 from noid.server.answers import json_reply
+from noid.server.hardening import BrokenOff, Stay
 from noid.server.lists import Page
+from noid.server.open_streams import OpenStreams
 from noid.server.schemas.lists import PAGE, listed
 from noid.server.schemas.logs import FOLLOW, LOG, READ, READ_PART, STREAM
 from noid.server.schemas.vocabulary import text
@@ -94,7 +96,7 @@ class LogRoutes:
         if gaps:
             headers[GAP_HEADER] = ", ".join(f"{gap.start}-{gap.end - 1}" for gap in gaps)
         reply = Response(b"", 206 if wanted else 200, headers, content_type="application/octet-stream")
-        reply.response = _Body(found, start, None if follows else stop, gaps)
+        reply.response = _Body(found, start, None if follows else stop, gaps, self._websockets.streams)
         if follows:
             del reply.headers["Content-Length"]
         else:
@@ -146,7 +148,8 @@ async def _stream(log: Log, start: int, *, follows: bool) -> None:
 class _Body(ResponseBody):
     """The bytes of *log* from *start* up to *stop* without *gaps*; with no *stop*, followed as long as it grows."""
 
-    def __init__(self, log: Log, start: int, stop: int | None, gaps: list[Gap]) -> None:
+    def __init__(self, log: Log, start: int, stop: int | None, gaps: list[Gap], streams: OpenStreams) -> None:
+        self._streams = streams
         self._log = log
         self._start = start
         self._stop = stop
@@ -161,10 +164,15 @@ class _Body(ResponseBody):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:  # noqa: ASYNC900  # what it holds, __aexit__ frees
         changes = self._held.enter_context(self._log.changes()) if self._stop is None else None
+        stay = self._held.enter_context(self._streams.stay()) if self._stop is None else Stay()
         reader = LogReader(self._log, self._start, changes)
         while self._stop is None or reader.offset < self._stop:
             limit = PIECE_BYTES if self._stop is None else min(PIECE_BYTES, self._stop - reader.offset)
-            found = await reader.next(limit)
+            found = None
+            with stay.interruptible():
+                found = await reader.next(limit)
+            if stay.over is not None:
+                raise BrokenOff  # not the log's end: a client that follows it has to open it again
             if found is None:
                 return
             if not isinstance(found, Gap):

@@ -30,6 +30,7 @@ from noid.server.listening import allow_many_files, has_terminal, tcp_listeners,
 from noid.server.logs import LogRoutes
 from noid.server.metrics import Metrics, MetricsRoutes
 from noid.server.notify import Notifier
+from noid.server.open_streams import OpenStreams
 from noid.server.openapi import DocumentRoutes
 from noid.server.operations import OperationRoutes
 from noid.server.origins import origins
@@ -98,8 +99,10 @@ async def serve_until(
             listeners += stack.enter_context(tcp_listeners(config.listen, secure=settings.tls is not None))
         metrics = Metrics()
         metrics.watch_connections(settings.connections)
-        app = create_app(agent, config, stopping, metrics)
+        streams = OpenStreams(agent.users, stopping)
+        app = create_app(agent, config, streams, metrics)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(streams.watch)
             nursery.start_soon(metrics.keep_measuring, agent.services.layout, stopping)
             await nursery.start(
                 partial(
@@ -159,8 +162,8 @@ class _Life:
         self._notifier.ready(self._status)
 
 
-def create_app(agent: Agent, config: Config, stopping: trio.Event, metrics: Metrics) -> App:
-    """Return the application: every route, behind the guard, counted. *stopping* ends its WebSockets."""
+def create_app(agent: Agent, config: Config, streams: OpenStreams, metrics: Metrics) -> App:
+    """Return the application: every route, behind the guard, counted. *streams* end what is open."""
     app = App("noid.server", static_folder=None)
     app.config.update(
         MAX_CONTENT_LENGTH=agent.config.limits.max_body_bytes,
@@ -172,7 +175,7 @@ def create_app(agent: Agent, config: Config, stopping: trio.Event, metrics: Metr
     app.url_map.merge_slashes = False
     answers = Answers(agent)
     log_requests(app)
-    websockets = WebSockets(agent, answers, stopping)
+    websockets = WebSockets(agent, answers, streams)
     table = Calls(agent).around(all_routes(agent, websockets, metrics))
     routes = add_routes(app, audited(agent, table))
     metrics.watch(app, routes)

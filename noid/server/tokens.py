@@ -60,7 +60,10 @@ class TokenRoutes:
         expires_at = _expiry(body)
         if caller.expires_at is not None:
             expires_at = min(expires_at or caller.expires_at, caller.expires_at)
-        token, info = await self._agent.users.create_token(caller.user, name, scopes, expires_at, shown=visit().shown)
+        shown = visit().shown
+        token, info = await self._agent.users.create_token(
+            caller.user, name, scopes, expires_at, shown=None if shown is None else shown.token
+        )
         reply = json_reply(token_fields(info) | {"token": token}, 201)
         reply.headers["Cache-Control"] = "no-store"
         return reply

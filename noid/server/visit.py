@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from noid.core.model import Caller, User
+from noid.core.model import Caller, Credentials, User
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,8 +20,8 @@ class Visit:
     began: float
     address: str
     caller: Caller | None = None
-    shown: str | None = field(default=None, repr=False)
-    """The token that says so: for who must know whether it still does, and for no log."""
+    shown: Credentials | None = field(default=None, repr=False)
+    """The token that says so, and from where: for who must know whether it still does, and for no log."""
     reply_headers: dict[str, str] = field(default_factory=dict)
     target: str = ""
     """What it is about, for the audit log: what the path names, unless the handler knows better."""

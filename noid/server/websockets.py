@@ -13,24 +13,25 @@ from noid.core.agent import Agent
 from noid.errors import DependencyDown, InvalidRequest, NoidError, TooManyRequests
 from noid.server.answers import Answers
 from noid.server.hardening import Transport, hold_websocket
+from noid.server.open_streams import OpenStreams
 from noid.server.visit import current_user, visit
 
 GONE_CHECK_SECS = 1.0
 
 
 class WebSockets:
-    """At most ``max_ws_sessions`` at a time, each counted from its upgrade on. Setting *stopping* ends all of them."""
+    """At most ``max_ws_sessions`` at a time, each counted from its upgrade on. *streams* say when one has to end."""
 
-    def __init__(self, agent: Agent, answers: Answers, stopping: trio.Event) -> None:
+    def __init__(self, agent: Agent, answers: Answers, streams: OpenStreams) -> None:
         self._agent = agent
         self._answers = answers
-        self._stopping = stopping
+        self._streams = streams
         self._sessions: Counter[str] = Counter()
 
     @property
-    def stopping(self) -> trio.Event:
-        """Set when the server goes down."""
-        return self._stopping
+    def streams(self) -> OpenStreams:
+        """What ends them."""
+        return self._streams
 
     @property
     def open_sessions(self) -> int:
@@ -44,7 +45,7 @@ class WebSockets:
             DependencyDown: before the upgrade: there are too many, or the server is going down.
             TooManyRequests: before the upgrade: the user has too many.
         """
-        if self._stopping.is_set():
+        if self._streams.stopping.is_set():
             raise DependencyDown("the server is going down for a restart. Try again.")
         user, config = current_user().id, self._agent.config
         if self.open_sessions >= config.max_ws_sessions:
@@ -57,7 +58,8 @@ class WebSockets:
             await websocket.accept()
             if (upgraded := visit().upgraded) is not None:
                 await upgraded()
-            await hold_websocket(self._stopping, session, self._last_words)
+            with self._streams.stay() as stay:
+                await hold_websocket(stay, session, self._last_words)
         finally:
             self._sessions[user] -= 1
             if not self._sessions[user]:

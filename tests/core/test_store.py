@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import re
 import sqlite3
 import subprocess
 import sys
@@ -370,3 +371,22 @@ def test_a_write_that_raises_is_as_if_it_never_was(store: Store) -> None:
     with pytest.raises(BackendError):
         store.write_now(half)
     assert store.vms("me") == []
+
+
+def test_the_audit_log_is_pruned_as_the_manual_says_and_refuses_as_before(tmp_path: Path) -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    (script,) = re.findall(r'sqlite3 noid\.db "(.*?)"', manual, re.DOTALL)
+    database = tmp_path / "noid.db"
+    with open_store(database):
+        pass
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+        for at in ("2025-12-31T23:59:59+00:00", "2026-01-01T00:00:00+00:00"):
+            sql = "INSERT INTO audit (at, address, action, target, count) VALUES (?, 'local', 'x', '', 1)"
+            db.execute(sql, (at,))
+        before = {tuple(row[0].split()) for row in db.execute("SELECT sql FROM sqlite_schema WHERE type = 'trigger'")}
+        db.executescript(script)
+        assert [row[0][:10] for row in db.execute("SELECT at FROM audit")] == ["2026-01-01"]
+        after = {tuple(row[0].split()) for row in db.execute("SELECT sql FROM sqlite_schema WHERE type = 'trigger'")}
+        assert after == before
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            db.execute("DELETE FROM audit")

@@ -19,7 +19,7 @@ from quart import Response, request, websocket
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from noid.errors import Conflict
-from noid.server.hardening import App, BrokenOff, Settings, Transport, hold_websocket, upload
+from noid.server.hardening import RESTARTING, App, BrokenOff, Settings, Stay, Transport, hold_websocket, upload
 from noid.server.listening import tcp_listeners
 from noid.testing.raw_http import RawClient, open_ws
 
@@ -45,6 +45,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.stopping = trio.Event()
+        self.stay = Stay()  # of the WebSocket that is open
         self.stopped = trio.Event()
         self.cancelled = trio.Event()
         self.noticed = trio.Event()
@@ -145,14 +146,14 @@ class Rig:
                     while True:
                         await websocket.send(await websocket.receive())
 
-            await hold_websocket(self.stopping, session, str)
+            await hold_websocket(self.stay, session, str)
 
         @app.websocket("/fails/<how>")
         async def fails(how: str) -> None:
             async def session() -> None:
                 raise Conflict("on purpose") if how == "kindly" else RuntimeError("a secret")
 
-            await hold_websocket(self.stopping, session, str)
+            await hold_websocket(self.stay, session, str)
 
         @app.websocket("/deaf")
         async def deaf() -> None:
@@ -284,6 +285,7 @@ async def test_d_a_websocket_is_told_of_a_restart(rig: Rig) -> None:
         await ws.send_message("x")
         await ws.get_message()
         rig.stopping.set()
+        rig.stay.end(RESTARTING)
         assert "restart" in await ws.get_message()
         with pytest.raises(ConnectionClosed) as closed:
             await ws.get_message()

@@ -1,8 +1,8 @@
 """Hypercorn and Quart-Trio, made fit to stand in the open. The only package that knows their private seams.
 
 `settings` has the limits, `connection` what is one TCP or unix connection, `http` a request and its body, `exchange`
-what surrounds it, `dispatch` the application that finds its handler, `websocket` a WebSocket; here is how they take the
-libraries' places.
+what surrounds it, `dispatch` the application that finds its handler, `websocket` a WebSocket, `staying`
+what ends all that is open for long; here is how they take the libraries' places.
 
 Each item carries a letter, and so does its test in ``tests/server/test_hardening.py``. The pins in pyproject are exact
 because of this file: after changing them, these tests decide.
@@ -60,14 +60,18 @@ from noid.server.hardening.dispatch import App
 from noid.server.hardening.exchange import Exchange
 from noid.server.hardening.http import BrokenOff, Http1Protocol, HttpStream, Upload, upload
 from noid.server.hardening.settings import Settings
-from noid.server.hardening.websocket import WebsocketStream, hold_websocket
+from noid.server.hardening.staying import End, Stay
+from noid.server.hardening.websocket import RESTARTING, WebsocketStream, hold_websocket
 
 __all__ = [
+    "RESTARTING",
     "App",
     "BrokenOff",
     "Connections",
+    "End",
     "Exchange",
     "Settings",
+    "Stay",
     "TcpServer",
     "Transport",
     "Upload",

@@ -22,6 +22,7 @@ from wsproto.utilities import LocalProtocolError
 from noid.errors import DependencyDown, NoidError
 from noid.server.hardening.connection import Transport
 from noid.server.hardening.exchange import Exchange, surrounded
+from noid.server.hardening.staying import End, Stay
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,12 @@ CLOSE_NORMAL = 1000
 CLOSE_TOO_SLOW = 1008
 CLOSE_INTERNAL_ERROR = 1011
 CLOSE_RESTARTING = 1012
+
+RESTARTING = End(
+    error=DependencyDown("the server is going down for a restart, so this session was ended. Try again."),
+    code=CLOSE_RESTARTING,
+    reason="restarting",
+)
 
 
 class WebsocketConnection(TrioASGIWebsocketConnection):
@@ -156,36 +163,30 @@ class WebsocketStream(WSStream):
 
 
 async def hold_websocket(
-    stopping: trio.Event, session: Callable[[], Awaitable[None]], last_words: Callable[[NoidError], str]
+    stay: Stay, session: Callable[[], Awaitable[None]], last_words: Callable[[NoidError], str]
 ) -> None:
     """Run *session* on the current WebSocket, then close it, saying why: D and E.
 
     A `NoidError` is answered with ``last_words(error)`` and code 1000; any other error is logged and answered as
-    internal with 1011; when *stopping* is set the session is cancelled and answered with 1012. When the client is gone
-    the session is cancelled and nobody is answered.
+    internal with 1011; when *stay* is over the session is cancelled and answered with its reason. When the client is
+    gone the session is cancelled and nobody is answered.
     """
-    code = CLOSE_NORMAL
+    code, reason = CLOSE_NORMAL, ""
     error: NoidError | None = None
-
-    async with trio.open_nursery() as nursery:
-
-        async def watch() -> None:
-            nonlocal code, error
-            await stopping.wait()
-            code = CLOSE_RESTARTING
-            error = DependencyDown("the server is going down for a restart, so this session was ended. Try again.")
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(watch)
+    is_whole = False
+    with stay.interruptible():
         try:
             await session()
+            is_whole = True
         except NoidError as noid_error:
             error = noid_error
         except Exception:
             logger.exception("WebSocket session failed")
-            code, error = CLOSE_INTERNAL_ERROR, NoidError("internal error. The server's log says more.")
-        nursery.cancel_scope.cancel()
+            code, reason = CLOSE_INTERNAL_ERROR, "internal error"
+            error = NoidError("internal error. The server's log says more.")
+    if not is_whole and (end := stay.over) is not None:
+        code, reason, error = end.code, end.reason, end.error
 
     if error is not None:
         await websocket.send(last_words(error))
-    await websocket.close(code, {CLOSE_RESTARTING: "restarting", CLOSE_INTERNAL_ERROR: "internal error"}.get(code, ""))
+    await websocket.close(code, reason)
