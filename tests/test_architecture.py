@@ -13,9 +13,8 @@ LINES_MAX = 450
 
 #: Files that are longer than `LINES_MAX`, each with its reason.
 LONG_FILES: dict[str, str] = {
-    "noid/core/model.py": "the records everything talks about; whoever reads one reads those it is made of",
-    "noid/core/backends.py": "every contract a backend fulfils, on one page",
-    "noid/core/sessions.py": "the whole life of a process: who starts it, reads it, loses it, takes it up again",
+    "noid/core/model.py": "the records everything talks about, and what each may be; one import for plugins",
+    "noid/core/backends.py": "every contract a backend fulfils, on one page, of which half is what its methods promise",
 }
 
 #: What the modules of a layer may import of noid: names of packages or modules. Layers are matched from the top.

@@ -14,9 +14,10 @@ from noid.core.console import Console
 from noid.core.model import ExecRequest, User, Vm, checked_name, wire_time
 from noid.core.services import Services
 from noid.core.session import Session
-from noid.core.sessions import Sessions, VmSessions
+from noid.core.sessions import Sessions
 from noid.core.sight import Sight
 from noid.core.supervisor import GuestLink
+from noid.core.vmsessions import VmSessions
 from noid.errors import Busy, DeadlineExceeded, NotFound
 
 CONNECT_SECS = 10.0

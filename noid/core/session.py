@@ -1,6 +1,6 @@
 """One process of a VM as the host has it: what it wrote, how it ended, who reads it at which offset.
 
-See `noid.core.sessions` for what keeps it up to date.
+See `noid.core.vmsessions` for what keeps it up to date.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _cut_argv(argv: list[str] | tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Owner(Protocol):
-    """Whose process it is: see `noid.core.sessions.VmSessions`."""
+    """Whose process it is: see `noid.core.vmsessions.VmSessions`."""
 
     vm_id: str
     instance: str

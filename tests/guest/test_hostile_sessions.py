@@ -20,8 +20,8 @@ from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES
 from noid.core.backends import ConsolePort, Machine
 from noid.core.model import ExecRequest, OutputChunk, ProcessExit
 from noid.core.processlog import SEGMENT_BYTES, SEGMENTS_MAX
-from noid.core.sessions import VmSessions
 from noid.core.supervisor import GuestLink, Live
+from noid.core.vmsessions import VmSessions
 from noid.errors import BackendError
 
 from .conftest import NativeAgent, to
