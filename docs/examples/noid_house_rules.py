@@ -106,6 +106,7 @@ class FileAuth:
         scopes: frozenset[Scope] = TOKEN_SCOPES,
         expires_at: datetime | None = None,
         shown: str | None = None,
+        most: int | None = None,
     ) -> str:
         """Return a new token, the only copy there will ever be; to who has *shown* one, only while that is valid."""
         token = secrets.token_hex(32)
@@ -119,6 +120,8 @@ class FileAuth:
             others = {h: t for h, t in kept.items() if not (_is(t, user, name) and _has_expired(t))}
             if any(_is(other, user, name) for other in others.values()):
                 raise Conflict(f"user {user.name!r} has a token {name!r} already.")
+            if most is not None and sum(_is(other, user) for other in others.values()) >= most:
+                raise Conflict(f"user {user.name!r} has {most} tokens, which is the most. Revoke one first.")
             return others | {_hash(token): new}
 
         await trio.to_thread.run_sync(self._change, add)

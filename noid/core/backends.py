@@ -597,14 +597,16 @@ class AuthBackend(Protocol):
         scopes: frozenset[Scope] = TOKEN_SCOPES,
         expires_at: datetime | None = None,
         shown: str | None = None,
+        most: int | None = None,
     ) -> str:
         """Return a new token, the only copy there will ever be. An expired one of that name goes away.
 
         With *shown*, the token of whoever asks, only if that is still one of *user*'s at the instant at which the new
-        one begins to be: what is revoked leaves no heirs.
+        one begins to be: what is revoked leaves no heirs. With *most*, only if *user* has no more than that with it,
+        those that have expired too; the same instant decides.
 
         Raises:
-            Conflict: *user* has a valid token of that name.
+            Conflict: *user* has a valid token of that name, or *most* tokens.
             Unauthenticated: *shown* has been revoked, or has expired.
         """
         ...

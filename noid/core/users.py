@@ -29,7 +29,7 @@ from noid.core.model import (
 )
 from noid.core.plugins import Plugins
 from noid.core.store import Store, open_store
-from noid.errors import Conflict, InvalidRequest, NoidError, NotFound, Unauthenticated
+from noid.errors import InvalidRequest, NoidError, NotFound, Unauthenticated
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +127,9 @@ class Users:
         checked_name(name, "token name")
         if not scopes or not scopes <= TOKEN_SCOPES:
             raise InvalidRequest(f"a token has one or more of the scopes {', '.join(ordered(TOKEN_SCOPES))}.")
-        if len(await self._auth.tokens(user)) >= TOKENS_MAX:
-            raise Conflict(f"user {user.name!r} has {TOKENS_MAX} tokens, the most there can be. Revoke one first.")
-        token = await self._auth.create_token(user, name=name, scopes=scopes, expires_at=expires_at, shown=shown)
+        token = await self._auth.create_token(
+            user, name=name, scopes=scopes, expires_at=expires_at, shown=shown, most=TOKENS_MAX
+        )
         return token, TokenInfo(name=name, scopes=scopes, created_at=now(), expires_at=expires_at)
 
     async def revoke_token(self, user: User, name: str) -> None:

@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import trio
 
 from noid.core.backends import AuthBackend
 from noid.core.model import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, User, now
@@ -129,6 +130,23 @@ class AuthConformance:
             with pytest.raises(Unauthenticated):
                 await auth.create_token(ANNA, name="heir", shown=shown_by_asker)
         assert shown(auth, await auth.create_token(ANNA, name="heir", shown=valid)) is not None
+
+    async def test_a_user_has_no_more_than_the_most_also_when_all_ask_at_once(self, auth: AuthBackend) -> None:
+        await auth.create_token(BERT)
+        refused = 0
+
+        async def ask(name: str) -> None:
+            nonlocal refused
+            try:
+                await auth.create_token(ANNA, name=name, most=3)
+            except Conflict:
+                refused += 1
+
+        async with trio.open_nursery() as nursery:
+            for number in range(8):
+                nursery.start_soon(ask, f"t{number}")
+        assert (refused, len(await auth.tokens(ANNA))) == (5, 3)
+        await auth.create_token(ANNA, name="without")
 
     async def test_what_happens_beside_it_counts_at_once(
         self, auth: AuthBackend, open_again: Callable[[], AbstractAsyncContextManager[AuthBackend]]

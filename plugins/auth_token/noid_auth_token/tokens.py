@@ -126,11 +126,12 @@ class TokenAuth:
         scopes: frozenset[Scope] = TOKEN_SCOPES,
         expires_at: datetime | None = None,
         shown: str | None = None,
+        most: int | None = None,
     ) -> str:
         """Return a new token of *user*, the only copy there will ever be. Others stay valid.
 
         Raises:
-            Conflict: *user* has a valid token of that name.
+            Conflict: *user* has a valid token of that name, or *most* tokens.
             Unauthenticated: the token *shown* is no valid one of *user* any more.
         """
         token = PREFIX + secrets.token_hex(SECRET_BYTES)
@@ -144,6 +145,9 @@ class TokenAuth:
                 raise Unauthenticated("invalid token")
             expired = "DELETE FROM auth_token_tokens WHERE user_id = ? AND name = ? AND expires_at <= ?"
             db.execute(expired, (user.id, name, _text(created_at)))
+            (count,) = db.execute("SELECT count(*) FROM auth_token_tokens WHERE user_id = ?", (user.id,)).fetchone()
+            if most is not None and count >= most:
+                raise Conflict(f"user {user.name!r} has {count} tokens, and {most} is the most. Revoke one first.")
             try:
                 db.execute("INSERT INTO auth_token_tokens VALUES (?, ?, ?, ?, ?, ?, ?)", row)
             except sqlite3.IntegrityError as error:
