@@ -94,8 +94,14 @@ class Guests:
         if request.user is None:
             request = dataclasses.replace(request, user=self._default_user(vm))
         async with self._guest(name, link) as guest:
-            self._services.quotas.check_process(user, self._running_processes(user))
-            return await sessions.start(guest, request, detached=detached)
+            quotas = self._services.quotas
+            if quotas.limits(user)["exec_sessions"] is not None:
+                await self._sessions.known(vm.id for vm in self._store.vms(user.id))
+
+            def admit() -> None:
+                quotas.check_process(user, self._running_processes(user))
+
+            return await sessions.start(guest, request, detached=detached, admit=admit)
 
     async def quota(self, user: User) -> tuple[dict[str, int | None], dict[str, int]]:
         """Return the most *user* may have of each resource (None: no limit), and what they use."""

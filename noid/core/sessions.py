@@ -37,6 +37,16 @@ class Sessions:
         directory = self._layout.vm(instance)
         return VmSessions(vm_id, instance, directory, live, self._nursery, self._reattach_secs)
 
+    async def known(self, vm_ids: Iterable[str]) -> None:
+        """Wait until it is known what runs in those VMs, which it is not when this agent has just started.
+
+        A guest that does not tell counts for nothing: what runs there costs this agent nothing either.
+        """
+        async with trio.open_nursery() as nursery:
+            for vm_id in vm_ids:
+                if vm_id in self._by_vm:
+                    nursery.start_soon(self._by_vm[vm_id].known)
+
     def running(self, vm_ids: Iterable[str]) -> int:
         """Return how many processes run, or are being started, in those VMs, as far as this agent knows."""
         found = [self._by_vm[vm_id] for vm_id in vm_ids if vm_id in self._by_vm]

@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,11 @@ class VmSessions:
         """How many run, or are being started."""
         return self._starting + sum(s.exit is None and s.failure is None for s in self._sessions.values())
 
+    async def known(self) -> None:
+        """Wait until it is known what runs; for a guest that does not tell, `CONNECT_SECS`."""
+        with contextlib.suppress(DeadlineExceeded):
+            await self._wait_until_known()
+
     async def _wait_until_known(self) -> None:
         if not self._known.is_set():
             with trio.move_on_after(CONNECT_SECS):
@@ -121,10 +126,11 @@ class VmSessions:
 
     # --- start and end ------------------------------------------------------------------------------------------------
 
-    async def start(self, guest: Guest, request: ExecRequest, *, detached: bool) -> Session:
+    async def start(self, guest: Guest, request: ExecRequest, *, detached: bool, admit: Callable[[], None]) -> Session:
         """Start a process in *guest*, which is this machine's. Cancelled, there is none.
 
-        One that is not *detached* is its starter's to `finish`.
+        One that is not *detached* is its starter's to `finish`. *admit* raises if it may not be started; it is asked
+        once the guest has told what runs, at the instant from which this one counts.
 
         Raises:
             Unsupported: this way into the guest cannot do what is asked.
@@ -142,6 +148,7 @@ class VmSessions:
         if len(self._sessions) + self._starting >= PROCESSES_MAX:
             raise Conflict(f"the VM has {PROCESSES_MAX} processes, which is the most. End one (`noid kill`) first.")
         label = Label.of(request.argv, vm_id=self.vm_id, instance=self.instance, detached=detached)
+        admit()
         self._starting += 1
         try:
             process = await guest.start(dataclasses.replace(request, label=label.to_text()))

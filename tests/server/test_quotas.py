@@ -101,6 +101,29 @@ async def test_no_more_processes_run_than_may(server: Server) -> None:
     assert (await server.run("true"))["exit_code"] == 0
 
 
+@limited(quota(exec_sessions=1))
+async def test_what_a_guest_has_not_told_yet_counts_before_another_process_starts(server: Server) -> None:
+    for name in ("web", "db"):
+        await server.create(name)
+    vm = server.agent.vm(server.agent.local_user(), "db")
+    untold = await server.agent.guests._sessions.of(vm)
+    await untold.all()  # it has told, and is made to look as after a start of the agent
+    untold._known = trio.Event()
+    statuses: list[int] = []
+
+    async def start(name: str) -> None:
+        answer = await server.ask("POST", f"/v1/vms/{name}/processes", {"command": ["sleep", "60"]})
+        statuses.append(answer.status)
+
+    async with trio.open_nursery() as nursery:
+        for name in ("web", "db", "db"):
+            nursery.start_soon(start, name)
+        await trio.sleep(0.3)
+        assert statuses == []
+        untold._known.set()
+    assert sorted(statuses) == [201, 403, 403]
+
+
 @limited(quota(vms=1, mem_mib=4096))
 async def test_a_user_s_own_quota_counts_at_once_and_can_be_taken_back(server: Server) -> None:
     user, quotas = server.agent.local_user(), server.agent.services.quotas
