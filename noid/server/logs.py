@@ -26,8 +26,8 @@ from noid.server.answers import json_reply
 from noid.server.hardening import BrokenOff, Stay
 from noid.server.lists import Page
 from noid.server.open_streams import OpenStreams
-from noid.server.schemas.lists import PAGE, listed
-from noid.server.schemas.logs import FOLLOW, LOG, READ, READ_PART, STREAM
+from noid.server.schemas.lists import PAGE
+from noid.server.schemas.logs import FOLLOW, INFOS, READ, READ_PART, STREAM
 from noid.server.schemas.vocabulary import text
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
@@ -50,7 +50,8 @@ class LogRoutes:
         logs = "/v1/vms/<name>/logs"
         return [
             Route(
-                method="GET", path=logs, handler=self.infos, scope=Scope.EXEC, query=PAGE, answers={200: listed(LOG)}
+                method="GET", path=logs, handler=self.infos, scope=Scope.EXEC,
+                query={**PAGE, **FOLLOW}, headers={"Range?": text()}, answers={200: INFOS, 206: READ_PART},
             ),
             Route(
                 method="GET", path=f"{logs}/<log>", handler=self.read, scope=Scope.EXEC,
@@ -71,7 +72,9 @@ class LogRoutes:
         ]  # fmt: skip
 
     async def infos(self, name: str) -> Response:
-        """List the VM's logs."""
+        """List the VM's logs; with ``follow`` send that of its console, as ``/v1/vms/<name>/logs/console`` does."""
+        if flag(request.args.get("follow")):
+            return await self.read(name, CONSOLE)
         vm = self._agent.vm(current_user(), checked_name(name))
         page = Page.asked()
         infos = sorted(await self._agent.logs.infos(vm), key=_position)

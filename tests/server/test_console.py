@@ -282,10 +282,11 @@ async def test_a_gap_is_left_out_and_said_and_ranges_stop_at_it(web: Server) -> 
         assert json.loads(message) == {"end": {"offset": 300 * KIB}}
 
 
-async def test_a_log_is_followed_over_both(web: Server) -> None:
+@pytest.mark.parametrize("path", ["/v1/vms/web/logs/console?follow", "/v1/vms/web/logs?follow=1"])
+async def test_a_log_is_followed_over_both(web: Server, path: str) -> None:
     whole = await greeted(web)
     client = await web.unix()
-    await client.send("GET", "/v1/vms/web/logs/console?follow", headers={"range": "bytes=-2"})
+    await client.send("GET", path, headers={"range": "bytes=-2"})
     received = b""
     async with opened(web, "/v1/vms/web/logs/console?offset=-2&follow") as ws, console(web, "?history=0") as typist:
         assert json.loads(await ws.get_message()) == {"log": {"offset": len(whole) - 2}}

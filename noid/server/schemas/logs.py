@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from noid.server.schemas.lists import listed
 from noid.server.schemas.vocabulary import BYTES, Content, array, boolean, choice, flag, integer, record, shape, text
 
 LOG = record(
@@ -28,6 +29,11 @@ CONSOLE = {
 """The query of a console."""
 
 FOLLOW = {"follow?": flag(about="Go on until the log can grow no more.")}
+INFOS = Content(
+    media={**listed(LOG).media, BYTES: {}},
+    headers={**listed(LOG).headers, **{f"{name.removesuffix('?')}?": said for name, said in _HEADERS.items()}},
+    text="The logs, or with `follow` the console's.",
+)
 STREAM = {"offset?": integer(default=0, about="From where on; negative counts from the end."), **FOLLOW}
 
 READ = Content(media={BYTES: {}}, headers=_HEADERS, text="All that is kept, without gaps.")
