@@ -142,7 +142,8 @@ async def test_a_process_of_a_liar_is_lost_with_words_and_the_other_guest_goes_o
         with trio.fail_after(PATIENCE_SECS):
             await honest.discover()
             async with honest_link.guest() as guest:
-                cat = await honest.start(guest, ExecRequest(argv=("cat",), stdin=True), detached=False)
+                cat_request = ExecRequest(argv=("cat",), stdin=True)
+                cat = await honest.start(guest, cat_request, detached=False, admit=lambda: None)
                 await liars.discover()
                 (lost,) = await liars.all()
                 with pytest.raises(BackendError, match=words):
