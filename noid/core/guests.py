@@ -99,7 +99,7 @@ class Guests:
                 await self._sessions.known(vm.id for vm in self._store.vms(user.id))
 
             def admit() -> None:
-                quotas.check_process(user, self._running_processes(user))
+                quotas.check_process(user, lambda: self._running_processes(user))
 
             return await sessions.start(guest, request, detached=detached, admit=admit)
 

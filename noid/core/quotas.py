@@ -7,7 +7,7 @@ last. A VM counts from its reservation until it is gone, also while it is stoppe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import trio
@@ -129,14 +129,14 @@ class Quotas:
         if most is not None and (used := await self._measured(owner)) >= most:
             raise QuotaExceeded(_sentence("bytes", most, used))
 
-    def check_process(self, user: User, running: int) -> None:
-        """Let pass if one more process may run beside the *running* ones of *user*.
+    def check_process(self, user: User, count: Callable[[], int]) -> None:
+        """Let pass if one more process of *user* may run. *count* tells how many do; it is asked only under a limit.
 
         Raises:
             QuotaExceeded: there are as many as there may be.
         """
         most = self.limits(user)["exec_sessions"]
-        if most is not None and running >= most:
+        if most is not None and (running := count()) >= most:
             raise QuotaExceeded(_sentence("exec_sessions", most, running))
 
     def _check(self, tx: Tx, owner: str, resources: tuple[str, ...], being_made: str | None = None) -> None:
