@@ -4,42 +4,37 @@ from __future__ import annotations
 
 import click
 
-from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_name_option, with_vm
-from noid.cli.output import printable, progress, show, table
+from noid.cli.options import call, command, resolved_vm, with_name_option, with_vm
+from noid.cli.output import printable, show, table
 from noid.cli.receipts import lacking_lines
-from noid.client import api
+from noid.client.calls import checkpoints as calls
 from noid.core.model import checked_name
 
 
-@click.command(cls=Command, epilog="noid checkpoint web --label before-upgrade")
+@command(examples="noid checkpoint web --label before-upgrade")
 @with_vm
 @click.option("--label", metavar="TEXT", help="A word to find it by.")
-@with_json
-@with_endpoint
 def checkpoint(name: str | None, name_option: str | None, label: str | None) -> None:
     """Freeze a running VM: memory, processes, disk. It runs on."""
     source = resolved_vm(name, name_option)
-    with progress(f"Checkpointing VM {source!r}"):
-        made = api.checkpoint_vm(call().endpoint, source, label)
+    made = call().perform(calls.take(source, label), f"Checkpointing VM {source!r}")
     suffix = f" (label: {printable(made['label'])})" if made["label"] is not None else ""
-    show(made, f"Checkpoint '{made['id']}' created{suffix}")
+    show(made, f"Checkpoint '{made['id']}' created{suffix}", brief=made["id"])
 
 
-@click.command(cls=Command, epilog="noid checkpoints web")
+@command(examples="noid checkpoints web")
 @with_vm
-@with_json
-@with_endpoint
 def checkpoints(name: str | None, name_option: str | None) -> None:
     """Show the checkpoints of a VM."""
     source = resolved_vm(name, name_option)
-    found = api.checkpoints(call().endpoint, source)
+    found = call().perform(calls.of_vm(source))
     rows = [[item["id"], "-" if item["label"] is None else item["label"], item["created_at"]] for item in found]
-    show(found, table(("id", "label", "created"), rows) if rows else f"No checkpoints for VM '{source}'.")
+    text = table(("id", "label", "created"), rows) if rows else f"No checkpoints for VM '{source}'."
+    show(found, text, brief="\n".join(item["id"] for item in found))
 
 
-@click.command(
-    cls=Command,
-    epilog="""
+@command(
+    examples="""
 noid restore web 0123456789abcdef
 noid restore web 0123456789abcdef --as copy
 noid restore 0123456789abcdef                  (the VM set by `noid use`)
@@ -48,8 +43,6 @@ noid restore 0123456789abcdef                  (the VM set by `noid use`)
 @click.argument("words", nargs=-1, metavar="[NAME] CHECKPOINT_ID")
 @with_name_option
 @click.option("--as", "new_name", metavar="NEW_NAME", help="Leave the VM alone and make a new one.")
-@with_json
-@with_endpoint
 def restore(words: tuple[str, ...], name_option: str | None, new_name: str | None) -> None:
     """Put a VM back to a checkpoint, or make a new VM from one."""
     if not 1 <= len(words) <= 2:
@@ -58,7 +51,7 @@ def restore(words: tuple[str, ...], name_option: str | None, new_name: str | Non
     source = resolved_vm(names[0] if names else None, name_option)
     if new_name is not None:
         checked_name(new_name, "new VM name")
-    with progress(f"Restoring {new_name or source!r}"):
-        vm = api.restore_vm(call().endpoint, source, checkpoint_id, new_name)
+    request = calls.restore(source, checkpoint_id, new_name)
+    vm = call().perform(request, f"Restoring {new_name or source!r}")
     restored = f"VM '{vm['name']}' restored from checkpoint '{printable(checkpoint_id)}'"
-    show(vm, "\n".join([restored, *lacking_lines(vm)]))
+    show(vm, "\n".join([restored, *lacking_lines(vm)]), brief=vm["name"])

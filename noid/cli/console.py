@@ -8,7 +8,7 @@ import sys
 import click
 
 from noid.cli import terminal
-from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_vm
+from noid.cli.options import call, command, resolved_vm, with_vm
 from noid.cli.output import show
 from noid.cli.streams import write
 from noid.client import console_stream
@@ -18,10 +18,8 @@ from noid.core import wire
 INTERRUPTED = 130
 
 
-@click.command(
-    "console",
-    cls=Command,
-    epilog="""
+@command(
+    examples="""
 noid console web
 noid console web --detach-keys ctrl-p,ctrl-q
 noid console web --readonly
@@ -34,8 +32,6 @@ echo dmesg | noid console web
     "--history", type=click.IntRange(min=0), metavar="BYTES", help="Begin with that much of what was printed."
 )
 @terminal.with_detach_keys("ctrl-]", help_text="What leaves.")
-@with_json
-@with_endpoint
 def console(name: str | None, name_option: str | None, readonly: bool, history: int | None, keys: bytes) -> int:
     """Open a VM's serial console in this terminal.
 

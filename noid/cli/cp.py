@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import click
 
-from noid.cli.options import Command, call, with_endpoint, with_json
+from noid.cli.options import call, command
 from noid.cli.output import printable, show
 from noid.client.copying import Copying
 from noid.client.files import GuestPath
@@ -22,9 +22,8 @@ PARTIAL = 1
 PROGRESS_SECS = 0.5
 
 
-@click.command(
-    cls=Command,
-    epilog="""
+@command(
+    examples="""
 noid cp notes.txt web:/srv/
 noid cp web:/var/log ./log
 noid cp web:/etc/. etc           (its contents)
@@ -39,8 +38,6 @@ tar c . | noid cp - web:/srv     (a tar stream; - as the target gives one)
 @click.option("--resume", is_flag=True, help="Go on with what a broken copy of one file has left.")
 @click.option("--max-bytes", type=click.IntRange(min=0), default=64 << 30, help="Out of a VM, at most; 64 GiB.")
 @click.option("--max-entries", type=click.IntRange(min=0), default=1_000_000, help="Out of a VM, at most; a million.")
-@with_json
-@with_endpoint
 def cp(
     source: str, target: str, user: str | None, archive: bool, resume: bool, max_bytes: int, max_entries: int
 ) -> int:

@@ -7,10 +7,11 @@ import os
 import click
 
 from noid.cli import terminal
-from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_vm
+from noid.cli.options import Command, call, command, resolved_vm, with_vm
 from noid.cli.output import show
 from noid.cli.streams import write
-from noid.client import api, exec_stream
+from noid.client import exec_stream
+from noid.client.calls import processes
 from noid.client.errors import ConnectionFailed
 from noid.client.terminal import Terminal
 from noid.core import wire
@@ -38,10 +39,10 @@ class _AfterDashes(Command):
         return [*super().collect_usage_pieces(ctx), "-- COMMAND..."]
 
 
-@click.command(
+@command(
     "exec",
     cls=_AfterDashes,
-    epilog="""
+    examples="""
 noid exec web -- uname -a
 noid exec web -- sh -c 'echo $HOSTNAME'
 tar c . | noid exec web -i -w /srv -- tar x
@@ -58,8 +59,6 @@ noid exec web -d -- make all   then: noid ps web, noid attach web PROCESS
 @terminal.with_detach_keys("ctrl-p,ctrl-q", help_text="What leaves it running, with -t.")
 @click.option("-d", "--detach", is_flag=True, help="Start it, print its id and let it run on.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECS", help="End it after that long.")
-@with_json
-@with_endpoint
 @click.pass_context
 def exec_(
     ctx: click.Context,
@@ -100,8 +99,8 @@ def exec_(
         tty=TerminalSize(**dict(zip(("columns", "rows"), terminal.size(), strict=True))) if tty else None,
     )
     if detach:
-        process = api.start_process(call().endpoint, vm, wire.request_to_json(request))
-        show(process, process["id"])
+        process = call().perform(processes.start(vm, wire.request_to_json(request)))
+        show(process, process["id"], brief=process["id"])
         return 0
     collected = {wire.STDOUT: bytearray(), wire.STDERR: bytearray()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_name_option
+from noid.cli.options import call, command, resolved_vm, with_name_option
 from noid.cli.output import show
 from noid.cli.streams import write
 from noid.client import log_stream
@@ -13,10 +13,8 @@ END_OFFSET = 1 << 59  # beyond every end, which is where reading then begins: mi
 INTERRUPTED = 130
 
 
-@click.command(
-    "logs",
-    cls=Command,
-    epilog="""
+@command(
+    examples="""
 noid logs web
 noid logs web --follow
 noid logs web --tail 2000
@@ -27,8 +25,6 @@ noid logs web --tail 2000
 @with_name_option
 @click.option("-f", "--follow", is_flag=True, help="Go on until it can grow no more, or Ctrl+C.")
 @click.option("--tail", type=click.IntRange(min=0), metavar="BYTES", help="Begin that far from its end.")
-@with_json
-@with_endpoint
 def logs(name: str | None, log: str, name_option: str | None, follow: bool, tail: int | None) -> int:
     """Print what a VM's console, or the process LOG, has shown.
 

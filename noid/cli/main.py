@@ -26,7 +26,7 @@ from importlib import import_module
 import click
 
 from noid import __version__
-from noid.cli.options import Group, with_endpoint, with_json
+from noid.cli.options import Group, common_options
 from noid.errors import NoidError
 
 COMMANDS = {
@@ -106,10 +106,11 @@ noid restore web ID --as copy   wake a second one where the first was frozen
 """,
 )
 @click.version_option(__version__, "-V", "--version", prog_name="noid", message="%(prog)s %(version)s")
-@with_json
-@with_endpoint
 def cli() -> None:
     """Virtual machines that can be frozen, forked and woken in milliseconds."""
+
+
+cli.params += common_options()
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What commands have in common: ``--json``, ``--local``, ``--server`` before or after the name, examples, which VM.
+"""What commands have in common: `command` gives each its examples and the options of all; and which VM is meant.
 
 Every command imports this, ``--version`` included; what only some need is imported where they need it.
 """
@@ -13,13 +13,47 @@ import click
 from noid.errors import NoidError
 
 if TYPE_CHECKING:
+    from noid.client.blocking import Client
+    from noid.client.calls.call import AnswerT
+    from noid.client.calls.call import Call as Request
     from noid.client.settings import Endpoint
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
+class CommonOption(click.Option):
+    """An option that every command has, before its name or after it. Told in one line, not in a list each time."""
+
+    def __init__(self, words: list[str], *, help_text: str, metavar: str | None = None) -> None:
+        super().__init__(
+            words,
+            is_flag=metavar is None,
+            metavar=metavar,
+            help=help_text,
+            hidden=True,
+            expose_value=False,
+            callback=_remember,
+        )
+
+    @property
+    def spelling(self) -> str:
+        """As one types it."""
+        return f"{self.opts[0]} {self.metavar}" if self.metavar else self.opts[0]
+
+
 class Command(click.Command):
     """A command whose *epilog* are examples, shown as they are written. Also a mixin for groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, and which of the common ones there are."""
+        super().format_options(ctx, formatter)
+        common = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, CommonOption)]
+        if ctx.parent is None and common:
+            with formatter.section("Options of every command, before its name or after it"):
+                formatter.write_dl([(", ".join([*each.opts[1:], each.spelling]), each.help or "") for each in common])
+        elif common:
+            formatter.write_paragraph()
+            formatter.write_text(f"As every command: {', '.join(each.spelling for each in common)}; see noid --help.")
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
@@ -38,6 +72,8 @@ class Call:
 
     def __init__(self) -> None:
         self.json = False
+        self.quiet = False
+        self.timing = False
         self.local = False
         self.server: str | None = None
 
@@ -50,32 +86,73 @@ class Call:
             raise click.UsageError("--local and --server exclude each other.")
         return choose_endpoint(local=self.local, server=self.server)
 
+    @property
+    def client(self) -> Client:
+        """What asks that agent."""
+        from noid.client.blocking import Client
+
+        return Client(self.endpoint)
+
+    def perform(self, request: Request[AnswerT], doing: str | None = None) -> AnswerT:
+        """Make *request* of that agent. *doing* is shown on a terminal when it takes longer than one likes to wait."""
+        from noid.cli.output import progress, show_timing
+
+        if doing is None:
+            return self.client.perform(request)
+        with progress(doing):
+            answer = self.client.perform(request)
+        if self.timing:
+            show_timing(answer)
+        return answer
+
 
 def call() -> Call:
     """Return the invocation that is running."""
     return click.get_current_context().ensure_object(Call)
 
 
+def command(
+    name: str | None = None,
+    *,
+    examples: str,
+    asks: bool = True,
+    cls: type[click.Command] = Command,
+    group: click.Group | None = None,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Return what makes a function a command with *examples* and the common options; those of an agent if it *asks*.
+
+    A command's *name* is the function's without a trailing underscore unless it is given.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        wanted = name or function.__name__.rstrip("_").replace("_", "-")
+        made = click.command(wanted, cls=cls, epilog=examples)(function)
+        made.params += common_options(asks=asks)
+        if group is not None:
+            group.add_command(made)
+        return made
+
+    return decorate
+
+
+def common_options(*, asks: bool = True) -> list[click.Parameter]:
+    """Return the options that every command has; with those of an agent if it *asks* one."""
+    options: list[click.Parameter] = [
+        CommonOption(["--json"], help_text="Print JSON."),
+        CommonOption(["-q", "--quiet", "quiet"], help_text="Print names and ids only, and no progress."),
+    ]
+    if asks:
+        options += [
+            CommonOption(["--server"], metavar="URL", help_text="Talk to this server."),
+            CommonOption(["--local"], help_text="Talk to this user's own agent."),
+            CommonOption(["--timing"], help_text="Show how long each phase took on the server."),
+        ]
+    return options
+
+
 def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     if value:
         setattr(ctx.ensure_object(Call), param.name or "", value)
-
-
-def with_endpoint(command: CommandT) -> CommandT:
-    """Add ``--local`` and ``--server``."""
-    server = click.option(
-        "--server", metavar="URL", expose_value=False, callback=_remember, help="Talk to this server."
-    )
-    local = click.option(
-        "--local", is_flag=True, expose_value=False, callback=_remember, help="Talk to this user's own agent."
-    )
-    return server(local(command))
-
-
-def with_json(command: CommandT) -> CommandT:
-    """Add ``--json``."""
-    option = click.option("--json", is_flag=True, expose_value=False, callback=_remember, help="Print JSON.")
-    return option(command)
 
 
 def with_vm(command: CommandT) -> CommandT:

@@ -15,9 +15,26 @@ from noid.cli.options import call
 PROGRESS_AFTER_SECS = 1.0
 
 
-def show(value: object, text: str) -> None:
-    """Print *text*, or with ``--json`` *value* as one line. Its non-ASCII is escaped: every pipe can carry that."""
-    click.echo(json.dumps(value) if call().json else text)
+def show(value: object, text: str, *, brief: str = "") -> None:
+    """Print *text*; with ``--quiet`` *brief*, the names a script goes on with; with ``--json`` *value* as one line.
+
+    JSON's non-ASCII is escaped: every pipe can carry that. No line is printed for no text.
+    """
+    invocation = call()
+    printed = json.dumps(value) if invocation.json else brief if invocation.quiet else text
+    if printed:
+        click.echo(printed)
+
+
+def show_timing(answer: object) -> None:
+    """Print on stderr how long each phase of the work behind *answer* took on the server, as far as it says so."""
+    timings = answer.get("timings") if isinstance(answer, dict) else None
+    if not timings:
+        click.echo("Timing: the server says nothing of this.", err=True)
+        return
+    width = max(map(len, timings))
+    for phase, seconds in timings.items():
+        click.echo(f"{printable(phase):<{width}}  {seconds * 1000:9.1f} ms", err=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -50,7 +67,7 @@ def _columns(text: str) -> int:
 @contextmanager
 def progress(what: str) -> Iterator[None]:
     """Show *what* and the seconds so far on stderr, one line, gone at the end; nothing unless stderr is a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty() or call().quiet:
         yield
         return
     import threading

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import click
 
-from noid.cli.options import Command, CommandT, call, resolved_vm, with_endpoint, with_json, with_name_option
-from noid.cli.output import printable, progress, show
-from noid.client import api
+from noid.cli.options import CommandT, call, command, resolved_vm, with_name_option
+from noid.cli.output import printable, show
+from noid.client.answers import VmInfo
+from noid.client.calls import vms
 from noid.errors import NoidError
 
 GRACE_SECS = 30.0
@@ -37,90 +38,78 @@ def _with_grace(command: CommandT) -> CommandT:
     return timeout(force(command))
 
 
-@click.command(cls=Command, epilog="noid stop web\nnoid stop web db --timeout 120")
+@command(examples="noid stop web\nnoid stop web db --timeout 120")
 @_with_vms
 @_with_grace
-@with_json
-@with_endpoint
 def stop(names: tuple[str, ...], name_option: str | None, grace_secs: float, force: bool) -> None:
     """Shut a VM down. Its disk stays; what it had in memory is lost.
 
     The guest is asked to shut down in order. If it has not within --timeout, its machine is ended all the same.
     """
 
-    def act(name: str) -> tuple[api.VmInfo, str]:
-        vm = api.stop_vm(call().endpoint, name, grace_secs=grace_secs, force=force)
+    def act(name: str) -> tuple[VmInfo, str]:
+        vm = call().perform(vms.stop(name, grace_secs=grace_secs, force=force), f"Stopping VM {name!r}")
         return vm, f"VM '{name}' is {vm['state']} ({printable(vm.get('how') or 'not running')})"
 
-    _each(names, name_option, "Stopping", act)
+    _each(names, name_option, act)
 
 
-@click.command(cls=Command, epilog="noid start web")
+@command(examples="noid start web")
 @_with_vms
-@with_json
-@with_endpoint
 def start(names: tuple[str, ...], name_option: str | None) -> None:
     """Boot a stopped or dead VM on its disk.
 
     Returns when it has booted.
     """
 
-    def act(name: str) -> tuple[api.VmInfo, str]:
-        vm = api.start_vm(call().endpoint, name)
+    def act(name: str) -> tuple[VmInfo, str]:
+        vm = call().perform(vms.start(name), f"Starting VM {name!r}")
         return vm, f"VM '{name}' is {vm['state']}"
 
-    _each(names, name_option, "Starting", act)
+    _each(names, name_option, act)
 
 
-@click.command(cls=Command, epilog="noid reboot web")
+@command(examples="noid reboot web")
 @_with_vms
 @_with_grace
-@with_json
-@with_endpoint
 def reboot(names: tuple[str, ...], name_option: str | None, grace_secs: float, force: bool) -> None:
     """Shut a VM down and boot it again on its disk."""
 
-    def act(name: str) -> tuple[api.VmInfo, str]:
-        vm = api.reboot_vm(call().endpoint, name, grace_secs=grace_secs, force=force)
+    def act(name: str) -> tuple[VmInfo, str]:
+        vm = call().perform(vms.reboot(name, grace_secs=grace_secs, force=force), f"Rebooting VM {name!r}")
         return vm, f"VM '{name}' rebooted ({printable(vm.get('how') or 'started')})"
 
-    _each(names, name_option, "Rebooting", act)
+    _each(names, name_option, act)
 
 
-@click.command(cls=Command, epilog="noid pause web")
+@command(examples="noid pause web")
 @_with_vms
-@with_json
-@with_endpoint
 def pause(names: tuple[str, ...], name_option: str | None) -> None:
     """Make a VM's CPUs stand still. Its memory stays, and so does its place on the host.
 
     Its clock stands still too, and is behind afterwards.
     """
 
-    def act(name: str) -> tuple[api.VmInfo, str]:
-        vm = api.pause_vm(call().endpoint, name)
+    def act(name: str) -> tuple[VmInfo, str]:
+        vm = call().perform(vms.pause(name), f"Pausing VM {name!r}")
         return vm, f"VM '{name}' is {vm['state']}"
 
-    _each(names, name_option, "Pausing", act)
+    _each(names, name_option, act)
 
 
-@click.command(cls=Command, epilog="noid resume web")
+@command(examples="noid resume web")
 @_with_vms
-@with_json
-@with_endpoint
 def resume(names: tuple[str, ...], name_option: str | None) -> None:
     """Let a paused VM go on."""
 
-    def act(name: str) -> tuple[api.VmInfo, str]:
-        vm = api.resume_vm(call().endpoint, name)
+    def act(name: str) -> tuple[VmInfo, str]:
+        vm = call().perform(vms.resume(name), f"Resuming VM {name!r}")
         return vm, f"VM '{name}' is {vm['state']}"
 
-    _each(names, name_option, "Resuming", act)
+    _each(names, name_option, act)
 
 
-def _each(
-    names: tuple[str, ...], name_option: str | None, doing: str, act: Callable[[str], tuple[api.VmInfo, str]]
-) -> None:
+def _each(names: tuple[str, ...], name_option: str | None, act: Callable[[str], tuple[VmInfo, str]]) -> None:
     """Do *act* for every VM that is meant. One that fails keeps none of the others from it; the first error counts."""
     if len(names) < 2:
         wanted = [resolved_vm(names[0] if names else None, name_option)]
@@ -131,9 +120,8 @@ def _each(
     failed: list[NoidError] = []
     for name in wanted:
         try:
-            with progress(f"{doing} VM {name!r}"):
-                vm, text = act(name)
-            show(vm, text)
+            vm, text = act(name)
+            show(vm, text, brief=vm["name"])
         except NoidError as error:
             failed.append(error)
     for other in failed[1:]:

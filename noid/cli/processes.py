@@ -8,10 +8,11 @@ import click
 
 from noid.cli import terminal
 from noid.cli.exec import INTERRUPTED, Failed, exit_code, tell_gap
-from noid.cli.options import Command, call, resolved_vm, with_endpoint, with_json, with_name_option, with_vm
+from noid.cli.options import call, command, resolved_vm, with_name_option, with_vm
 from noid.cli.output import show, table
 from noid.cli.streams import write
-from noid.client import api, exec_stream
+from noid.client import exec_stream
+from noid.client.calls import processes
 from noid.client.errors import ConnectionFailed
 from noid.client.terminal import Terminal
 
@@ -19,13 +20,11 @@ WAIT_SECS = 60.0
 ARGV_CHARACTERS = 60
 
 
-@click.command(cls=Command, epilog="noid ps web")
+@command(examples="noid ps web")
 @with_vm
-@with_json
-@with_endpoint
 def ps(name: str | None, name_option: str | None) -> None:
     """Show a VM's processes that noid started, ended ones too."""
-    found = api.processes(call().endpoint, resolved_vm(name, name_option))
+    found = call().perform(processes.every(resolved_vm(name, name_option)))
     header = ("process", "pid", "state", "exit", "origin", "started", "command")
     rows = [
         [
@@ -39,7 +38,8 @@ def ps(name: str | None, name_option: str | None) -> None:
         ]
         for process in found
     ]
-    show(found, table(header, rows) if rows else "No processes found.")
+    brief = "\n".join(process["id"] for process in found)
+    show(found, table(header, rows) if rows else "No processes found.", brief=brief)
 
 
 def _vm_and_process(words: tuple[str, ...], name_option: str | None) -> tuple[str, str]:
@@ -49,15 +49,13 @@ def _vm_and_process(words: tuple[str, ...], name_option: str | None) -> tuple[st
     return resolved_vm(words[0] if len(words) == 2 else None, name_option), words[-1]
 
 
-@click.command(cls=Command, epilog="noid attach web 8f0a12bc")
+@command(examples="noid attach web 8f0a12bc")
 @click.argument("words", nargs=-1, metavar="[NAME] PROCESS")
 @with_name_option
 @click.option("-i", "--interactive", is_flag=True, help="Forward standard input, if the process takes any.")
 @click.option("-t", "--tty", is_flag=True, help="Be its terminal; implies -i.")
 @terminal.with_detach_keys("ctrl-p,ctrl-q", help_text="What leaves it running, with -t.")
 @click.option("--from-start", is_flag=True, help="Say so when the beginning of its output is gone.")
-@with_json
-@with_endpoint
 def attach(
     words: tuple[str, ...], name_option: str | None, interactive: bool, tty: bool, keys: bytes, from_start: bool
 ) -> int:
@@ -84,15 +82,14 @@ def attach(
     return exit_code(result, vm)
 
 
-@click.command(cls=Command, epilog="noid wait web 8f0a12bc")
+@command(examples="noid wait web 8f0a12bc")
 @click.argument("words", nargs=-1, metavar="[NAME] PROCESS")
 @with_name_option
-@with_json
-@with_endpoint
 def wait(words: tuple[str, ...], name_option: str | None) -> int:
     """Wait until a process has ended. Its exit code is ours."""
     vm, process = _vm_and_process(words, name_option)
-    while (found := api.wait_process(call().endpoint, vm, process, at_most_secs=WAIT_SECS))["state"] == "running":
+    request = processes.wait(vm, process, at_most_secs=WAIT_SECS)
+    while (found := call().perform(request))["state"] == "running":
         pass
     if call().json:
         show(found, "")
@@ -101,9 +98,8 @@ def wait(words: tuple[str, ...], name_option: str | None) -> int:
     return found["exit_code"] & 0xFF
 
 
-@click.command(
-    cls=Command,
-    epilog="""
+@command(
+    examples="""
 noid kill web 8f0a12bc
 noid kill web 8f0a12bc -s INT
 noid kill web 8f0a12bc --forget
@@ -115,14 +111,13 @@ noid kill web 8f0a12bc --forget
     "-s", "--signal", "signal_name", default="TERM", show_default=True, metavar="SIGNAL", help="Name or number."
 )
 @click.option("--forget", is_flag=True, help="End it (TERM, then KILL), and remove it and its output.")
-@with_json
-@with_endpoint
 def kill(words: tuple[str, ...], name_option: str | None, signal_name: str, forget: bool) -> None:
     """Send a signal to a process and all it has started."""
     vm, process = _vm_and_process(words, name_option)
     if forget:
-        api.end_process(call().endpoint, vm, process)
+        call().perform(processes.end(vm, process))
         show({"process": process, "forgotten": True}, f"Process {process} is gone")
         return
-    api.signal_process(call().endpoint, vm, process, int(signal_name) if signal_name.isdecimal() else signal_name)
+    signal = int(signal_name) if signal_name.isdecimal() else signal_name
+    call().perform(processes.send_signal(vm, process, signal))
     show({"process": process, "signal": signal_name}, f"Process {process} was sent {signal_name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from noid.cli.output import printable
-from noid.client.api import ReceiptItem, VmInfo
+from noid.client.answers import ReceiptItem, VmInfo
 
 
 def lacking_lines(vm: VmInfo) -> list[str]:

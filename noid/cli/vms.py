@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
-from noid.cli.options import Command, call, chosen_name, resolved_vm, with_endpoint, with_json, with_vm
-from noid.cli.output import printable, progress, show, table
+from noid.cli.options import call, chosen_name, command, resolved_vm, with_vm
+from noid.cli.output import printable, show, table
 from noid.cli.receipts import lacking_lines, summary
-from noid.client import api
+from noid.client.answers import VmInfo
+from noid.client.calls import vms
 
 DEFAULT_CPUS = 1
 DEFAULT_MEM_MIB = 2048
@@ -21,15 +22,13 @@ def _no_files(ctx: click.Context, param: click.Parameter, value: str | None) -> 
         )
 
 
-@click.command(cls=Command, epilog="noid create web --cpus 2 --mem 512")
+@command(examples="noid create web --cpus 2 --mem 512")
 @with_vm
 @click.option("--cpus", type=int, default=DEFAULT_CPUS, show_default=True, metavar="N", help="Virtual CPUs.")
 @click.option("--mem", type=int, default=DEFAULT_MEM_MIB, show_default=True, metavar="MIB", help="Memory.")
 @click.option("--image", metavar="IMAGE", help="What it boots; the server's default if not given.")
 @click.option("--kernel", hidden=True, expose_value=False, callback=_no_files)
 @click.option("--rootfs", hidden=True, expose_value=False, callback=_no_files)
-@with_json
-@with_endpoint
 def create(name: str | None, name_option: str | None, cpus: int, mem: int, image: str | None) -> None:
     """Make a VM and wait until it answers.
 
@@ -38,29 +37,25 @@ def create(name: str | None, name_option: str | None, cpus: int, mem: int, image
     wanted = chosen_name(name, name_option)
     if wanted is None:
         raise click.UsageError("Missing argument 'NAME'. A new VM needs a name: noid create web")
-    with progress(f"Creating VM {wanted!r}"):
-        vm = api.create_vm(call().endpoint, wanted, cpus=cpus, mem_mib=mem, image=image)
-    show(vm, "\n".join([f"VM '{vm['name']}' created (state: {vm['state']})", *lacking_lines(vm)]))
+    vm = call().perform(vms.create(wanted, cpus=cpus, mem_mib=mem, image=image), f"Creating VM {wanted!r}")
+    text = "\n".join([f"VM '{vm['name']}' created (state: {vm['state']})", *lacking_lines(vm)])
+    show(vm, text, brief=vm["name"])
 
 
-@click.command("list", cls=Command, epilog="noid list")
-@with_json
-@with_endpoint
+@command("list", examples="noid list")
 def list_() -> None:
     """Show your VMs."""
-    vms = api.vms(call().endpoint)
+    found = call().perform(vms.every())
     header = ("name", "state", "cpus", "mem (MiB)", "created")
-    rows = [[vm["name"], _shown_state(vm), str(vm["cpus"]), str(vm["mem_mib"]), vm["created_at"]] for vm in vms]
-    show(vms, table(header, rows) if rows else "No VMs found.")
+    rows = [[vm["name"], _shown_state(vm), str(vm["cpus"]), str(vm["mem_mib"]), vm["created_at"]] for vm in found]
+    show(found, table(header, rows) if rows else "No VMs found.", brief="\n".join(vm["name"] for vm in found))
 
 
-@click.command(cls=Command, epilog="noid info web")
+@command(examples="noid info web")
 @with_vm
-@with_json
-@with_endpoint
 def info(name: str | None, name_option: str | None) -> None:
     """Show one VM."""
-    vm = api.vm(call().endpoint, resolved_vm(name, name_option))
+    vm = call().perform(vms.get(resolved_vm(name, name_option)))
     fields = [
         ("Name:", vm["name"]),
         ("State:", vm["state"]),
@@ -74,20 +69,17 @@ def info(name: str | None, name_option: str | None) -> None:
     if ended := vm.get("ended"):
         fields.append(("Ended:", ended))
     lines = [f"{label:<9}{printable(str(value))}" for label, value in fields]
-    show(vm, "\n".join([*lines, *lacking_lines(vm)]))
+    show(vm, "\n".join([*lines, *lacking_lines(vm)]), brief=vm["name"])
 
 
-def _shown_state(vm: api.VmInfo) -> str:
+def _shown_state(vm: VmInfo) -> str:
     return f"{vm['state']} (silent)" if vm.get("responding") is False else vm["state"]
 
 
-@click.command(cls=Command, epilog="noid destroy web")
+@command(examples="noid destroy web")
 @with_vm
-@with_json
-@with_endpoint
 def destroy(name: str | None, name_option: str | None) -> None:
     """End a VM and remove it, without asking. Its checkpoints stay."""
     doomed = resolved_vm(name, name_option)
-    with progress(f"Destroying VM {doomed!r}"):
-        api.destroy_vm(call().endpoint, doomed)
+    call().perform(vms.destroy(doomed), f"Destroying VM {doomed!r}")
     show({"name": doomed, "destroyed": True}, f"VM '{doomed}' destroyed")

@@ -20,7 +20,7 @@ from wsproto.events import BytesMessage, CloseConnection, Event, Ping, TextMessa
 from wsproto.utilities import ProtocolError
 
 from noid.client import transport
-from noid.client.api import refusal
+from noid.client.calls.call import Reply, refusal
 from noid.client.errors import ConnectionFailed, ConnectionLost, ServerError
 from noid.client.kept_input import KeptInput
 from noid.client.settings import Endpoint
@@ -152,10 +152,10 @@ def _converse(
 
 def _open(endpoint: Endpoint, path: str) -> tuple[socket.socket, bytes]:
     upgraded = transport.upgrade(endpoint, path)
-    if isinstance(upgraded, transport.Reply):
+    if isinstance(upgraded, Reply):
         if 200 <= upgraded.status < 300:
             raise ConnectionFailed(f"{endpoint.address} ignored the wish for a WebSocket. Is there a proxy in between?")
-        raise refusal(endpoint, upgraded)
+        raise refusal(endpoint.address, upgraded)
     return upgraded
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from noid.client import transport
-from noid.client.api import refusal
+from noid.client.calls.call import Reply, refusal
 from noid.client.errors import ConnectionFailed
 from noid.client.settings import Endpoint
 
@@ -70,7 +70,7 @@ def look(endpoint: Endpoint, place: GuestPath, *, with_sum: bool = False, length
     with transport.exchange(endpoint, "GET", _url(place, query), {}) as answer:
         reply = answer.reply()
     if reply.status != 200:
-        raise refusal(endpoint, reply)
+        raise refusal(endpoint.address, reply)
     return _found(endpoint, reply)
 
 
@@ -87,7 +87,7 @@ def download(endpoint: Endpoint, place: GuestPath, *, tar: bool, offset: int = 0
         headers["Range"] = f"bytes={offset}-"
     with transport.exchange(endpoint, "GET", _url(place), headers) as answer:
         if answer.status not in (200, 206) or (answer.status == 206) != (offset > 0):
-            raise refusal(endpoint, answer.reply())
+            raise refusal(endpoint.address, answer.reply())
         yield answer.pieces()
 
 
@@ -134,7 +134,7 @@ def _put(endpoint: Endpoint, url: str, headers: dict[str, str], content: Iterabl
     with transport.exchange(endpoint, "PUT", url, headers, content) as answer:
         reply = answer.reply()
     if reply.status != 200:
-        raise refusal(endpoint, reply)
+        raise refusal(endpoint.address, reply)
     match _decoded(endpoint, reply):
         case {"size": int(size), "entries": int(entries), "sha256": str(sha256), "left_out": list(left_out)}:
             lines = tuple(str(line) for line in left_out)
@@ -149,7 +149,7 @@ def _url(place: GuestPath, query: dict[str, str] | None = None) -> str:
     return f"/v1/vms/{place.vm}/files?" + "&".join(f"{key}={quote(value, safe='/')}" for key, value in words.items())
 
 
-def _found(endpoint: Endpoint, reply: transport.Reply) -> Found:
+def _found(endpoint: Endpoint, reply: Reply) -> Found:
     match _decoded(endpoint, reply):
         case {"kind": "missing"}:
             return Found(kind="missing")
@@ -173,7 +173,7 @@ def _found(endpoint: Endpoint, reply: transport.Reply) -> Found:
     raise _nonsense(endpoint)
 
 
-def _decoded(endpoint: Endpoint, reply: transport.Reply) -> object:
+def _decoded(endpoint: Endpoint, reply: Reply) -> object:
     try:
         return reply.json()
     except (ValueError, RecursionError) as error:

@@ -15,11 +15,11 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from noid import __version__
+from noid.client.calls.call import Call, Reply
 from noid.client.errors import ConnectionFailed
 from noid.client.settings import Endpoint
 from noid.client.sockets import CONNECT_SECS, connect_unix
@@ -33,45 +33,28 @@ BODY_BYTES_MAX = 64 * 1024 * 1024
 PIECES_BYTES_MAX = 1 << 40
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """An answer. Header names are lower case; of several headers with one name the last counts."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-    def json(self) -> Any:
-        """Return the decoded body. Leading blanks, which keep a connection alive, are legal.
-
-        Raises:
-            ValueError: it is not JSON.
-        """
-        return json.loads(self.body)
-
-
-def request(endpoint: Endpoint, method: str, path: str, body: object = None, *, quick: bool = True) -> Reply:
-    """Send one request and return the answer, whatever its status. *quick* bounds the silence before it.
+def request(endpoint: Endpoint, call: Call[Any]) -> Reply:
+    """Send the request of *call* and return the answer, whatever its status.
 
     Raises:
         ConnectionFailed: there is no agent, or the connection ended before the whole answer was there.
         NoidError: the other side speaks another version of the API.
     """
-    content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode("ascii")
-    extra = {"Connection": "close"}
-    if content or method == "POST":
+    content = b"" if call.body is None else json.dumps(call.body, separators=(",", ":")).encode("ascii")
+    extra = {"Connection": "close", **call.headers}
+    if content or call.method == "POST":
         extra |= {"Content-Type": "application/json", "Content-Length": str(len(content))}
     with connect(endpoint) as sock:
-        sock.settimeout(ANSWER_SECS if quick else None)
+        sock.settimeout(ANSWER_SECS if call.quick else None)
         stream = Incoming(sock, endpoint)
         try:
-            sock.sendall(_head(endpoint, method, path, extra) + content)
+            sock.sendall(_head(endpoint, call.method, call.path, extra) + content)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it may have answered before it had read everything; without an answer, reading says so
         except OSError as error:
             raise ConnectionFailed(f"{endpoint.address} went away: {error.strerror or error}.") from error
         status, headers = stream.head()
-        return Reply(status=status, headers=headers, body=stream.body(method, status, headers))
+        return Reply(status=status, headers=headers, body=stream.body(call.method, status, headers))
 
 
 class Exchange:

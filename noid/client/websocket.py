@@ -12,7 +12,7 @@ from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
 from wsproto.utilities import ProtocolError
 
 from noid.client import transport
-from noid.client.api import refusal
+from noid.client.calls.call import Reply, refusal
 from noid.client.errors import ConnectionFailed, ConnectionLost
 from noid.client.settings import Endpoint
 from noid.core import wire
@@ -32,12 +32,12 @@ class WebSocket:
 
     def __init__(self, endpoint: Endpoint, path: str) -> None:
         upgraded = transport.upgrade(endpoint, path)
-        if isinstance(upgraded, transport.Reply):
+        if isinstance(upgraded, Reply):
             if 200 <= upgraded.status < 300:
                 raise ConnectionFailed(
                     f"{endpoint.address} ignored the wish for a WebSocket. Is there a proxy in between?"
                 )
-            raise refusal(endpoint, upgraded)
+            raise refusal(endpoint.address, upgraded)
         self.socket, leftover = upgraded
         self.socket.setblocking(False)
         self.is_closed = False

@@ -29,7 +29,7 @@ def test_listing_imports_no_concurrency_framework_no_http_library_and_no_websock
     agent.answers("GET", "/v1/vms", 200, [])
     modules = imported(noid, "list")
     assert modules & (HEAVY | {"wsproto", "h11", "subprocess", "tomllib", "noid.core.model", "noid.core.wire"}) == set()
-    assert "noid.client.api" in modules  # it did run
+    assert "noid.client.calls.vms" in modules  # it did run
 
 
 def test_the_version_imports_no_command(offline_noid: Any) -> None:

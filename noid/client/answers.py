@@ -1,0 +1,71 @@
+"""What the agent answers: dictionaries whose guaranteed keys are named here.
+
+Newer agents send more, older ones only these, and ``--json`` prints what came.
+"""
+
+# Without `from __future__ import annotations`: as strings, TypedDict could not tell which keys are required.
+from typing import NotRequired, TypedDict
+
+
+class ReceiptItem(TypedDict):
+    """One thing that makes a VM its own: ``done``, ``failed`` or ``not_possible``. Servers before 0.3.0 say nothing."""
+
+    name: str
+    status: str
+    before: str
+    after: str
+    detail: str
+    required: NotRequired[bool]
+
+
+class VmInfo(TypedDict):
+    """A VM. Times are UTC, ``YYYY-MM-DD HH:MM:SS``. *timings* are seconds by phase, in answers to changes.
+
+    *ended* says how its last machine ended, *how* in the answer to a stop what that took; *responding* is None while it
+    is not known whether the guest answers.
+    """
+
+    name: str
+    state: str
+    cpus: int
+    mem_mib: int
+    created_at: str
+    image: NotRequired[str]
+    busy: NotRequired[str | None]
+    receipt: NotRequired[list[ReceiptItem] | None]
+    timings: NotRequired[dict[str, float]]
+    ended: NotRequired[str | None]
+    responding: NotRequired[bool | None]
+    unresponsive_since: NotRequired[str | None]
+    how: NotRequired[str]
+
+
+class CheckpointInfo(TypedDict):
+    """A checkpoint. *id* is 16 lowercase hex digits."""
+
+    id: str
+    vm_name: str
+    label: str | None
+    created_at: str
+    timings: NotRequired[dict[str, float]]
+
+
+class ProcessInfo(TypedDict):
+    """A process of a VM. *id* is 8 hex digits, *state* running, exited or lost."""
+
+    id: str
+    pid: int
+    command: list[str]
+    state: str
+    exit_code: int | None
+    origin: str
+    started_at: str | None
+
+
+class Identity(TypedDict):
+    """Who the agent says the caller is. *token* is the name of the token, None for the local user."""
+
+    user_id: str
+    name: str
+    token: NotRequired[str | None]
+    scopes: NotRequired[list[str]]

@@ -1,0 +1,123 @@
+"""A request and what its answer must be, without the connection; and the error that a refusal is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast
+from urllib.parse import urlencode
+
+from noid.client.errors import ServerError
+
+RAW_TEXT_MAX = 200
+
+AnswerT = TypeVar("AnswerT")
+ShapeT = TypeVar("ShapeT")
+
+
+class NotNoid(ValueError):
+    """What came is JSON of another shape, or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """An answer. Header names are lower case; of several headers with one name the last counts."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """Return the decoded body. Leading blanks, which keep a connection alive, are legal.
+
+        Raises:
+            ValueError: it is not JSON.
+        """
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[AnswerT]):
+    """One request.
+
+    Attributes:
+        path: With its query, as it is sent.
+        body: What JSON can say, or None for no body.
+        quick: Whether silence means that the agent is stuck. Work may take minutes.
+        understand: Makes the answer of a successful reply; raises `NotNoid` for something noid-server would not say.
+    """
+
+    method: str
+    path: str
+    understand: Callable[[Reply], AnswerT]
+    body: object = None
+    quick: bool = True
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def with_query(path: str, **fields: str | int | float | None) -> str:
+    """Return *path* with those of *fields* that are not None as its query."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    return f"{path}?{urlencode(given)}" if given else path
+
+
+def one(shape: type[ShapeT]) -> Callable[[Reply], ShapeT]:
+    """Return what takes a reply for one object that has the required keys of the TypedDict *shape*."""
+    return lambda reply: _checked(_decoded(reply), shape)
+
+
+def many(shape: type[ShapeT]) -> Callable[[Reply], list[ShapeT]]:
+    """Return what takes a reply for a list of such objects."""
+
+    def understand(reply: Reply) -> list[ShapeT]:
+        items = _decoded(reply)
+        if not isinstance(items, list):
+            raise NotNoid
+        return [_checked(item, shape) for item in items]
+
+    return understand
+
+
+def nothing(_: Reply) -> None:
+    """Take a reply for success, whatever it says."""
+
+
+def refusal(address: str, reply: Reply) -> ServerError:
+    """Return the error that *reply* of the agent at *address*, whose status is none of success, stands for."""
+    status = reply.status
+    try:
+        fields = reply.json()
+    except ValueError:
+        fields = None
+    match fields:
+        case {"error": str(text), **rest}:
+            code = rest.get("code")
+            if status == 401:
+                text = text.rstrip(".") + ". Check NOID_TOKEN, or run: noid auth setup --url URL --token TOKEN"
+            return ServerError(text, status=status, code=code if isinstance(code, str) else None)
+    if 300 <= status < 400:
+        where = reply.headers.get("location", "elsewhere")
+        return ServerError(f"it points to {where}. Give noid that URL: redirects are not followed.", status=status)
+    text = " ".join(reply.body.decode("utf-8", "replace").split())
+    if "html" in reply.headers.get("content-type", "") or text.startswith("<"):
+        text = "a web page, not an answer of noid-server. Is the URL right, and is noid-server up behind that proxy?"
+    elif not text:
+        text = "no explanation. Is the URL right?"
+    elif len(text) > RAW_TEXT_MAX:
+        text = text[:RAW_TEXT_MAX] + " ..."
+    return ServerError(f"{address} answered: {text}", status=status)
+
+
+def _checked(item: object, shape: type[ShapeT]) -> ShapeT:
+    required: frozenset[str] = getattr(shape, "__required_keys__")  # noqa: B009  # TypedDict's; unknown to type[ShapeT]
+    if not isinstance(item, dict) or not required <= item.keys():
+        raise NotNoid
+    return cast("ShapeT", item)  # the line above is the check
+
+
+def _decoded(reply: Reply) -> object:
+    try:
+        return reply.json()
+    except (ValueError, RecursionError) as error:
+        raise NotNoid from error
