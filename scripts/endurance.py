@@ -47,7 +47,7 @@ def main() -> int:
             try:
                 return endure(data_dir, asked.execs, asked.at_once)
             finally:
-                subprocess.run([*noid, "destroy", "endurance"], env=environment, check=True)
+                subprocess.run([*noid, "destroy", "--yes", "endurance"], env=environment, check=True)
 
 
 def endure(data_dir: Path, execs: int, at_once: int) -> int:

@@ -6,7 +6,7 @@ Every command imports this, ``--version`` included; what only some need is impor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -74,6 +74,7 @@ class Call:
         self.json = False
         self.quiet = False
         self.timing = False
+        self.yes = False
         self.local = False
         self.server: str | None = None
 
@@ -155,6 +156,44 @@ def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         setattr(ctx.ensure_object(Call), param.name or "", value)
 
 
+def with_yes(command: CommandT) -> CommandT:
+    """Add ``-y`` and ``--yes``, for commands that ask with `confirmed` before they destroy something."""
+    option = click.option("-y", "--yes", is_flag=True, expose_value=False, callback=_remember, help="Do not ask.")
+    return option(command)
+
+
+class Refused(click.ClickException):
+    """Somebody was asked and did not say yes."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Say so. It is no error: they know what they answered."""
+        click.echo(self.message, file=file, err=True)
+
+
+def confirmed(question: str) -> None:
+    """Go on if the person at the terminal says yes to *question*; there is nobody to ask where there is no terminal.
+
+    Nobody is asked with ``--yes``, ``--json`` or ``--quiet``, nor unless both stdin and stderr are terminals, so that
+    scripts run as they always did.
+
+    Raises:
+        Refused: exit code 1. Whatever the answer was, it was not yes.
+    """
+    import sys
+
+    invocation = call()
+    if invocation.yes or invocation.json or invocation.quiet:
+        return
+    if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)):
+        return
+    click.echo(f"{question} [y/N] ", nl=False, err=True)
+    answer = sys.stdin.buffer.readline()  # as bytes: an answer that is no text is no yes
+    if not answer.endswith(b"\n"):
+        click.echo(err=True)
+    if answer.strip().lower() not in (b"y", b"yes"):
+        raise Refused("Nothing was changed.")
+
+
 def with_vm(command: CommandT) -> CommandT:
     """Add ``[NAME]`` and ``--name``, which mean the same. The command gets *name* and *name_option*."""
     return click.argument("name", required=False)(with_name_option(command))
@@ -164,6 +203,11 @@ def with_name_option(command: CommandT) -> CommandT:
     """Add ``--name`` alone, for commands with positionals of their own. The command gets *name_option*."""
     option = click.option("--name", "name_option", metavar="NAME", help="The VM, in place of the argument.")
     return option(command)
+
+
+def with_vms(command: CommandT) -> CommandT:
+    """Add ``[NAME]...`` and ``--name``. The command gets *names* and *name_option*."""
+    return click.argument("names", nargs=-1, metavar="[NAME]...")(with_name_option(command))
 
 
 def chosen_name(name: str | None, name_option: str | None) -> str | None:
@@ -199,3 +243,36 @@ def resolved_vm(name: str | None, name_option: str | None) -> str:
         raise NoidError("no VM specified. Pass a name or run: noid use <name>")
     marked_name, path = marked
     return checked_name(marked_name, f"VM name in {path}")
+
+
+def resolved_vms(names: tuple[str, ...], name_option: str | None) -> list[str]:
+    """Return the VMs that are meant, each once: those named, else the one this directory is bound to.
+
+    Raises:
+        click.UsageError: both ways of naming several are used.
+        NoidError: none is meant.
+        InvalidRequest: one is no name.
+    """
+    if len(names) < 2:
+        return [resolved_vm(names[0] if names else None, name_option)]
+    if name_option is not None:
+        raise click.UsageError("VMs are named both by --name and as arguments.")
+    return [resolved_vm(name, None) for name in dict.fromkeys(names)]
+
+
+def for_each(names: list[str], act: Callable[[str], None]) -> None:
+    """Do *act* for each of *names*. One that fails keeps none of the others from it.
+
+    Raises:
+        NoidError: the first that failed; the others were said already.
+    """
+    failed: list[NoidError] = []
+    for name in names:
+        try:
+            act(name)
+        except NoidError as error:
+            failed.append(error)
+    for other in failed[1:]:
+        click.echo(f"Error: {other}", err=True)
+    if failed:
+        raise failed[0]

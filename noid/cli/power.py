@@ -9,18 +9,12 @@ from collections.abc import Callable
 
 import click
 
-from noid.cli.options import CommandT, call, command, resolved_vm, with_name_option
+from noid.cli.options import CommandT, call, command, for_each, resolved_vms, with_vms
 from noid.cli.output import printable, show
 from noid.client.answers import VmInfo
 from noid.client.calls import vms
-from noid.errors import NoidError
 
 GRACE_SECS = 30.0
-
-
-def _with_vms(command: CommandT) -> CommandT:
-    """Add ``[NAME]...`` and ``--name``. The command gets *names* and *name_option*."""
-    return click.argument("names", nargs=-1, metavar="[NAME]...")(with_name_option(command))
 
 
 def _with_grace(command: CommandT) -> CommandT:
@@ -39,7 +33,7 @@ def _with_grace(command: CommandT) -> CommandT:
 
 
 @command(examples="noid stop web\nnoid stop web db --timeout 120")
-@_with_vms
+@with_vms
 @_with_grace
 def stop(names: tuple[str, ...], name_option: str | None, grace_secs: float, force: bool) -> None:
     """Shut a VM down. Its disk stays; what it had in memory is lost.
@@ -55,7 +49,7 @@ def stop(names: tuple[str, ...], name_option: str | None, grace_secs: float, for
 
 
 @command(examples="noid start web")
-@_with_vms
+@with_vms
 def start(names: tuple[str, ...], name_option: str | None) -> None:
     """Boot a stopped or dead VM on its disk.
 
@@ -70,7 +64,7 @@ def start(names: tuple[str, ...], name_option: str | None) -> None:
 
 
 @command(examples="noid reboot web")
-@_with_vms
+@with_vms
 @_with_grace
 def reboot(names: tuple[str, ...], name_option: str | None, grace_secs: float, force: bool) -> None:
     """Shut a VM down and boot it again on its disk."""
@@ -83,7 +77,7 @@ def reboot(names: tuple[str, ...], name_option: str | None, grace_secs: float, f
 
 
 @command(examples="noid pause web")
-@_with_vms
+@with_vms
 def pause(names: tuple[str, ...], name_option: str | None) -> None:
     """Make a VM's CPUs stand still. Its memory stays, and so does its place on the host.
 
@@ -98,7 +92,7 @@ def pause(names: tuple[str, ...], name_option: str | None) -> None:
 
 
 @command(examples="noid resume web")
-@_with_vms
+@with_vms
 def resume(names: tuple[str, ...], name_option: str | None) -> None:
     """Let a paused VM go on."""
 
@@ -110,21 +104,10 @@ def resume(names: tuple[str, ...], name_option: str | None) -> None:
 
 
 def _each(names: tuple[str, ...], name_option: str | None, act: Callable[[str], tuple[VmInfo, str]]) -> None:
-    """Do *act* for every VM that is meant. One that fails keeps none of the others from it; the first error counts."""
-    if len(names) < 2:
-        wanted = [resolved_vm(names[0] if names else None, name_option)]
-    elif name_option is None:
-        wanted = [resolved_vm(name, None) for name in dict.fromkeys(names)]
-    else:
-        raise click.UsageError("VMs are named both by --name and as arguments.")
-    failed: list[NoidError] = []
-    for name in wanted:
-        try:
-            vm, text = act(name)
-            show(vm, text, brief=vm["name"])
-        except NoidError as error:
-            failed.append(error)
-    for other in failed[1:]:
-        click.echo(f"Error: {other}", err=True)
-    if failed:
-        raise failed[0]
+    """Do *act* for every VM that is meant, and show what each has become."""
+
+    def act_and_show(name: str) -> None:
+        vm, text = act(name)
+        show(vm, text, brief=vm["name"])
+
+    for_each(resolved_vms(names, name_option), act_and_show)

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import click
 
-from noid.cli.options import call, chosen_name, command, resolved_vm, with_vm
+from noid.cli.options import (
+    call,
+    chosen_name,
+    command,
+    confirmed,
+    for_each,
+    resolved_vm,
+    resolved_vms,
+    with_vm,
+    with_vms,
+    with_yes,
+)
 from noid.cli.output import printable, show, table
 from noid.cli.receipts import lacking_lines, summary
 from noid.client.answers import VmInfo
@@ -76,10 +87,19 @@ def _shown_state(vm: VmInfo) -> str:
     return f"{vm['state']} (silent)" if vm.get("responding") is False else vm["state"]
 
 
-@command(examples="noid destroy web")
-@with_vm
-def destroy(name: str | None, name_option: str | None) -> None:
-    """End a VM and remove it, without asking. Its checkpoints stay."""
-    doomed = resolved_vm(name, name_option)
-    call().perform(vms.destroy(doomed), f"Destroying VM {doomed!r}")
-    show({"name": doomed, "destroyed": True}, f"VM '{doomed}' destroyed")
+@command(examples="noid destroy web\nnoid destroy web db --yes")
+@with_vms
+@with_yes
+def destroy(names: tuple[str, ...], name_option: str | None) -> None:
+    """End VMs and remove them. Their checkpoints stay.
+
+    On a terminal it asks first.
+    """
+    doomed = resolved_vms(names, name_option)
+    confirmed(f"Destroy {'VM' if len(doomed) == 1 else 'VMs'} {', '.join(map(repr, doomed))}?")
+
+    def act(name: str) -> None:
+        call().perform(vms.destroy(name), f"Destroying VM {name!r}")
+        show({"name": name, "destroyed": True}, f"VM '{name}' destroyed", brief=name)
+
+    for_each(doomed, act)

@@ -70,6 +70,38 @@ def test_with_i_what_is_typed_reaches_the_guest_and_ctrl_d_ends_it(noid: Any, ag
         os.close(terminal)
 
 
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [b"n\n", b"\n", b"\x04", b"no\n", b"\xff\n", b"yes?\n"])
+def test_who_does_not_say_yes_destroys_nothing(person: Any, noid: Any, agent: Any, answer: bytes) -> None:
+    with person(noid, "destroy", "web", "db") as someone:
+        someone.sees(b"Destroy VMs 'web', 'db'? [y/N] ")
+        someone.types(answer)
+        someone.sees(b"Nothing was changed.")
+        assert someone.running.wait(PATIENCE_SECS) == 1
+    assert agent.requests == []
+
+
+@pytest.mark.parametrize("answer", [b"y\n", b" YES \n"])
+def test_who_says_yes_destroys_what_was_named(person: Any, noid: Any, agent: Any, answer: bytes) -> None:
+    agent.answers("DELETE", "/v1/vms/web", 204)
+    with person(noid, "destroy", "web") as someone:
+        someone.sees(b"Destroy VM 'web'? [y/N] ")
+        someone.types(answer)
+        someone.sees(b"VM 'web' destroyed")
+        assert someone.running.wait(PATIENCE_SECS) == 0
+
+
+@pytest.mark.parametrize("option", ["-y", "--yes", "--json", "-q"])
+def test_nobody_is_asked_who_said_yes_before_or_is_a_script(person: Any, noid: Any, agent: Any, option: str) -> None:
+    agent.answers("DELETE", "/v1/vms/web", 204)
+    with person(noid, "destroy", "web", option) as someone:
+        assert someone.running.wait(PATIENCE_SECS) == 0
+        assert b"?" not in someone.seen
+    assert [request.method for request in agent.requests] == ["DELETE"]
+
+
 # --- exec -t and attach -t -------------------------------------------------------------------------------------------
 
 CTRL_P, CTRL_Q = b"\x10", b"\x11"

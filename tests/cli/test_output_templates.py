@@ -104,6 +104,20 @@ def test_restore_says_which_vm_came_from_which_checkpoint(noid: Any, agent: Any)
 def test_destroy_says_so(noid: Any, agent: Any) -> None:
     agent.answers("DELETE", "/v1/vms/web", 204)
     assert noid("destroy", "web").stdout == b"VM 'web' destroyed\n"
+    assert noid("destroy", "web", "-q").stdout == b"web\n"
+
+
+def test_destroy_ends_every_vm_that_is_named_whatever_becomes_of_one(noid: Any, agent: Any) -> None:
+    for name in ("web", "db"):
+        agent.answers("DELETE", f"/v1/vms/{name}", 204)
+    done = noid("destroy", "web", "nope", "db", "web")
+    assert (done.returncode, done.stdout.decode()) == (1, "VM 'web' destroyed\nVM 'db' destroyed\n")
+    assert done.stderr.decode().startswith("Error: server error (404)")
+    assert [request.path for request in agent.requests if request.method == "DELETE"] == [
+        "/v1/vms/web",
+        "/v1/vms/nope",
+        "/v1/vms/db",
+    ]
 
 
 def test_whoami_shows_name_and_id(noid: Any, agent: Any) -> None:
