@@ -53,7 +53,7 @@ COMMANDS = {
     "use": "noid.cli.account:use",
     "current": "noid.cli.account:current",
     "whoami": "noid.cli.account:whoami",
-    "auth": "noid.cli.account:auth",
+    "auth": "noid.cli.auth:auth",
     "bench": "noid_bench.command:bench",
 }
 GONE = {

@@ -77,6 +77,7 @@ class Call:
         self.yes = False
         self.local = False
         self.server: str | None = None
+        self._warned = False
 
     @property
     def endpoint(self) -> Endpoint:
@@ -85,7 +86,11 @@ class Call:
 
         if self.local and self.server:
             raise click.UsageError("--local and --server exclude each other.")
-        return choose_endpoint(local=self.local, server=self.server)
+        chosen = choose_endpoint(local=self.local, server=self.server)
+        if chosen.token is not None and not self._warned:
+            self._warned = True
+            _warn_of_exposed_tokens()
+        return chosen
 
     @property
     def client(self) -> Client:
@@ -105,6 +110,17 @@ class Call:
         if self.timing:
             show_timing(answer)
         return answer
+
+
+def _warn_of_exposed_tokens() -> None:
+    """Tell the person at the terminal of files that give tokens away. What scripts see stays as it is."""
+    import sys
+
+    from noid.client.servers import exposed
+
+    if sys.stderr is not None and sys.stderr.isatty():
+        for path in exposed():
+            click.echo(f"Warning: other users can read {path}, and so your token. Run: chmod 600 {path}", err=True)
 
 
 def call() -> Call:
@@ -144,7 +160,7 @@ def common_options(*, asks: bool = True) -> list[click.Parameter]:
     ]
     if asks:
         options += [
-            CommonOption(["--server"], metavar="URL", help_text="Talk to this server."),
+            CommonOption(["--server"], metavar="SERVER", help_text="Talk to this server: its URL, or its name."),
             CommonOption(["--local"], help_text="Talk to this user's own agent."),
             CommonOption(["--timing"], help_text="Show how long each phase took on the server."),
         ]

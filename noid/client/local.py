@@ -24,6 +24,7 @@ ENDING_SECS = 5.0
 LOG_NAME = "agent.log"
 LOG_LINES_SHOWN = 8
 FREE_BYTES_MIN = 1 << 16
+MEANT_FOR_CLIENTS = ("NOID_SERVER", "NOID_TOKEN", "NOID_URL")
 
 
 def connect(data_dir: Path) -> socket.socket:
@@ -90,7 +91,7 @@ def _start(data_dir: Path) -> ConfigError | None:
     from subprocess import DEVNULL, Popen, TimeoutExpired  # 10 ms that only the first command pays
 
     log_path = data_dir / LOG_NAME
-    environment = {key: value for key, value in os.environ.items() if key not in ("NOID_TOKEN", "NOID_URL")}
+    environment = {key: value for key, value in os.environ.items() if key not in MEANT_FOR_CLIENTS}
     readable, writable = os.pipe()
     try:
         with open(log_path, "ab", opener=_owner_only) as log:
@@ -154,7 +155,7 @@ def _check_installed() -> None:
     if missing:
         raise ConfigError(
             f"only the client is installed here ({', '.join(missing)} missing), so no local agent can be started."
-            " Run: pip install 'noid[server]', or use a server: noid auth setup --url URL --token TOKEN"
+            " Run: pip install 'noid[server]', or use a server: noid auth setup"
         )
 
 

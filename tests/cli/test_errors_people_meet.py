@@ -28,7 +28,7 @@ def test_the_server_s_own_words_are_shown_with_its_status(noid: Any, agent: Any)
 def test_a_wrong_token_says_how_to_set_one(noid: Any, agent: Any) -> None:
     agent.answers("GET", "/v1/vms", 401, {"error": "invalid token"})
     text = one_paragraph(noid("list"))
-    assert "server error (401): invalid token. Check NOID_TOKEN" in text
+    assert "server error (401): invalid token. It may have expired or been revoked. Check NOID_TOKEN" in text
     assert "noid auth setup" in text
 
 

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from noid.client.errors import ServerError
 
 RAW_TEXT_MAX = 200
+UNAUTHENTICATED_HINT = "It may have expired or been revoked. Check NOID_TOKEN, or run: noid auth setup"
 
 AnswerT = TypeVar("AnswerT")
 ShapeT = TypeVar("ShapeT")
@@ -94,7 +95,7 @@ def refusal(address: str, reply: Reply) -> ServerError:
         case {"error": str(text), **rest}:
             code = rest.get("code")
             if status == 401:
-                text = text.rstrip(".") + ". Check NOID_TOKEN, or run: noid auth setup --url URL --token TOKEN"
+                text = f"{text.rstrip('.')}. {UNAUTHENTICATED_HINT}"
             return ServerError(text, status=status, code=code if isinstance(code, str) else None)
     if 300 <= status < 400:
         where = reply.headers.get("location", "elsewhere")
