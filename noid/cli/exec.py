@@ -1,4 +1,4 @@
-"""``noid exec``: one command in a guest, as if it ran here."""
+"""``noid exec``: one command in a guest, as if it ran here; and the options of all commands that run one."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
-from noid.cli import terminal
+from noid.cli import standard_input, terminal
+from noid.cli.env_entries import environment
 from noid.cli.options import Command, call, command, resolved_vm, with_vm
 from noid.cli.output import show
 from noid.cli.streams import write
 from noid.client import exec_stream
 from noid.client.calls import processes
-from noid.client.errors import ConnectionFailed
 from noid.client.terminal import Terminal
 from noid.core import wire
-from noid.core.model import ExecRequest, TerminalSize, checked_argv, checked_env
+from noid.core.model import ExecRequest, TerminalSize, checked_argv
+from noid.errors import InvalidRequest
 
 TIMED_OUT = 124
+FAILED = 125
 INTERRUPTED = 130
 
 
 class Failed(click.ClickException):
     """Nobody knows how the command fares."""
 
-    exit_code = 125
+    exit_code = FAILED
 
 
 class AfterDashes(Command):
@@ -51,49 +54,51 @@ class AfterDashes(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecOptions:
-    """How a command shall run in a guest: what `with_exec_options` adds to a command of ours."""
+    """How a command shall run in a guest: what `with_exec_options` adds to a command of ours.
+
+    Attributes:
+        interactive, no_stdin: Whether standard input shall be forwarded, or not; neither where nobody said.
+        keys: What leaves a command that has a terminal.
+    """
 
     env: tuple[str, ...]
+    env_file: tuple[Path, ...]
     user: str | None
     workdir: str | None
     interactive: bool
+    no_stdin: bool
     tty: bool
     keys: bytes
     timeout_secs: float | None
 
-    @property
-    def takes_input(self) -> bool:
-        """Whether our standard input is forwarded."""
-        return self.interactive or self.tty
-
 
 def with_exec_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say how a command runs in a guest. The command gets them as *options*, `ExecOptions`."""
+    """Add the options that say how a command runs in a guest. The command gets them as *options*, `ExecOptions`.
 
-    def gathered(**values: Any) -> Any:
+    Whatever of noid's own fails in it ends with `FAILED`, which no guest's exit code is taken for.
+    """
+
+    def gathered(*args: Any, **values: Any) -> Any:
+        call().fails_with = FAILED
         given = {field.name: values.pop(field.name) for field in dataclasses.fields(ExecOptions)}
-        return command(options=ExecOptions(**given), **values)
+        return command(*args, options=ExecOptions(**given), **values)
 
     wrapped: Callable[..., Any] = functools.update_wrapper(gathered, command)
     for option in reversed(
         (
-            click.option("-e", "--env", multiple=True, metavar="KEY=VALUE", help="Set a variable; may be repeated."),
-            click.option("-u", "--user", metavar="USER", help="Run as this user; the image's default if not given."),
-            click.option("-w", "--workdir", metavar="DIR", help="Run in this directory; the user's home if not given."),
-            click.option(
-                "-i", "--interactive", is_flag=True, help="Forward standard input, from a pipe or as it is typed."
-            ),
-            click.option("-t", "--tty", is_flag=True, help="Give it this terminal; implies -i."),
-            terminal.with_detach_keys("ctrl-p,ctrl-q", help_text="What leaves it running, with -t."),
-            click.option(
-                "--timeout",
-                "timeout_secs",
-                type=click.FloatRange(min=0, min_open=True),
-                metavar="SECS",
-                help="End it after that long.",
-            ),
+            click.option("-e", "--env", multiple=True, metavar="K[=V]", help="Set a variable, or pass ours on."),
+            click.option("--env-file", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+                         help="Set those in a file, one a line."),
+            click.option("-u", "--user", metavar="USER", help="Run as this user, not the image's default."),
+            click.option("-w", "--workdir", metavar="DIR", help="Run in this directory, not the user's home."),
+            click.option("-i", "--interactive", is_flag=True, help="Forward our input, whatever it is."),
+            click.option("-n", "--no-stdin", is_flag=True, help="Do not, also if it is a pipe of ours alone."),
+            click.option("-t", "--tty", is_flag=True, help="Give it this terminal, and our input."),
+            terminal.with_detach_keys("ctrl-p,ctrl-q", help_text="Leave it running, with -t."),
+            click.option("--timeout", "timeout_secs", type=click.FloatRange(min=0, min_open=True), metavar="SECS",
+                         help="End it after that long."),
         )
-    ):
+    ):  # fmt: skip
         wrapped = option(wrapped)
     return wrapped
 
@@ -104,9 +109,9 @@ def with_exec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     examples="""
 noid exec web -- uname -a
 noid exec web -- sh -c 'echo $HOSTNAME'
-tar c . | noid exec web -i -w /srv -- tar x
-noid exec web -t -- bash       leave it running with ctrl-p ctrl-q
-noid exec web -d -- make all   then: noid ps web, noid attach web PROCESS
+tar c . | noid exec web -w /srv -- tar x
+noid exec web -it -- bash       leave it running with ctrl-p ctrl-q
+noid exec web -d -- make all    then: noid ps web, noid attach web PROCESS
 """,
 )
 @with_vm
@@ -115,23 +120,23 @@ noid exec web -d -- make all   then: noid ps web, noid attach web PROCESS
 def exec_(name: str | None, name_option: str | None, options: ExecOptions, detach: bool) -> int:
     """Run a command in a VM. Its output streams, its exit code is ours.
 
-    Exit code 124: it took longer than --timeout. 125: the connection was lost, so nobody knows. 128+n: signal n.
+    A pipe or file that noid alone reads is its input; that of a loop around it is not, without -i. Exit code 124: it
+    took too long. 125: noid failed.
     """
     argv = guest_command()
     if not argv:
         raise click.UsageError(f"no command. Write it after two dashes: noid exec {name or 'NAME'} -- uname -a")
     vm = resolved_vm(name, name_option)
-    if detach:
-        _require(
-            not (options.takes_input or options.timeout_secs),
-            "-d starts a command nobody waits for: not with -i, -t, --timeout.",
-        )
-    request = requested(argv, options)
-    if detach:
-        process = call().perform(processes.start(vm, wire.request_to_json(request)))
-        show(process, process["id"], brief=process["id"])
-        return 0
-    return execute(vm, request, options)
+    if not detach:
+        return execute(vm, requested(argv, options), options)
+    _require(
+        not (options.interactive or options.tty or options.timeout_secs),
+        "-d starts a command nobody waits for: not with -i, -t, --timeout.",
+    )
+    request = requested(argv, dataclasses.replace(options, no_stdin=True))
+    process = call().perform(processes.start(vm, wire.request_to_json(request)))
+    show(process, process["id"], brief=process["id"])
+    return 0
 
 
 def guest_command() -> list[str]:
@@ -141,25 +146,43 @@ def guest_command() -> list[str]:
 
 
 def requested(argv: list[str], options: ExecOptions) -> ExecRequest:
-    """Return what to ask an agent for.
+    """Return what to ask an agent for. Input that may have been meant for it and is left alone is told of on stderr.
 
     Raises:
-        click.UsageError: the options do not go together, or not with this terminal.
+        click.UsageError: the options do not go together, or not with this terminal; or a variable is none.
         InvalidRequest: no guest can run that.
     """
     if options.tty:
-        _require(os.isatty(terminal.STDIN_FD), "-t needs a terminal, and standard input is none. Use -i for a pipe.")
+        _require(os.isatty(terminal.STDIN_FD), "-t needs a terminal, and standard input is none.")
         _require(not call().json, "-t shows a terminal, which --json cannot.")
-    env = checked_env(options.env)
+    _require(not (options.no_stdin and (options.interactive or options.tty)), "-n forwards no input: not with -i, -t.")
+    try:
+        env = environment(options.env_file, options.env)
+    except InvalidRequest as error:
+        raise click.UsageError(str(error)) from error
     return ExecRequest(
         argv=checked_argv(argv),
         env=_with_terminal_name(env) if options.tty else env,
         cwd=options.workdir,
         user=options.user,
-        stdin=options.takes_input,
+        stdin=_takes_input(options),
         timeout_secs=options.timeout_secs,
         tty=TerminalSize(**dict(zip(("columns", "rows"), terminal.size(), strict=True))) if options.tty else None,
     )
+
+
+def _takes_input(options: ExecOptions) -> bool:
+    if options.no_stdin:
+        return False
+    if options.interactive or options.tty or standard_input.is_meant_for_us():
+        return True
+    if standard_input.has_waiting() and not call().quiet:
+        click.echo(
+            "Standard input was left to the script around this command, which reads it too. -i takes it, -n says that "
+            "this is meant.",
+            err=True,
+        )
+    return False
 
 
 def execute(vm: str, request: ExecRequest, options: ExecOptions) -> int:
@@ -167,7 +190,7 @@ def execute(vm: str, request: ExecRequest, options: ExecOptions) -> int:
 
     Raises:
         click.ClickException: with 125: nobody knows how it fares.
-        NoidError: the agent refused.
+        NoidError: it could not be run, or nobody knows how it fares.
     """
     as_json = call().json
     collected = {wire.STDOUT: bytearray(), wire.STDERR: bytearray()}
@@ -180,14 +203,10 @@ def execute(vm: str, request: ExecRequest, options: ExecOptions) -> int:
             conversation = exec_stream.Conversation(
                 on_output=collect if as_json else write,
                 on_gap=tell_gap,
-                stdin_fd=terminal.STDIN_FD if options.takes_input else None,
-                terminal=(
-                    Terminal(size=terminal.size, wakeup_fd=wakeup_fd, keys=options.keys) if options.tty else None
-                ),
+                stdin_fd=terminal.STDIN_FD if request.stdin else None,
+                terminal=Terminal(size=terminal.size, wakeup_fd=wakeup_fd, keys=options.keys) if options.tty else None,
             )
             result = exec_stream.run(call().endpoint, vm, request, conversation)
-    except ConnectionFailed as error:
-        raise Failed(str(error)) from error
     except KeyboardInterrupt:
         return INTERRUPTED  # in silence, as the command itself would have ended here
     if result is None:

@@ -6,10 +6,10 @@ exit code meaning
 0         done
 1         it failed; ``Error:`` on stderr says why and what to try
 2         used wrongly
-124, 125  ``exec`` only: timed out; connection lost, so nobody knows
+124, 125  what runs a guest's command only: timed out; noid failed, or nobody knows
 130       interrupted with Ctrl+C
 141       whoever read the output has gone away
-other     ``exec`` only: the guest's
+other     what runs a guest's command only: the guest's
 ========  ===========================================================================
 
 Subcommands are imported when they are used, from `COMMANDS`: starting fast is a feature.
@@ -26,7 +26,7 @@ from importlib import import_module
 import click
 
 from noid import __version__
-from noid.cli.options import Group, common_options
+from noid.cli.options import Call, Group, common_options
 from noid.errors import NoidError
 
 COMMANDS = {
@@ -123,8 +123,9 @@ def main(args: Sequence[str] | None = None) -> None:
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line with *args*, the process' own if None, and return its exit code."""
     # Not cli.main(), which has its own ideas about a closed pipe.
+    invocation = Call()
     try:
-        with cli.make_context("noid", list(sys.argv[1:] if args is None else args)) as ctx:
+        with cli.make_context("noid", list(sys.argv[1:] if args is None else args), obj=invocation) as ctx:
             outcome = cli.invoke(ctx)
         _flush()
         return outcome if isinstance(outcome, int) else 0
@@ -136,7 +137,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except NoidError as error:
         _complain(f"{error}{_next_step(error)}")
-        return 1
+        return invocation.fails_with
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted. What the server has begun it finishes; look with: noid list", err=True)
         return INTERRUPTED
@@ -145,14 +146,14 @@ def run(args: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last resort: a bug must not look like anything else
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
             _complain(f"cannot write the output: {error.strerror}.")
-            return _silence(1)
+            return _silence(invocation.fails_with)
         if _verbose():
             raise
         _complain(
             f"this is a bug in noid {__version__}: {type(error).__name__}: {error}\n"
             "Please report it with the output of the same command under NOID_VERBOSE=1."
         )
-        return 1
+        return invocation.fails_with
 
 
 def _next_step(error: NoidError) -> str:

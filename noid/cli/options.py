@@ -77,6 +77,8 @@ class Call:
         self.yes = False
         self.local = False
         self.server: str | None = None
+        self.fails_with = 1
+        """The exit code when it fails: commands that end with a guest's exit code have one apart from those."""
         self._warned = False
 
     @property

@@ -7,13 +7,12 @@ import os
 import click
 
 from noid.cli import terminal
-from noid.cli.exec import INTERRUPTED, Failed, exit_code, tell_gap
+from noid.cli.exec import FAILED, INTERRUPTED, Failed, exit_code, tell_gap
 from noid.cli.options import call, command, resolved_vm, with_name_option, with_vm
 from noid.cli.output import show, table
 from noid.cli.streams import write
 from noid.client import exec_stream
 from noid.client.calls import processes
-from noid.client.errors import ConnectionFailed
 from noid.client.terminal import Terminal
 
 WAIT_SECS = 60.0
@@ -60,6 +59,7 @@ def attach(
     words: tuple[str, ...], name_option: str | None, interactive: bool, tty: bool, keys: bytes, from_start: bool
 ) -> int:
     """Show what a process has written and writes, until it ends. Its exit code is ours; Ctrl+C leaves it alone."""
+    call().fails_with = FAILED
     vm, process = _vm_and_process(words, name_option)
     if tty and not os.isatty(terminal.STDIN_FD):
         raise click.UsageError("-t needs a terminal, and standard input is none.")
@@ -72,8 +72,6 @@ def attach(
                 terminal=Terminal(size=terminal.size, wakeup_fd=wakeup_fd, keys=keys) if tty else None,
             )
             result = exec_stream.attach(call().endpoint, vm, process, conversation, from_start=from_start)
-    except ConnectionFailed as error:
-        raise Failed(str(error)) from error
     except KeyboardInterrupt:
         return INTERRUPTED
     if result is None:
@@ -87,6 +85,7 @@ def attach(
 @with_name_option
 def wait(words: tuple[str, ...], name_option: str | None) -> int:
     """Wait until a process has ended. Its exit code is ours."""
+    call().fails_with = FAILED
     vm, process = _vm_and_process(words, name_option)
     request = processes.wait(vm, process, at_most_secs=WAIT_SECS)
     while (found := call().perform(request))["state"] == "running":

@@ -209,14 +209,18 @@ class Noid:
         return subprocess.Popen(self.argv(*args), cwd=self.cwd, env=self.env, **options)
 
     def sh(self, script: str) -> subprocess.CompletedProcess[bytes]:
-        """Run *script* by bash with ``noid`` as a function."""
-        prelude = f'noid() {{ "{sys.executable}" -m noid.cli.main "$@"; }}\n'
+        """Run *script* by bash with ``noid`` in its path: no function, which would be a shell between the two."""
+        program = self.home / "bin" / "noid"
+        if not program.exists():
+            program.parent.mkdir()
+            program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m noid.cli.main "$@"\n')
+            program.chmod(0o755)
         return subprocess.run(
-            ["bash", "-c", prelude + script],
+            ["bash", "-c", script],
             capture_output=True,
             stdin=subprocess.DEVNULL,
             cwd=self.cwd,
-            env=self.env,
+            env=self.env | {"PATH": f"{program.parent}{os.pathsep}{self.env['PATH']}"},
             timeout=PATIENCE_SECS,
             check=False,
         )
