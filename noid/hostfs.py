@@ -33,6 +33,7 @@ _FIEMAP_BATCH = 512
 # What the kernel says when a filesystem (or this pair of files) cannot share blocks.
 _NO_REFLINK = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_EXT4_RESERVED_BLOCKS_MAX = 4096  # fs/ext4/super.c, ext4_set_resv_clusters
 _COPY_PIECE_BYTES = 64 << 20
 _COPY_CHUNK_BYTES = 1 << 20
 
@@ -312,6 +313,18 @@ def free_bytes(path: Path) -> int:
     """Return how many bytes an ordinary user can still write on the filesystem of *path*."""
     answer = os.statvfs(path)
     return answer.f_bavail * answer.f_frsize
+
+
+def writable_bytes(path: Path) -> int:
+    """Return how many bytes this process can still write on the filesystem of *path*, at least.
+
+    Root may use the blocks that are kept back for root, but not those that ext4 keeps for itself and counts as free.
+    """
+    answer = os.statvfs(path)
+    blocks = answer.f_bavail
+    if os.geteuid() == 0:
+        blocks = max(blocks, answer.f_bfree - _EXT4_RESERVED_BLOCKS_MAX)
+    return blocks * answer.f_frsize
 
 
 @contextlib.contextmanager

@@ -18,12 +18,14 @@ import trio
 from noid.core.model import Caller, now
 from noid.core.redaction import hidden
 from noid.core.store import Store, Tx
-from noid.errors import NoidError
+from noid.errors import NoidError, NoSpace
 
 logger = logging.getLogger(__name__)
 
 WINDOW_SECS = 60.0
 REFUSALS_MAX = 1000
+#: How many rows wait in memory, at most, for room on a full disk.
+DEFERRED_MAX = 10_000
 TEXT_MAX = 200
 WRITE_SECS = 10.0
 
@@ -82,11 +84,13 @@ class AuditLog:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._counted: dict[tuple[object, ...], AuditEntry] = {}
+        self._deferred: list[AuditEntry] = []
 
     async def record(self, entry: AuditEntry) -> None:
         """Write *entry*, or count it if it is one of many refusals. Cancelled or not, it is written.
 
-        What cannot be written is in the server's log: what has happened has happened.
+        On a full disk it is kept, and written once there is room: the log grows without bound, and must not take what
+        is reserved for undoing and destroying. What cannot be written is in the server's log.
         """
         if entry.is_refusal and not self._is_first(entry):
             return
@@ -103,6 +107,11 @@ class AuditLog:
         counted, self._counted = self._counted, {}
         await self._write([entry for entry in counted.values() if entry.count > 0])
 
+    async def close(self) -> None:
+        """Write down all there is, room or not: nobody else knows of it."""
+        counted, self._counted = self._counted, {}
+        await self._write([entry for entry in counted.values() if entry.count > 0], needs_room=False)
+
     def _is_first(self, entry: AuditEntry) -> bool:
         """Return whether nothing like *entry* is being counted; from then on it is."""
         key: tuple[object, ...] = (entry.user_id, entry.token, entry.address, entry.action, entry.target, entry.status)
@@ -114,17 +123,30 @@ class AuditLog:
         self._counted[key] = dataclasses.replace(entry, count=0 if counted is None else counted.count + 1)
         return counted is None
 
-    async def _write(self, entries: Sequence[AuditEntry]) -> None:
+    async def _write(self, entries: Sequence[AuditEntry], *, needs_room: bool = True) -> None:
+        entries, self._deferred = [*self._deferred, *entries], []
         if not entries:
             return
         with trio.move_on_after(WRITE_SECS, shield=True) as scope:
             try:
-                await self._store.write(lambda tx: insert(tx, entries))
+                await self._store.write(lambda tx: insert(tx, entries), needs_room=needs_room)
             except NoidError as error:
+                if needs_room and isinstance(error, NoSpace):
+                    self._defer(entries)
+                    return
                 lost = "the audit log lacks %d rows, the last about %s: %s"
                 logger.error(lost, len(entries), entries[-1], error)  # noqa: TRY400  # it says it all
         if scope.cancelled_caught:
             logger.error("the audit log lacks %d rows, the last about %s: no time", len(entries), entries[-1])
+
+    def _defer(self, entries: Sequence[AuditEntry]) -> None:
+        """Keep *entries* until there is room; of too many, the newest are lost."""
+        kept = [*self._deferred, *entries]
+        if not self._deferred:
+            logger.warning("the disk is full: rows of the audit log wait in memory for room, the first is %s", kept[0])
+        for entry in kept[DEFERRED_MAX:]:
+            logger.error("the audit log lacks a row, because the disk is full: %s", entry)
+        self._deferred = kept[:DEFERRED_MAX]
 
 
 def insert(tx: Tx, entries: Sequence[AuditEntry]) -> None:

@@ -112,4 +112,5 @@ DELETE_CHECKPOINT: Saga[Work] = Saga(
     (Step("unlist", unlist, list_again), Step("withdraw", withdraw, put_back)),
     commit_gone,
     deadline_secs=60.0,
+    needs_room=False,
 )

@@ -121,8 +121,9 @@ class Keys:
 
         Raises:
             TooManyRequests: its user has used too many keys.
+            NoSpace: there is no room for what it will be answered.
         """
-        await self._store.write(lambda tx: held.written_with(tx, None))
+        await self._store.write(lambda tx: held.written_with(tx, None), needs_room=True)
 
     async def answered(self, held: Held, answer: Answer) -> None:
         """Keep what the call was answered. What cannot be kept is logged: the call itself has happened."""

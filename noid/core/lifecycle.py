@@ -209,6 +209,7 @@ DESTROY_VM: Saga[Work] = Saga(
     commit_destroy,
     deadline_secs=60.0,
     forward=True,
+    needs_room=False,
 )
 
 

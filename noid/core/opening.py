@@ -134,7 +134,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
                 await operations.drain()
                 await sessions.save()
                 await users.save_uses()
-                await audit.flush()
+                await audit.close()
             nursery.cancel_scope.cancel()
 
 
@@ -145,7 +145,7 @@ async def _only_agent(data_dir: Path) -> AsyncIterator[None]:
     Not quite: an agent killed while it started a VMM leaves a child that has the lock until it executes the VMM. So
     the lock is asked for again and again for `LOCK_SECS`.
     """
-    with (data_dir / "agent.lock").open("a+") as lock:
+    with _lock_file(data_dir / "agent.lock") as lock:
         deadline = trio.current_time() + LOCK_SECS
         while not _locked(lock):
             if trio.current_time() > deadline:
@@ -153,10 +153,15 @@ async def _only_agent(data_dir: Path) -> AsyncIterator[None]:
                     f"another noid agent already runs on {data_dir}. Use that one, or give this one its own --data-dir."
                 )
             await trio.sleep(0.02)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
+        lock.seek(0)
+        lock.write(f"{os.getpid()}\n")  # over what is there: on a full disk there may be no other block for it
         lock.flush()
+        lock.truncate()
         yield
+
+
+def _lock_file(path: Path) -> IO[str]:
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
 
 
 def _locked(file: IO[str]) -> bool:

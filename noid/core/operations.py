@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -10,6 +11,8 @@ import trio
 
 from noid.core import tracing
 from noid.errors import Busy, DependencyDown, OperationCancelled
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -35,6 +38,7 @@ class Operations:
         self._started = trio.Event()
         self._freed = trio.lowlevel.ParkingLot()
         self._closing = False
+        self._leftovers: set[trio.CancelScope] = set()
 
     def holder(self, owner: str, vm_name: str) -> str | None:
         """Return what holds the VM now, or None."""
@@ -47,10 +51,12 @@ class Operations:
         vm_names: tuple[str, ...],
         job: Callable[[], Awaitable[T]],
         scope: trio.CancelScope | None = None,
+        leftover: Callable[[], Awaitable[None]] | None = None,
     ) -> T:
         """Run *job* in the agent's nursery, holding *vm_names* of *owner*, and return its result.
 
-        Cancelling the caller does not cancel the job. Cancelling *scope* does.
+        Cancelling the caller does not cancel the job. Cancelling *scope* does. *leftover* is done while nobody waits
+        for it any more and the VMs are still held; it is cancelled when the agent stops.
 
         Raises:
             Busy: names the operation that holds one of *vm_names*, which may be ``checkpoint/<id>`` too.
@@ -64,7 +70,7 @@ class Operations:
         locks.__enter__()  # released by the task, which outlives this call
         cancelled = OperationCancelled(f"{what} of {' and '.join(map(repr, vm_names))} was cancelled; it is undone.")
 
-        async def task() -> None:
+        async def carry_out() -> None:
             try:
                 with scope or trio.CancelScope() as asked:
                     result.value = await job()
@@ -79,8 +85,18 @@ class Operations:
                 )
                 raise
             finally:
+                result.done.set()  # who waits goes on when this task waits for something, or has ended
+
+        async def task() -> None:
+            try:
+                await carry_out()
+                if leftover is not None:
+                    with self._until_closing():
+                        await leftover()
+            except Exception:  # a bug here must not end the agent
+                logger.exception("what is left over of %s of %s is left to the next start", what, vm_names)
+            finally:
                 locks.__exit__(None, None, None)
-                result.done.set()
 
         self._nursery.start_soon(task, name=f"{what} {' '.join(vm_names)}")
         await result.done.wait()
@@ -103,9 +119,26 @@ class Operations:
                 return
 
     async def drain(self) -> None:
-        """Refuse new operations and wait for the running ones. Bound it with ``move_on_after``."""
+        """Refuse new operations and wait for the running ones. Bound it with ``move_on_after``.
+
+        What is left over of others is not waited for.
+        """
         self._closing = True
+        for scope in self._leftovers:
+            scope.cancel()
         await self._idle.wait()
+
+    @contextmanager
+    def _until_closing(self) -> Iterator[None]:
+        """Cancel what is inside when the agent stops."""
+        with trio.CancelScope() as scope:
+            if self._closing:
+                scope.cancel()
+            self._leftovers.add(scope)
+            try:
+                yield
+            finally:
+                self._leftovers.remove(scope)
 
     @contextmanager
     def _hold(self, what: str, owner: str, vm_names: tuple[str, ...]) -> Iterator[None]:

@@ -96,7 +96,9 @@ async def if_it_lives(work: Work, facts: Facts, act: Callable[[Live], Awaitable[
             raise
 
 
-PAUSE_VM: Saga[Work] = Saga("vm.pause", (Step("pause", pause_machine, undo_pause),), commit_paused, deadline_secs=60.0)
+PAUSE_VM: Saga[Work] = Saga(
+    "vm.pause", (Step("pause", pause_machine, undo_pause),), commit_paused, deadline_secs=60.0, needs_room=False
+)
 RESUME_VM: Saga[Work] = Saga(
-    "vm.resume", (Step("resume", resume_machine, undo_resume),), commit_resumed, deadline_secs=60.0
+    "vm.resume", (Step("resume", resume_machine, undo_resume),), commit_resumed, deadline_secs=60.0, needs_room=False
 )

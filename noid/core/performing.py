@@ -37,6 +37,9 @@ KEPT = timedelta(hours=24)
 #: How long it stays in the journal, where recovery looks for what machines there have been.
 REMEMBERED = timedelta(days=30)
 FORGET_SECS = 3600.0
+#: How long after an undo that has failed it is tried again: at first, and at most.
+UNDO_AGAIN_SECS = 1.0
+UNDO_AGAIN_SECS_MAX = 60.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -137,6 +140,9 @@ class Performer:
         It is about the VM *vm_name*, else about the first of the *vm_names* that it holds. Cancelling the caller
         changes nothing.
 
+        What could not be undone is tried again, with the VMs still held and the operation still running, when the error
+        was raised already.
+
         Raises:
             Busy: names the operation that holds one of the VMs.
             OperationCancelled: somebody asked for that; what had begun is undone.
@@ -158,10 +164,18 @@ class Performer:
             try:
                 return await self._perform(performance, what, after)
             finally:
-                self._ended(performance)
+                if performance.undo_again is None:
+                    self._ended(performance)
+
+        async def leftover() -> None:
+            if performance.undo_again is not None:
+                try:
+                    await _until_undone(performance, performance.undo_again)
+                finally:
+                    self._ended(performance)
 
         try:
-            return await self._operations.run(what, user.id, vm_names, job, performance.scope)
+            return await self._operations.run(what, user.id, vm_names, job, performance.scope, leftover)
         except OperationCancelled as error:
             raise performance.cancelled or error from None  # in the words that are in the journal
 
@@ -295,6 +309,19 @@ class Performer:
             facts: dict[str, Any] = {"operation": ended.id, "kind": ended.kind, "state": ended.state.value}
             facts |= {"secs": secs, "timings": dict(ended.timings)}
             self._services.events.tell(Event(kind="operation.end", owner=ended.owner, vm=ended.vm, facts=facts))
+
+
+async def _until_undone(performance: Performance, undo_again: Callable[[], Awaitable[bool]]) -> None:
+    """Repeat the undo of an operation that has failed until it works: a full disk, or whatever it was, may pass."""
+    about = f"{performance.table.kind} of {performance.vm_name}"
+    pause_secs = UNDO_AGAIN_SECS
+    logger.error("what %s has begun could not be undone; it is tried again until it works", about)
+    while True:
+        await trio.sleep(pause_secs)
+        if await undo_again():
+            logger.warning("what %s had begun is undone now", about)
+            return
+        pause_secs = min(2 * pause_secs, UNDO_AGAIN_SECS_MAX)
 
 
 def _facts_of(outcome: Outcome) -> dict[str, Any]:

@@ -245,6 +245,10 @@ UP: tuple[Step[Work], ...] = (
     Step("wake", wake_booted),
 )
 
-STOP_VM: Saga[Work] = Saga("vm.stop", (DOWN,), commit_stopped, deadline_secs=GRACE_SECS_MAX + MARGIN_SECS)
+STOP_VM: Saga[Work] = Saga(
+    "vm.stop", (DOWN,), commit_stopped, deadline_secs=GRACE_SECS_MAX + MARGIN_SECS, needs_room=False
+)
 START_VM: Saga[Work] = Saga("vm.start", UP, commit_started, deadline_secs=900.0)
-REBOOT_VM: Saga[Work] = Saga("vm.reboot", (DOWN, *UP), commit_started, deadline_secs=GRACE_SECS_MAX + 900.0)
+REBOOT_VM: Saga[Work] = Saga(  # without room it is a stop: also when it was the guest that has reset the machine
+    "vm.reboot", (DOWN, *UP), commit_started, deadline_secs=GRACE_SECS_MAX + 900.0, needs_room=False
+)

@@ -8,7 +8,8 @@ The rules, which every step can rely on and must keep:
 - Facts are JSON: they are what recovery knows in the next process. Live objects belong in the context.
 - ``commit`` is one database transaction that holds the saga's last change *and* the journal's ``finished``: an
   operation has happened entirely or, after undo, not at all.
-- Undo runs under a shield with its own deadline. If it fails the journal stays open and recovery repeats it.
+- Undo runs under a shield with its own deadline. If it fails the journal stays open, and it is repeated: by whoever
+  ran the saga, who still holds its VMs, and by recovery.
 - Why an operation failed is in the journal before its undo begins, so that a crash in between does not change it.
 - A ``forward`` saga cannot be undone: what a crash cuts off, recovery carries on, on the same page.
 """
@@ -50,7 +51,8 @@ class Step(Generic[C]):
 class Saga(Generic[C]):
     """An operation. *commit* runs inside the transaction that ends it; *deadline_secs* bounds the steps together.
 
-    One that is *forward* has no undo: it cannot be cancelled, and recovery runs its steps again.
+    One that is *forward* has no undo: it cannot be cancelled, and recovery runs its steps again. One that *needs_room*
+    is refused on a full disk before it begins; the others may use what is reserved for the database.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class Saga(Generic[C]):
     commit: Callable[[C, Facts, Tx], None]
     deadline_secs: float
     forward: bool = False
+    needs_room: bool = True
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -65,7 +68,8 @@ class Progress:
     """One run of a saga as others see it while it goes on. Subclasses add to its transactions.
 
     *operation* is its id, *step* the one it is in, *timings* the seconds of those behind it. *cancelled* is why, where
-    somebody cancelled it on purpose; without, a cancellation means that the agent ends.
+    somebody cancelled it on purpose; without, a cancellation means that the agent ends. *undo_again* repeats an undo
+    that has failed, and returns whether it has worked now; None: there is nothing to undo.
     """
 
     operation: str = field(default_factory=new_id)
@@ -73,6 +77,7 @@ class Progress:
     timings: dict[str, float] = field(default_factory=dict)
     cancelled: NoidError | None = None
     committed: bool = False
+    undo_again: Callable[[], Awaitable[bool]] | None = None
 
     def opening(self, tx: Tx) -> None:
         """Add to the transaction that opens the page."""
@@ -95,15 +100,15 @@ class Journal:
 
     @classmethod
     async def begin(
-        cls, store: Store, progress: Progress, kind: str, owner: str, vm_name: str, facts: Facts
+        cls, store: Store, progress: Progress, saga: Saga[C], owner: str, vm_name: str, facts: Facts
     ) -> Journal:
         """Open a page: from here on, a crash makes recovery undo the operation."""
 
         def change(tx: Tx) -> None:
-            tx.open_operation(progress.operation, kind, owner, vm_name, facts)
+            tx.open_operation(progress.operation, saga.kind, owner, vm_name, facts)
             progress.opening(tx)
 
-        await store.write(change)
+        await store.write(change, needs_room=saga.needs_room)
         progress.opened()
         return cls(store, progress.operation)
 
@@ -150,7 +155,7 @@ async def run(
         DeadlineExceeded: the steps took longer than ``saga.deadline_secs`` together.
     """
     progress = progress or Progress()
-    journal = page or await Journal.begin(store, progress, saga.kind, owner=owner, vm_name=vm_name, facts=facts)
+    journal = page or await Journal.begin(store, progress, saga, owner=owner, vm_name=vm_name, facts=facts)
     began: list[Step[C]] = []
     try:
         with trio.move_on_after(saga.deadline_secs) as deadline:
@@ -170,11 +175,15 @@ async def run(
         await journal.finish(progress, lambda tx: saga.commit(context, facts, tx))
     except BaseException as error:
         if isinstance(error, Exception):
-            why = error if isinstance(error, NoidError) else _bug(progress.operation)
-            await unwind(saga, context, facts, journal, began, why, progress.timings)  # noqa: ASYNC102  # shields itself
+            why: NoidError | None = error if isinstance(error, NoidError) else _bug(progress.operation)
         elif is_cancellation(error) and not saga.forward:  # what only goes forward the next start carries on
-            await unwind(saga, context, facts, journal, began, progress.cancelled, progress.timings)  # noqa: ASYNC102  # shields itself
-        raise  # anything else ends the agent: the next one undoes
+            why = progress.cancelled
+        else:
+            raise  # it ends the agent: the next one undoes
+        undo = partial(unwind, saga, context, facts, journal, began, why, progress.timings)
+        if not await undo():  # noqa: ASYNC102  # shields itself
+            progress.undo_again = undo
+        raise
     return progress.timings
 
 
@@ -190,8 +199,8 @@ async def unwind(
     """Undo the steps that *began*, last first, and close the journal. Return whether all of it worked.
 
     *why* it failed; None: the agent ended. Each undo has `UNDO_SECS`. One that fails is logged; the others still run,
-    and the page stays open so that the next start repeats all of them. A journal that cannot be written, on a full
-    disk, keeps no undo from running: an undo may be what frees the space.
+    and the page stays open so that all of them are repeated: by this agent or by the next start. A journal that cannot
+    be written, on a full disk, keeps no undo from running: an undo may be what frees the space.
     """
     clean = True
     if why is not None:
@@ -215,8 +224,8 @@ async def _attempt(what: str, act: Callable[[], Awaitable[None]]) -> bool:
         try:
             await act()
         except Exception:  # whatever it is, the other undos must still run
-            logger.exception("%s failed; the next start repeats it", what)
+            logger.exception("%s failed; it is tried again, at the latest by the next start", what)
             return False
         return True
-    logger.error("%s took longer than %g s; the next start repeats it", what, UNDO_SECS)
+    logger.error("%s took longer than %g s; it is tried again, at the latest by the next start", what, UNDO_SECS)
     return False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -30,11 +31,14 @@ from noid.core.model import (
     now,
 )
 from noid.core.rereading import Rereader
+from noid.core.reserve import Reserve
 from noid.core.rows import checkpoint_of, encode, text_of, user_of, vm_of, vm_row
 from noid.core.schema import migrations
 from noid.core.states import may_follow
 from noid.errors import BackendError, Conflict, Damaged, DependencyDown, NoidError, NoSpace, NotFound
 from noid.hostfs import os_errors
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -206,22 +210,26 @@ class Tx:
 class Store:
     """The agent's database. Open it with `open_store`."""
 
-    def __init__(self, reader: sqlite3.Connection, writer: sqlite3.Connection) -> None:
+    def __init__(self, reader: sqlite3.Connection, writer: sqlite3.Connection, reserve: Reserve | None = None) -> None:
+        self._reserve = reserve
         self._reader = reader
         self._rereader = Rereader(reader)
         self._writer = writer
         self._one_writer = trio.CapacityLimiter(1)
         self._changes: dict[str, trio.Event] = {}
 
-    async def write(self, change: Callable[[Tx], T]) -> T:
+    async def write(self, change: Callable[[Tx], T], *, needs_room: bool = False) -> T:
         """Run *change* as one transaction and return its result. It is not interrupted by a cancellation.
+
+        With *needs_room* it is refused while the disk has no more than what is reserved for the database: for what
+        begins something that takes room. See `noid.core.reserve`.
 
         Raises:
             NoSpace: the disk is full; nothing was changed.
             Damaged: SQLite says so.
         """
         tx = Tx(self._writer)
-        result = await trio.to_thread.run_sync(self._write, tx, change, limiter=self._one_writer)
+        result = await trio.to_thread.run_sync(self._write, tx, change, needs_room, limiter=self._one_writer)
         for vm_id in tx.changed & self._changes.keys():
             self._changes.pop(vm_id).set()
         return result
@@ -230,7 +238,10 @@ class Store:
         """Run *change* as `write` does, blocking: for commands without an event loop."""
         return self._write(Tx(self._writer), change)
 
-    def _write(self, tx: Tx, change: Callable[[Tx], T]) -> T:
+    def _write(self, tx: Tx, change: Callable[[Tx], T], needs_room: bool = False) -> T:  # passed on
+        if needs_room and self._reserve is not None:
+            with os_errors("looking for room on the database's disk"):
+                self._reserve.require_room()
         with _sqlite_errors(), _transaction(self._writer):
             return change(tx)
 
@@ -361,8 +372,11 @@ def open_store(path: Path) -> Iterator[Store]:
             stack.callback(reader.close)
             reader.execute("PRAGMA query_only=1")
             reader.row_factory = sqlite3.Row
+            reserve = Reserve(path)
+            if not reserve.take():
+                logger.warning("no room is reserved for the database %s; see 'the disk is full' in the manual", path)
         stack.pop_all()
-        store = Store(reader, writer)
+        store = Store(reader, writer, reserve)
     try:
         yield store
     finally:
@@ -411,8 +425,9 @@ def _sqlite_errors(path: Path | None = None) -> Iterator[None]:
         raise  # the latter is a bug of ours
     except sqlite3.DatabaseError as error:
         where = f"the database {path}" if path else "the noid database"
-        primary = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if primary == sqlite3.SQLITE_FULL:
+        extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+        primary = extended & 0xFF
+        if primary == sqlite3.SQLITE_FULL or extended == sqlite3.SQLITE_IOERR_SHMSIZE:  # of the log's index
             raise NoSpace(f"the disk of {where} is full; nothing was changed. Free space and try again.") from error
         if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise DependencyDown(

@@ -89,7 +89,7 @@ class Users:
             Conflict: the name is taken.
         """
         checked_name(name, "user name")
-        user = await self._store.write(lambda tx: tx.insert_user(name, new_id()))
+        user = await self._store.write(lambda tx: tx.insert_user(name, new_id()), needs_room=True)
         return user, await self._auth.create_token(user)
 
     async def rotate_token(self, name: str) -> str:
@@ -147,7 +147,9 @@ class Users:
     async def note(self, command: str, target: str) -> None:
         """Write into the audit log that somebody on this host has carried out an admin *command*."""
         entry = AuditEntry(at=now(), user=local_user_name(), action=f"noid-server {command}", target=target, status=0)
-        await AuditLog(self._store).record(entry)
+        log = AuditLog(self._store)
+        await log.record(entry)
+        await log.close()
 
     async def keep_saving_uses(self) -> None:
         """Write down, from time to time, when tokens were used last. Runs until it is cancelled."""

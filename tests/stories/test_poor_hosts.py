@@ -77,6 +77,9 @@ def test_a_full_disk_fails_create_checkpoint_and_restore_and_harms_nothing(small
     house.ok("restore", "web", checkpoint, "--as", "new")
     assert house.guest("new", "cat /dev/shm/word") == "kept"
     house.checkpoint("web")
+    with full(house):
+        house.ok("destroy", "new")
+    assert house.states() == {"web": "running"}
 
 
 def test_without_qemu_the_first_command_says_what_to_install(house: House) -> None:
