@@ -1,9 +1,10 @@
-"""``noid create``, ``list``, ``info``, ``destroy``: a VM's life."""
+"""``noid create``, ``list``, ``info``, ``rename``, ``destroy``: a VM's life."""
 
 from __future__ import annotations
 
 import click
 
+from noid.cli.labels import given, labelled, warn_unless_kept, with_labels
 from noid.cli.options import (
     call,
     chosen_name,
@@ -12,6 +13,7 @@ from noid.cli.options import (
     for_each,
     resolved_vm,
     resolved_vms,
+    with_name_option,
     with_vm,
     with_vms,
     with_yes,
@@ -20,6 +22,7 @@ from noid.cli.output import printable, show, table
 from noid.cli.receipts import lacking_lines, summary
 from noid.client.answers import VmInfo
 from noid.client.calls import vms
+from noid.client.settings import active_vm, set_active_vm
 
 DEFAULT_CPUS = 1
 DEFAULT_MEM_MIB = 2048
@@ -33,30 +36,62 @@ def _no_files(ctx: click.Context, param: click.Parameter, value: str | None) -> 
         )
 
 
-@command(examples="noid create web --cpus 2 --mem 512")
+@command(
+    examples="""
+noid create web --cpus 2 --mem 512
+noid create                       a name is made up and printed
+noid create copy --from 0123456789abcdef
+noid create --use && noid exec -- uname -a
+""",
+)
 @with_vm
 @click.option("--cpus", type=int, default=DEFAULT_CPUS, show_default=True, metavar="N", help="Virtual CPUs.")
 @click.option("--mem", type=int, default=DEFAULT_MEM_MIB, show_default=True, metavar="MIB", help="Memory.")
 @click.option("--image", metavar="IMAGE", help="What it boots; the server's default if not given.")
+@click.option("--from", "checkpoint", metavar="CHECKPOINT", help="Wake it from this checkpoint: id or label.")
+@with_labels("A word of yours to find it by; may be repeated. See: noid label.")
+@click.option("--use", "used", is_flag=True, help="Make it the VM that commands in this directory mean.")
 @click.option("--kernel", hidden=True, expose_value=False, callback=_no_files)
 @click.option("--rootfs", hidden=True, expose_value=False, callback=_no_files)
-def create(name: str | None, name_option: str | None, cpus: int, mem: int, image: str | None) -> None:
-    """Make a VM and wait until it answers.
+def create(
+    name: str | None,
+    name_option: str | None,
+    cpus: int,
+    mem: int,
+    image: str | None,
+    checkpoint: str | None,
+    labels: tuple[str, ...],
+    used: bool,
+) -> None:
+    """Make a VM and wait until it answers. Without a name it gets one.
 
     The first of a shape (CPUs, memory, image) boots and may take a minute; later ones wake in milliseconds.
     """
+    from noid.cli.friendly_names import unused
+    from noid.cli.new_vm import NewVm
+
     wanted = chosen_name(name, name_option)
-    if wanted is None:
-        raise click.UsageError("Missing argument 'NAME'. A new VM needs a name: noid create web")
-    vm = call().perform(vms.create(wanted, cpus=cpus, mem_mib=mem, image=image), f"Creating VM {wanted!r}")
-    text = "\n".join([f"VM '{vm['name']}' created (state: {vm['state']})", *lacking_lines(vm)])
-    show(vm, text, brief=vm["name"])
+    new = NewVm.asked(cpus=cpus, mem_mib=mem, image=image, checkpoint=checkpoint, labels=given(labels))
+
+    def make(name: str) -> VmInfo:
+        return call().perform(new.request(name), f"Creating VM {name!r}")
+
+    vm = unused(make) if wanted is None else make(wanted)
+    warn_unless_kept(new.labels, vm)
+    lines = [f"VM '{vm['name']}' created (state: {vm['state']})", *lacking_lines(vm)]
+    if used:
+        set_active_vm(vm["name"])
+        lines.append(f"Active VM set to '{vm['name']}'")
+    show(vm, "\n".join(lines), brief=vm["name"])
 
 
-@command("list", examples="noid list")
-def list_() -> None:
+@command("list", examples="noid list\nnoid list --label tier=front\nnoid list -q --label noid.run")
+@with_labels("Only those with this label; may be repeated.", "KEY[=VALUE]")
+def list_(labels: tuple[str, ...]) -> None:
     """Show your VMs."""
-    found = call().perform(vms.every())
+    found = call().perform(vms.every(labels))
+    if labels:
+        found = labelled(found)
     header = ("name", "state", "cpus", "mem (MiB)", "created")
     rows = [[vm["name"], _shown_state(vm), str(vm["cpus"]), str(vm["mem_mib"]), vm["created_at"]] for vm in found]
     show(found, table(header, rows) if rows else "No VMs found.", brief="\n".join(vm["name"] for vm in found))
@@ -85,6 +120,29 @@ def info(name: str | None, name_option: str | None) -> None:
 
 def _shown_state(vm: VmInfo) -> str:
     return f"{vm['state']} (silent)" if vm.get("responding") is False else vm["state"]
+
+
+@command(examples="noid rename web www")
+@click.argument("words", nargs=-1, metavar="[NAME] NEW_NAME")
+@with_name_option
+def rename(words: tuple[str, ...], name_option: str | None) -> None:
+    """Give a VM another name, running or not. Its checkpoints follow.
+
+    Its guest is told when it starts the next time. A directory whose VM it is (`noid use`) goes on meaning it.
+    """
+    from noid.core.model import checked_name
+
+    if not 1 <= len(words) <= 2:
+        raise click.UsageError("Give the VM's new name, and before it the one it has: noid rename web www")
+    *names, new_name = words
+    old = resolved_vm(names[0] if names else None, name_option)
+    checked_name(new_name, "new VM name")
+    vm = call().perform(vms.rename(old, new_name), f"Renaming VM {old!r}")
+    lines = [f"VM '{old}' renamed to '{vm['name']}'"]
+    if (marked := active_vm()) is not None and marked[0] == old:
+        set_active_vm(vm["name"])
+        lines.append(f"Active VM set to '{vm['name']}'")
+    show(vm, "\n".join(lines), brief=vm["name"])
 
 
 @command(examples="noid destroy web\nnoid destroy web db --yes")

@@ -22,7 +22,8 @@ class VmInfo(TypedDict):
     """A VM. Times are UTC, ``YYYY-MM-DD HH:MM:SS``. *timings* are seconds by phase, in answers to changes.
 
     *ended* says how its last machine ended, *how* in the answer to a stop what that took; *responding* is None while it
-    is not known whether the guest answers.
+    is not known whether the guest answers. *generation* grows with every change; servers before 0.3.0 do not tell it,
+    nor *labels*.
     """
 
     name: str
@@ -38,6 +39,8 @@ class VmInfo(TypedDict):
     responding: NotRequired[bool | None]
     unresponsive_since: NotRequired[str | None]
     how: NotRequired[str]
+    generation: NotRequired[int]
+    labels: NotRequired[dict[str, str]]
 
 
 class CheckpointInfo(TypedDict):
@@ -47,6 +50,7 @@ class CheckpointInfo(TypedDict):
     vm_name: str
     label: str | None
     created_at: str
+    labels: NotRequired[dict[str, str]]
     timings: NotRequired[dict[str, float]]
 
 

@@ -120,6 +120,26 @@ def test_a_vm_is_made_frozen_copied_put_back_and_removed(noid: Any) -> None:
     assert ok(noid("list")) == "No VMs found.\n"
 
 
+def test_vms_and_checkpoints_are_found_by_the_words_their_owner_put_on_them(noid: Any) -> None:
+    invented = ok(noid("create", "-q", "--mem", "256", "--label", "tier=front", "--use")).strip()
+    assert re.fullmatch("[a-z]+-[a-z]+", invented)
+    assert ok(noid("rename", "web")) == f"VM '{invented}' renamed to 'web'\nActive VM set to 'web'\n"
+    assert ok(noid("label", "team=infra", "tier-")) == "team=infra\n"
+    assert ok(noid("list", "-q", "--label", "team=infra")) == "web\n"
+    assert ok(noid("list", "--label", "tier")) == "No VMs found.\n"
+
+    first, second = (ok(noid("checkpoint", "-q", "--label", label)).strip() for label in ("golden", "nightly"))
+    assert ok(noid("restore", "golden")) == f"VM 'web' restored from checkpoint '{first}'\n"
+    assert ok(noid("create", "copy", "--from", second[:8])) == "VM 'copy' created (state: running)\n"
+    assert "is of VM 'web', not of 'copy'" in noid("restore", "copy", first).stderr.decode()
+    ok(noid("use", "copy"))
+    assert "and this directory's VM is 'copy'" in noid("restore", "golden").stderr.decode()
+    assert ok(noid("label", "--checkpoint", "web/nightly", "keep=yes")) == "keep=yes\n"
+    assert ok(noid("checkpoints", "--all", "--label", "keep", "-q")) == f"{second}\n"
+    assert ok(noid("rm", "golden", second[:8])) == f"Checkpoint '{first}' removed\nCheckpoint '{second}' removed\n"
+    assert ok(noid("checkpoints", "--all")) == "No checkpoints found.\n"
+
+
 def test_a_command_runs_as_if_it_were_here(noid: Any) -> None:
     ok(noid("create", "web", "--mem", "256"))
     data = bytes(range(256)) * 2000

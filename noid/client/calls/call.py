@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 from urllib.parse import urlencode
@@ -57,10 +57,10 @@ class Call(Generic[AnswerT]):
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def with_query(path: str, **fields: str | int | float | None) -> str:
-    """Return *path* with those of *fields* that are not None as its query."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    return f"{path}?{urlencode(given)}" if given else path
+def with_query(path: str, **fields: str | int | float | Sequence[str] | None) -> str:
+    """Return *path* with those of *fields* that are not None as its query; of a sequence, each."""
+    given = {name: value for name, value in fields.items() if value is not None and value != ()}
+    return f"{path}?{urlencode(given, doseq=True)}" if given else path
 
 
 def one(shape: type[ShapeT]) -> Callable[[Reply], ShapeT]:

@@ -1,14 +1,17 @@
-"""VMs: made, listed, started and stopped, removed."""
+"""VMs: made, listed, named and labelled, started and stopped, removed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from noid.client.answers import VmInfo
-from noid.client.calls.call import Call, many, nothing, one
+from noid.client.calls.call import Call, many, nothing, one, with_query
 
 
-def create(name: str, *, cpus: int, mem_mib: int, image: str | None = None) -> Call[VmInfo]:
+def create(
+    name: str, *, cpus: int, mem_mib: int, image: str | None = None, labels: Mapping[str, str] | None = None
+) -> Call[VmInfo]:
     """Create a VM; answered when its guest answers. The first of a shape may take a minute.
 
     Refused with 409 if there is one of that name, 400 if it cannot be made that way. Nothing was made then.
@@ -16,17 +19,42 @@ def create(name: str, *, cpus: int, mem_mib: int, image: str | None = None) -> C
     body: dict[str, Any] = {"name": name, "cpus": cpus, "mem_mib": mem_mib}
     if image is not None:
         body["image"] = image
+    if labels:
+        body["labels"] = dict(labels)
     return Call(method="POST", path="/v1/vms", body=body, quick=False, understand=one(VmInfo))
 
 
-def every() -> Call[list[VmInfo]]:
-    """Ask for the caller's VMs, oldest first."""
-    return Call(method="GET", path="/v1/vms", understand=many(VmInfo))
+def every(labels: Sequence[str] = ()) -> Call[list[VmInfo]]:
+    """Ask for the caller's VMs, oldest first; with *labels*, ``KEY`` or ``KEY=VALUE``, for those that have all of them.
+
+    Servers before 0.3.0 know no labels, and then answer with every VM.
+    """
+    return Call(method="GET", path=with_query("/v1/vms", label=tuple(labels)), understand=many(VmInfo))
 
 
 def get(name: str) -> Call[VmInfo]:
     """Ask for the VM *name*; refused with 404 if there is none."""
     return Call(method="GET", path=f"/v1/vms/{name}", understand=one(VmInfo))
+
+
+def changed(name: str, *, after: int, at_most_secs: float) -> Call[VmInfo]:
+    """Ask for the VM *name* once its generation is greater than *after*, or after *at_most_secs* as it is then.
+
+    Servers before 0.3.0 answer at once, without a generation.
+    """
+    path = with_query(f"/v1/vms/{name}", after=after, wait=f"{at_most_secs:g}")
+    return Call(method="GET", path=path, quick=False, understand=one(VmInfo))
+
+
+def rename(name: str, new_name: str) -> Call[VmInfo]:
+    """Give the VM *name* another name; refused with 409 if there is one of that name."""
+    return Call(method="PATCH", path=f"/v1/vms/{name}", body={"name": new_name}, quick=False, understand=one(VmInfo))
+
+
+def label(name: str, labels: Mapping[str, str | None]) -> Call[VmInfo]:
+    """Change labels of the VM *name*: each key gets its value, and one that is None goes. Others stay."""
+    body = {"labels": dict(labels)}
+    return Call(method="PATCH", path=f"/v1/vms/{name}", body=body, quick=False, understand=one(VmInfo))
 
 
 def stop(name: str, *, grace_secs: float, force: bool = False) -> Call[VmInfo]:
