@@ -55,17 +55,18 @@ class Guests:
     @contextlib.asynccontextmanager
     async def _guest(self, name: str, link: GuestLink) -> AsyncIterator[Guest]:
         await self._refuse_if_hung(name, link)
-        connecting = link.guest()
-        try:
-            with trio.fail_after(CONNECT_SECS):
-                guest = await connecting.__aenter__()
-        except trio.TooSlowError as error:
-            raise DeadlineExceeded(
-                f"the guest of VM {name!r} does not answer (waited {CONNECT_SECS:g} s). It may be busy or hung: try "
-                f"again, look at its serial.log, reboot it with `noid reboot {name}`, or restore it from a checkpoint."
-            ) from error
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_exit(connecting.__aexit__)
+        guest = link.open_guest
+        if guest is None:
+            try:
+                with trio.fail_after(CONNECT_SECS):
+                    guest = await link.connected()
+            except trio.TooSlowError as error:
+                raise DeadlineExceeded(
+                    f"the guest of VM {name!r} does not answer (waited {CONNECT_SECS:g} s). It may be busy or hung: "
+                    f"try again, look at its serial.log, reboot it with `noid reboot {name}`, or restore it from a "
+                    "checkpoint."
+                ) from error
+        async with link.using(guest):
             yield guest
 
     async def sessions(self, user: User, name: str) -> VmSessions:

@@ -65,7 +65,9 @@ class ProcessLog:
         end: Where the next one will be.
     """
 
-    def __init__(self, directory: Path, name: str, *, unsaved_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self, directory: Path, name: str, *, unsaved_bytes: int = MEMORY_BYTES, has_files: bool = False
+    ) -> None:
         self.start = self.end = 0
         self._directory = directory
         self._name = name
@@ -78,6 +80,7 @@ class ProcessLog:
         self._saving = trio.Lock()
         self._broken = False
         self._removed = False
+        self._has_files = has_files  # perhaps; or only a description
 
     @property
     def unsaved_bytes(self) -> int:
@@ -221,6 +224,7 @@ class ProcessLog:
             segment.size += len(raw)
 
     def _new_segment(self) -> _Segment:
+        self._has_files = True
         self._directory.mkdir(mode=0o700, exist_ok=True)
         segment = _Segment(self._directory / f"{self._name}.{self._next_number:08d}")
         self._next_number += 1
@@ -234,6 +238,7 @@ class ProcessLog:
         """Put *fields* beside the log, for `descriptions` of a later agent. A disk that is full is only logged."""
 
         def write() -> None:
+            self._has_files = True
             self._directory.mkdir(mode=0o700, exist_ok=True)
             partial = self._directory / f"{self._name}.json.partial"
             partial.write_text(json.dumps(fields))
@@ -260,7 +265,7 @@ class ProcessLog:
                 for path in self._directory.glob(f"{self._name}.*"):
                     path.unlink(missing_ok=True)
 
-            if self._segments or self._directory.exists():
+            if self._has_files:
                 with hostfs.os_errors("removing a process' log"):
                     await trio.to_thread.run_sync(remove)
 
@@ -273,7 +278,7 @@ class ProcessLog:
         Raises:
             OSError: it cannot be read.
         """
-        log = cls(directory, name, unsaved_bytes=unsaved_bytes)
+        log = cls(directory, name, unsaved_bytes=unsaved_bytes, has_files=True)
         paths = sorted(p for p in directory.glob(f"{name}.*") if p.suffix[1:].isdigit())
         for path in paths[-SEGMENTS_MAX:]:
             raw = path.read_bytes()

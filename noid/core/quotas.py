@@ -51,14 +51,14 @@ class Quotas:
     def __init__(self, store: Store, layout: Layout, defaults: QuotaConfig, host: LimitsConfig) -> None:
         self._store = store
         self._layout = layout
-        self._defaults = defaults
+        self._defaults: dict[str, int | None] = dataclasses.asdict(defaults)
         self._host = host
         self._measuring: dict[str, _Measurement] = {}
         self._one_measurement = trio.CapacityLimiter(1)
 
     def take_up(self, defaults: QuotaConfig, host: LimitsConfig) -> None:
         """Go by these from now on. What exceeds them already stays."""
-        self._defaults = defaults
+        self._defaults = dataclasses.asdict(defaults)
         self._host = host
 
     def limits(self, user: User) -> dict[str, int | None]:
@@ -154,7 +154,7 @@ class Quotas:
         return self._merged(tx.execute(_OWN_LIMITS, owner).fetchall())
 
     def _merged(self, own: Iterable[tuple[str, int | None]]) -> dict[str, int | None]:
-        return dataclasses.asdict(self._defaults) | {name: most for name, most in own if name in RESOURCES}
+        return self._defaults | {name: most for name, most in own if name in RESOURCES}
 
     # --- bytes --------------------------------------------------------------------------------------------------------
 

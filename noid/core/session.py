@@ -52,7 +52,8 @@ class Label:
 
     def to_text(self) -> str:
         """Return it as the guest keeps it: pure ASCII, well below `LABEL_BYTES_MAX`."""
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
     def from_text(cls, text: str) -> Label:

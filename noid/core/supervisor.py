@@ -51,9 +51,20 @@ class GuestLink:
     @contextlib.asynccontextmanager
     async def guest(self) -> AsyncIterator[Guest]:
         """Yield the guest, connected. Bound entering with ``fail_after``: it waits until the agent answers."""
-        guest = await self._connected()
-        try:
+        guest = await self.connected()
+        async with self.using(guest):
             yield guest
+
+    @property
+    def open_guest(self) -> Guest | None:
+        """The guest, if the connection is open."""
+        return self._guest
+
+    @contextlib.asynccontextmanager
+    async def using(self, guest: Guest) -> AsyncIterator[None]:
+        """Use *guest*, which is `connected`, in the block. If that fails, look whether its connection is to be kept."""
+        try:
+            yield
         except (DependencyDown, BackendError):
             if self._guest is guest and not await self._answers(guest):
                 self.drop()
@@ -75,7 +86,8 @@ class GuestLink:
             self._scope.cancel()
         self._guest = self._scope = None
 
-    async def _connected(self) -> Guest:
+    async def connected(self) -> Guest:
+        """Return the guest, for `using`, waiting until its agent answers: bound it."""
         if self._guest is not None:
             return self._guest
         async with self._opening:

@@ -248,14 +248,14 @@ class VmSessions:
 
     @contextlib.asynccontextmanager
     async def _guest(self, live: Live) -> AsyncIterator[Guest]:
-        connecting = live.link.guest()
-        try:
-            with trio.fail_after(CONNECT_SECS):
-                guest = await connecting.__aenter__()
-        except trio.TooSlowError as error:
-            raise DeadlineExceeded(f"the guest did not answer within {CONNECT_SECS:g} s.") from error
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_exit(connecting.__aexit__)
+        guest = live.link.open_guest
+        if guest is None:
+            try:
+                with trio.fail_after(CONNECT_SECS):
+                    guest = await live.link.connected()
+            except trio.TooSlowError as error:
+                raise DeadlineExceeded(f"the guest did not answer within {CONNECT_SECS:g} s.") from error
+        async with live.link.using(guest):
             yield guest
 
     async def discover(self) -> None:
@@ -306,7 +306,7 @@ class VmSessions:
             log = await trio.to_thread.run_sync(open_log)
         except OSError as error:
             logger.warning("the log of process %s cannot be read: %s", name, error, extra={"vm": self.vm_id})
-            log = ProcessLog(self._processes, name)
+            log = ProcessLog(self._processes, name, has_files=True)
         session = Session(info, Label.from_text(info.label), log, owner=self)
         session.detached = session.detached or described.get("detached") is True
         self._sessions[info.id] = session

@@ -10,6 +10,7 @@ from quart import websocket
 
 from noid.core import wire
 from noid.core.agent import Agent
+from noid.core.waiting import plain_nursery
 from noid.errors import DependencyDown, InvalidRequest, NoidError, TooManyRequests
 from noid.server.answers import Answers
 from noid.server.hardening import Transport, hold_websocket
@@ -55,9 +56,7 @@ class WebSockets:
             raise TooManyRequests(f"you have {most} WebSocket sessions, and may not have more. End one first.")
         self._sessions[user] += 1
         try:
-            await websocket.accept()
-            if (upgraded := visit().upgraded) is not None:
-                await upgraded()
+            await _upgrade()
             with self._streams.stay() as stay:
                 await hold_websocket(stay, session, self._last_words)
         finally:
@@ -67,6 +66,14 @@ class WebSockets:
 
     def _last_words(self, error: NoidError) -> str:
         return wire.reply_to_json(wire.ErrorResponse(error=self._answers.public_text(error), code=error.code))
+
+
+async def _upgrade() -> None:
+    """Accept the current WebSocket, and do what is to be done once it is one, while its client hears of it."""
+    async with plain_nursery() as nursery:
+        if (upgraded := visit().upgraded) is not None:
+            nursery.start_soon(upgraded)
+        await websocket.accept()
 
 
 async def watch_peer(transport: Transport, session: trio.CancelScope) -> None:
