@@ -28,7 +28,7 @@ class Visit:
     acted: bool = False
     """Whether something has been done that would be done again if the call were repeated, whatever it is answered."""
     upgraded: Callable[[], Awaitable[None]] | None = None
-    """What is to be done once it has become a WebSocket."""
+    """What is to be done when it becomes a WebSocket, before anything happens on that."""
 
     @property
     def user(self) -> User | None:

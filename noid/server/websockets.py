@@ -69,11 +69,11 @@ class WebSockets:
 
 
 async def _upgrade() -> None:
-    """Accept the current WebSocket, and do what is to be done once it is one, while its client hears of it."""
+    """Accept the current WebSocket, and meanwhile do what has to be done before anything happens on it."""
     async with plain_nursery() as nursery:
+        nursery.start_soon(websocket.accept)
         if (upgraded := visit().upgraded) is not None:
-            nursery.start_soon(upgraded)
-        await websocket.accept()
+            await upgraded()
 
 
 async def watch_peer(transport: Transport, session: trio.CancelScope) -> None:

@@ -63,6 +63,28 @@ async def test_a_websocket_is_in_the_log_from_its_upgrade_on_or_with_its_refusal
     assert told(web)[2:] == [(web.agent.local_user().name, "WS /v1/vms/<name>/exec", "nothing", 404)]
 
 
+async def test_nothing_happens_on_a_websocket_before_its_row_is_written(
+    web: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, may_write, record = trio.Event(), trio.Event(), AuditLog.record
+
+    async def wait_and_record(log: AuditLog, entry: AuditEntry) -> None:
+        writing.set()
+        await may_write.wait()
+        await record(log, entry)
+
+    monkeypatch.setattr(AuditLog, "record", wait_and_record)
+    async with web.exec("web") as session:
+        await session.ask("echo", "hello")
+        with trio.fail_after(10):
+            await writing.wait()
+        for _ in range(20):  # each a whole request: the command would have been started by now
+            assert (await web.ask("GET", "/v1/vms/web/processes")).json() == []
+        may_write.set()
+        with trio.fail_after(10):
+            await session.until(b"hello\n")
+
+
 async def test_a_call_whose_client_has_left_is_in_the_log_without_a_status(server: Server) -> None:
     await server.create("web")
     client = await server.unix()
