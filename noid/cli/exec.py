@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import click
 
-from noid.cli import standard_input, terminal
+from noid.cli import interrupts, standard_input, terminal
 from noid.cli.env_entries import environment
 from noid.cli.options import Command, call, command, resolved_vm, with_vm
 from noid.cli.output import show
@@ -198,6 +199,14 @@ def execute(vm: str, request: ExecRequest, options: ExecOptions) -> int:
     def collect(channel: int, data: bytes) -> None:
         collected[channel] += data
 
+    invocation = call()
+
+    def interrupt(signal_name: str) -> bool:
+        if conversation.process is None:
+            return False
+        invocation.client.perform(processes.send_signal(vm, conversation.process.process, signal_name))
+        return True
+
     try:
         with terminal.raw(options.tty) as wakeup_fd:
             conversation = exec_stream.Conversation(
@@ -206,9 +215,10 @@ def execute(vm: str, request: ExecRequest, options: ExecOptions) -> int:
                 stdin_fd=terminal.STDIN_FD if request.stdin else None,
                 terminal=Terminal(size=terminal.size, wakeup_fd=wakeup_fd, keys=options.keys) if options.tty else None,
             )
-            result = exec_stream.run(call().endpoint, vm, request, conversation)
+            with contextlib.nullcontext() if options.tty else interrupts.passed_on(interrupt):
+                result = exec_stream.run(invocation.endpoint, vm, request, conversation)
     except KeyboardInterrupt:
-        return INTERRUPTED  # in silence, as the command itself would have ended here
+        return INTERRUPTED  # a second one: the agent ends the command
     if result is None:
         left = conversation.process
         click.echo(

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,29 @@ def test_a_command_with_a_terminal_is_left_gone_back_to_and_interrupted(person: 
         someone.types(b"\x03")
         assert someone.running.wait(PATIENCE_SECS) == 128 + signal.SIGINT
         assert someone.has_the_terminal_back()
+
+
+def test_an_interrupt_is_the_command_s_and_a_second_one_ours(noid: Any) -> None:
+    ok(noid("create", "web", "--mem", "256"))
+    for signo in (signal.SIGINT, signal.SIGTERM):
+        with noid.start("exec", "web", "--json", "-n", "--", "sleep", "60", stdout=subprocess.PIPE) as running:
+            eventually(lambda: [each["state"] for each in json.loads(ok(noid("ps", "web", "--json")))] == ["running"])
+            running.send_signal(signo)
+            assert running.wait(PATIENCE_SECS) == 128 + signo
+            assert json.loads(running.stdout.read())["signal"] == signo  # it got the signal itself, and we its end
+
+    script = "trap '' INT; echo begun; sleep 60"
+    with noid.start("exec", "web", "-n", "--", "sh", "-c", script, stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == b"begun\n"
+        running.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(0.5)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(PATIENCE_SECS) == 130
+    eventually(lambda: ok(noid("ps", "web", "-q")) == "")
+
+
+def eventually(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECS
+    while not what():
+        assert time.monotonic() < deadline
