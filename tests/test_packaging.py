@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -187,6 +189,98 @@ def test_the_client_alone_installs_little(client: Run) -> None:
     installed = {name.lower().replace("_", "-") for name in done.stdout.split()}
     assert "noid" in installed
     assert installed.isdisjoint(server_side)
+
+
+# --- a newer one -----------------------------------------------------------------------------------------------------
+
+
+class Index:
+    """A directory that pip takes packages from, and a copy of an environment whose noid came from such a place."""
+
+    def __init__(self, place: Path, wheel: Path, client: Path) -> None:
+        self.wheel = wheel
+        self.packages = place / "index"
+        self.packages.mkdir()
+        self._environment = place / "venv"
+        shutil.copytree(client, self._environment, symlinks=True)
+        (site,) = self._environment.glob("lib/python3*/site-packages")
+        (self._notes,) = site.glob("noid-*.dist-info")
+        pip = importlib.util.find_spec("pip")
+        assert pip is not None
+        assert pip.origin is not None
+        (site / "pip").symlink_to(Path(pip.origin).parent)  # making an environment with pip takes seconds
+        self._place = place
+
+    def forgets_where_it_came_from(self) -> None:
+        """As if it had been installed by its name."""
+        (self._notes / "direct_url.json").unlink()
+
+    def has(self, version: str, *, keywords: str | None = None) -> None:
+        """Offer what was built as another *version*, and with other *keywords*."""
+        old = self.wheel.name.split("-")[1]
+        with (
+            zipfile.ZipFile(self.wheel) as built,
+            zipfile.ZipFile(self.packages / f"noid-{version}-py3-none-any.whl", "w") as made,
+        ):
+            for name in built.namelist():
+                content = built.read(name)
+                if name == "noid/__init__.py":
+                    content = content.replace(old.encode(), version.encode())
+                if name.endswith("/METADATA"):
+                    content = content.replace(b"Version: " + old.encode(), b"Version: " + version.encode())
+                    if keywords is not None:
+                        content = re.sub(rb"Keywords: .*", b"Keywords: " + keywords.encode(), content)
+                made.writestr(name.replace(f"noid-{old}.", f"noid-{version}."), content)
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith(("NOID_", "PYTHON", "PIP"))
+        }
+        environment |= {
+            "HOME": str(self._place),
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_COMPILE": "1",
+            "PIP_FIND_LINKS": str(self.packages),
+        }
+        argv = [str(self._environment / "bin" / "python"), "-m", "noid.cli.main", *words]
+        return subprocess.run(
+            argv,
+            env=environment,
+            cwd=self._place,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def version(self) -> str:
+        return self.run("--version").stdout.split()[1]
+
+
+@pytest.fixture
+def index(wheel: Path, client: Run, tmp_path: Path) -> Index:
+    prefix = client("python", "-c", "import sys; print(sys.prefix)").stdout.strip()
+    return Index(tmp_path, wheel, Path(prefix))
+
+
+def test_a_newer_one_comes_from_the_index_by_pip(index: Index) -> None:
+    before = index.version()
+    assert "Install a newer one from there" in index.run("update").stderr
+    index.forgets_where_it_came_from()
+    index.has("9.9.9")
+    done = index.run("update")
+    assert (done.returncode, done.stdout) == (0, f"Updated noid v{before} -> v9.9.9\n"), done.stderr
+    assert index.version() == "9.9.9"
+
+
+def test_another_program_of_the_same_name_in_the_index_is_not_installed(index: Index) -> None:
+    before = index.version()
+    index.forgets_where_it_came_from()
+    index.has("9.9.9", keywords="identifiers")
+    done = index.run("update", "-y")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "is another program: 9.9.9" in done.stderr
+    assert index.version() == before
 
 
 # --- a server --------------------------------------------------------------------------------------------------------

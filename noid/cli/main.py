@@ -57,13 +57,12 @@ COMMANDS = {
     "current": "noid.cli.account:current",
     "whoami": "noid.cli.account:whoami",
     "auth": "noid.cli.auth:auth",
+    "config": "noid.cli.config:config",
+    "version": "noid.cli.update:version",
+    "update": "noid.cli.update:update",
     "bench": "noid_bench.command:bench",
 }
-GONE = {
-    "config": "Kernel and root file system belong to images. Run on the server: noid-server image import",
-    "update": "noid is updated where it came from: pip install --upgrade noid, or the system's packages.",
-}
-"""Commands of the predecessor that there are not, and what to do instead."""
+FORM = " (single file)" if hasattr(getattr(__spec__, "loader", None), "archive") else ""
 
 NOT_FOUND = 404
 INTERRUPTED = 130
@@ -93,8 +92,6 @@ class LazyGroup(Group):
         if args == ["help"]:
             click.echo(ctx.get_help())
             ctx.exit()
-        if args[0] in GONE:
-            ctx.fail(f"No such command {args[0]!r}. {GONE[args[0]]}")
         return super().resolve_command(ctx, [*args[1:], "--help"] if args[0] == "help" else args)
 
 
@@ -108,7 +105,7 @@ noid checkpoint web             freeze it: memory, processes, disk
 noid restore web ID --as copy   wake a second one where the first was frozen
 """,
 )
-@click.version_option(__version__, "-V", "--version", prog_name="noid", message="%(prog)s %(version)s")
+@click.version_option(f"{__version__}{FORM}", "-V", "--version", prog_name="noid", message="%(prog)s %(version)s")
 def cli() -> None:
     """Virtual machines that can be frozen, forked and woken in milliseconds."""
 

@@ -73,3 +73,10 @@ class Identity(TypedDict):
     name: str
     token: NotRequired[str | None]
     scopes: NotRequired[list[str]]
+
+
+class ServerVersion(TypedDict):
+    """Which noid-server answers."""
+
+    version: str
+    api_version: int

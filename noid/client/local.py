@@ -87,7 +87,7 @@ def _start(data_dir: Path) -> ConfigError | None:
     Raises:
         ConfigError: it cannot be started here, or is not ready in `READY_SECS`.
     """
-    _check_installed()
+    check_installed()
     from subprocess import DEVNULL, Popen, TimeoutExpired  # 10 ms that only the first command pays
 
     log_path = data_dir / LOG_NAME
@@ -148,7 +148,12 @@ def _first_word(descriptor: int) -> bytes | None:
     return word
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Return if what an agent needs is installed beside this client.
+
+    Raises:
+        ConfigError: says what to install, or what to do instead.
+    """
     from importlib.util import find_spec
 
     missing = [name for name in ("hypercorn", "quart_trio", "sqlite_utils") if find_spec(name) is None]

@@ -33,9 +33,7 @@ _ELSEWHERE = {
     "user": "noid.server.user_commands:user",
 }
 #: Commands of the predecessor that there are not, and what to do instead.
-_GONE = {
-    "update": "noid is updated where it came from: pip install --upgrade 'noid[server]', or the system's packages."
-}
+_GONE = {"update": "noid-server is part of noid, and updated with it: noid update"}
 #: What the ``server`` extra installs, by the names it is imported under.
 _SERVER_EXTRA = frozenset({"hypercorn", "quart", "quart_trio", "sqlite_utils", "werkzeug"})
 

@@ -100,7 +100,12 @@ HELD_BY: dict[str, tuple[str, ...]] = {
     "env flag": (COMMANDS, REFUSED),
     "default memory": (NUMBERS,),
     "list columns": ("tests/cli/test_output_templates.py::test_list_draws_a_rule_above_and_below_every_row",),
-    "create `--kernel/--rootfs`, `config set`": (REFUSED, "tests/core/test_configured_image.py::*"),
+    "create `--kernel/--rootfs`, `config set`": (
+        COMMANDS,
+        REFUSED,
+        "tests/cli/test_config_command.py::test_kernel_and_rootfs_together_become_the_default_image_of_this_machine",
+        "tests/core/test_configured_image.py::*",
+    ),
     "checkpoint id": (TRANSCRIPTS,),
     "delete of VM": (TRANSCRIPTS, "tests/stories/test_power.py::*"),
     "server config shape": (

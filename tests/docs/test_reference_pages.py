@@ -244,6 +244,7 @@ def test_every_command_is_on_the_page_with_all_its_options(page: Pages) -> None:
 def test_the_options_every_command_has_are_where_the_page_says(page: Pages) -> None:
     without_server = {("noid", "use"), ("noid", "bench"), ("noid", "bench", "server")}
     without_server |= {("noid", "auth", name) for name in ("setup", "list", "switch", "logout")}
+    without_server |= {("noid", "config", name) for name in ("set", "get", "list", "unset")} | {("noid", "update")}
     for path, command in all_commands():
         options = {opt for p in command.params for opt in p.opts}
         if path[0] == "noid":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from noid.client.answers import Identity
+from noid.client.answers import Identity, ServerVersion
 from noid.client.calls.call import Call, one
 
 
 def whoami() -> Call[Identity]:
     """Ask who the caller is to the agent."""
     return Call(method="GET", path="/v1/whoami", understand=one(Identity))
+
+
+def version() -> Call[ServerVersion]:
+    """Ask which version the agent is. Answered without a token."""
+    return Call(method="GET", path="/version", understand=one(ServerVersion))
