@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from noid.client import transport
-from noid.client.calls.call import AnswerT, Call, NotNoid, refusal
-from noid.client.errors import ConnectionFailed
+from noid.client.calls.call import AnswerT, Call
+from noid.client.link import Link
 from noid.client.settings import Endpoint
+from noid.client.waiting import Blocking, finished
 
 
 class Client:
@@ -13,21 +13,8 @@ class Client:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
+        self._link = Link(endpoint, Blocking())
 
     def perform(self, call: Call[AnswerT]) -> AnswerT:
-        """Make *call* and return its answer.
-
-        Raises:
-            ServerError: the agent refused or failed.
-            ConnectionFailed: there is no agent, or it went away; what was asked for may or may not have happened.
-        """
-        reply = transport.request(self.endpoint, call)
-        if not 200 <= reply.status < 300:
-            raise refusal(self.endpoint.address, reply)
-        try:
-            return call.understand(reply)
-        except NotNoid as error:
-            raise ConnectionFailed(
-                f"{self.endpoint.address} answered something noid-server would not. Is the URL right, or a login page "
-                "in between?"
-            ) from error
+        """Make *call* and return its answer; as `Link.perform`."""
+        return finished(self._link.perform(call))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import select
-import socket
 import time
 from collections.abc import Callable
-from urllib.parse import urlencode
 
+from noid.client.calls.call import with_query
+from noid.client.channels import Closed, Message
 from noid.client.errors import ServerError
+from noid.client.link import Link
 from noid.client.settings import Endpoint
 from noid.client.terminal import DetachKeys, Terminal
+from noid.client.waiting import Blocking, finished
 from noid.client.websocket import WebSocket
 from noid.core import wire
 from noid.errors import DependencyDown
@@ -42,16 +43,40 @@ def attach(
         ConnectionFailed, ServerError: it could not be attached to, or was detached by the agent, which says why.
         ConnectionLost: the connection to the agent ended.
     """
-    wanted: dict[str, str] = {} if history is None else {"history": str(history)}
-    if input_fd is None:
-        wanted["readonly"] = "1"
-    query = f"?{urlencode(wanted)}" if wanted else ""
-    ws = WebSocket(endpoint, f"/v1/vms/{name}/console{query}")
+    ws = finished(opened(Link(endpoint, Blocking()), name, history=history, readonly=input_fd is None))
     try:
         on_attached()
         _Attached(ws, input_fd, terminal, on_output, on_notice).run()
     finally:
         ws.close()
+
+
+async def opened(link: Link, name: str, *, history: int | None, readonly: bool) -> WebSocket:
+    """Return a WebSocket to the console of the VM *name*, whose messages `hear` understands."""
+    path = with_query(f"/v1/vms/{name}/console", history=history, readonly=1 if readonly else None)
+    return await WebSocket.open(link, path)
+
+
+def hear(message: Message, on_output: Callable[[bytes], None], on_notice: Callable[[str], None]) -> None:
+    """Tell what *message* of a console means.
+
+    Raises:
+        ServerError: the agent detaches, and says why.
+        DependencyDown: it does not.
+    """
+    match message:
+        case Closed():
+            raise DependencyDown("the agent ended the console without saying why. The VM is not affected.")
+        case (wire.STDOUT, data):
+            on_output(data)
+        case str():
+            match json.loads(message):
+                case {"gap": {"start": int(start), "end": int(end)}}:
+                    on_notice(f"{end - start} bytes of the console are no longer kept")
+                case {"dropped": {"why": str(why)}}:
+                    on_notice(why)
+                case {"error": str(error), **rest}:
+                    raise ServerError(error, status=0, code=str(rest.get("code", "internal")))
 
 
 class _Attached:
@@ -78,47 +103,20 @@ class _Attached:
 
     def _step(self) -> None:
         ws, wakeup_fd = self._ws, None if self._terminal is None else self._terminal.wakeup_fd
-        if ws.has_early:
-            self._receive()
-            return
-        reading: list[socket.socket | int] = [ws.socket]
-        if self._input_fd is not None and ws.has_room:
-            reading.append(self._input_fd)
+        readers = [self._input_fd] if self._input_fd is not None and ws.channels.has_room else []
         if wakeup_fd is not None:
-            reading.append(wakeup_fd)
-        left = None if self._quiet_at is None else max(0.0, self._quiet_at - time.monotonic())
-        # select, not poll or epoll: it takes regular files and terminals everywhere, and there are few descriptors.
-        readable, writable, _ = select.select(reading, [ws.socket] if ws.has_unsent else [], [], left)
-        if writable:
-            ws.flush()
-        if ws.socket in readable:
-            self._receive()
+            readers.append(wakeup_fd)
+        left = None if self._quiet_at is None else self._quiet_at - time.monotonic()
+        messages, readable = finished(ws.step(readers, secs=left))
+        for message in messages:
+            hear(message, self._show, self._on_notice)
         if wakeup_fd is not None and wakeup_fd in readable:
             os.read(wakeup_fd, 4096)
             self._tell_size()
         if self._input_fd is not None and self._input_fd in readable:
             self._type()
-        if self._quiet_at is not None and time.monotonic() >= self._quiet_at and not ws.has_unsent:
+        if self._quiet_at is not None and time.monotonic() >= self._quiet_at and not ws.channels.unsent:
             self._detached = True
-
-    def _receive(self) -> None:
-        for message in self._ws.receive():
-            if isinstance(message, str):
-                self._hear(message)
-            elif message[:1] == bytes((wire.STDOUT,)):
-                self._on_output(message[1:])
-                self._stay()
-        if self._ws.is_closed:
-            raise DependencyDown("the agent ended the console without saying why. The VM is not affected.")
-
-    def _hear(self, text: str) -> None:
-        match json.loads(text):
-            case {"gap": {"start": int(start), "end": int(end)}}:
-                self._on_notice(f"{end - start} bytes of the console are no longer kept")
-            case {"dropped": {"why": str(why)}}:
-                self._on_notice(why)
-            case {"error": str(error), **rest}:
-                raise ServerError(error, status=0, code=str(rest.get("code", "internal")))
 
     def _type(self) -> None:
         assert self._input_fd is not None  # noqa: S101  # the caller saw it in its set
@@ -134,12 +132,13 @@ class _Attached:
             return
         typed, self._detached = self._keys.feed(data)
         if typed:
-            self._ws.send(wire.frame(wire.STDIN, typed))
+            self._ws.channels.send(wire.STDIN, typed)
 
-    def _stay(self) -> None:
+    def _show(self, data: bytes) -> None:
+        self._on_output(data)
         if self._quiet_at is not None:
             self._quiet_at = time.monotonic() + AFTER_INPUT_SECS
 
     def _tell_size(self) -> None:
         if self._terminal is not None:
-            self._ws.send(wire.resize_frame(*self._terminal.size()))
+            self._ws.channels.send_size(*self._terminal.size())

@@ -12,15 +12,18 @@ import os
 import posixpath
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from noid.client import files
 from noid.client.files import Found, GuestPath, Put
+from noid.client.link import Link
 from noid.client.packing import PIECE_BYTES, Packing, is_sparse
 from noid.client.settings import Endpoint
 from noid.client.tarstream import TarReader
 from noid.client.unpacking import Limits, Unpacking
+from noid.client.waiting import Blocking, Waiting, finished
 from noid.errors import Damaged, NoidError
 
 PART = ".noid-part"
@@ -41,15 +44,21 @@ class Copied:
 class Copying:
     """One copy. *owners* are kept where that is allowed, *resume* goes on with what an earlier copy of a file left.
 
-    *on_progress* is called with the bytes so far and, where it is known, how many it will be.
+    *waiting* blocks, but may give up. *on_progress* is called with the bytes so far and, where it is known, how many it
+    will be.
     """
 
     endpoint: Endpoint
+    waiting: Waiting = field(default_factory=Blocking)
     owners: bool = False
     resume: bool = False
     limits: Limits = field(default_factory=Limits)
     on_progress: Callable[[int, int | None], None] = lambda _done, _total: None
     done: Copied = field(default_factory=Copied)
+    _link: Link = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._link = Link(self.endpoint, self.waiting)
 
     def into_guest(self, source: str, target: GuestPath) -> None:
         """Copy a local file or directory into a VM.
@@ -67,11 +76,11 @@ class Copying:
         place = self._place_in_guest(source, target, is_directory=is_directory)
         packing = Packing(source, self.done.left_out.append)
         if is_directory:
-            self._finish(files.upload_tree(self.endpoint, place, self._counted(packing.pieces()), owners=self.owners))
+            self._put_tree(place, self._counted(packing.pieces()))
         elif is_sparse(source):
             parent = replace(place, path=posixpath.dirname(place.path) or ".")
             pieces = packing.pieces(posixpath.basename(place.path))
-            self._finish(files.upload_tree(self.endpoint, parent, self._counted(pieces), owners=self.owners))
+            self._put_tree(parent, self._counted(pieces))
         else:
             self._upload(source, place)
 
@@ -96,38 +105,40 @@ class Copying:
         place = self._place_in_guest(source.path, target, is_directory=is_directory)
         if is_directory or posixpath.basename(place.path) == posixpath.basename(source.path.rstrip("/")):
             parent = place if is_directory else replace(place, path=posixpath.dirname(place.path) or ".")
-            with files.download(self.endpoint, source, tar=True) as pieces:
+            with self._arriving(source, tar=True) as pieces:
                 content = self._counted(pieces)
-                self._finish(files.upload_tree(self.endpoint, parent, content, owners=self.owners))
+                self._put_tree(parent, content)
             return
-        found = files.look(self.endpoint, source, with_sum=True)
-        with files.download(self.endpoint, source, tar=False) as pieces:
-            put = files.upload(
-                self.endpoint,
-                place,
-                self._counted(pieces, found.size),
-                size=found.size,
-                mode=found.mode,
-                mtime_ns=found.mtime_ns,
-                sha256=found.sha256 or "",
+        found = finished(files.look(self._link, source, with_sum=True))
+        with self._arriving(source, tar=False) as pieces:
+            put = finished(
+                files.upload(
+                    self._link,
+                    place,
+                    self._counted(pieces, found.size),
+                    size=found.size,
+                    mode=found.mode,
+                    mtime_ns=found.mtime_ns,
+                    sha256=found.sha256 or "",
+                )
             )
         self._finish(put)
         self.done.sha256 = put.sha256
 
     def stream_into_guest(self, pieces: Iterable[bytes], target: GuestPath) -> None:
         """Write a tar stream into a directory of a VM."""
-        self._finish(files.upload_tree(self.endpoint, target, self._counted(pieces), owners=self.owners))
+        self._put_tree(target, self._counted(pieces))
 
     def stream_out_of_guest(self, source: GuestPath, write: Callable[[bytes], None]) -> None:
         """Give a file or directory of a VM to *write* as a tar stream."""
-        with files.download(self.endpoint, source, tar=True) as pieces:
+        with self._arriving(source, tar=True) as pieces:
             for piece in self._counted(pieces):
                 write(piece)
 
     # --- where to ---------------------------------------------------------------------------------------------------
 
     def _look(self, source: GuestPath) -> Found:
-        found = files.look(self.endpoint, source)
+        found = finished(files.look(self._link, source))
         if found.kind == "missing":
             raise NoidError(f"{source}: there is no such file or directory.")
         if found.kind == "other":
@@ -135,7 +146,7 @@ class Copying:
         return found
 
     def _place_in_guest(self, source: str, target: GuestPath, *, is_directory: bool) -> GuestPath:
-        kind = files.look(self.endpoint, target).kind
+        kind = finished(files.look(self._link, target)).kind
         path = _resolved(source, target.path, str(target), kind, source_is_directory=is_directory)
         return replace(target, path=path)
 
@@ -161,15 +172,17 @@ class Copying:
             file.seek(offset)
             self.done.size = offset
             pieces = self._counted(iter(lambda: file.read(PIECE_BYTES), b""), status.st_size)
-            put = files.upload(
-                self.endpoint,
-                place,
-                pieces,
-                size=status.st_size,
-                mode=stat.S_IMODE(status.st_mode),
-                mtime_ns=status.st_mtime_ns,
-                sha256=sha256,
-                offset=offset,
+            put = finished(
+                files.upload(
+                    self._link,
+                    place,
+                    pieces,
+                    size=status.st_size,
+                    mode=stat.S_IMODE(status.st_mode),
+                    mtime_ns=status.st_mtime_ns,
+                    sha256=sha256,
+                    offset=offset,
+                )
             )
         self._finish(put)
         if put.sha256 != sha256:
@@ -178,10 +191,10 @@ class Copying:
 
     def _part_in_guest(self, descriptor: int, part: GuestPath) -> int:
         """Return how much of an earlier copy can be used: all of it if it is a beginning of this file, or nothing."""
-        found = files.look(self.endpoint, part)
+        found = finished(files.look(self._link, part))
         if found.kind != "file" or not 0 < found.size <= os.fstat(descriptor).st_size:
             return 0
-        there = files.look(self.endpoint, part, with_sum=True).sha256
+        there = finished(files.look(self._link, part, with_sum=True)).sha256
         return found.size if there == _sum_of_first(descriptor, found.size) else 0
 
     def _download(self, source: GuestPath, path: str, found: Found) -> None:
@@ -200,12 +213,12 @@ class Copying:
             os.ftruncate(descriptor, offset)
             os.lseek(descriptor, offset, os.SEEK_SET)
             if offset < found.size or not offset:
-                with files.download(self.endpoint, source, tar=False, offset=offset) as pieces:
+                with self._arriving(source, tar=False, offset=offset) as pieces:
                     for piece in self._counted(pieces, found.size):
                         digest.update(piece)
                         _write(descriptor, piece, part)
             self.done.sha256 = digest.hexdigest()
-            after = files.look(self.endpoint, source, with_sum=offset > 0)
+            after = finished(files.look(self._link, source, with_sum=offset > 0))
             if (after.size, after.mtime_ns) != (found.size, found.mtime_ns) or self.done.size != found.size:
                 raise Damaged(f"{source} was changed while it was copied. Copy it again.")
             if after.sha256 not in (None, self.done.sha256):
@@ -221,7 +234,7 @@ class Copying:
         size = os.fstat(descriptor).st_size
         if not 0 < size <= found.size:
             return 0
-        there = files.look(self.endpoint, source, with_sum=True, length=size).sha256
+        there = finished(files.look(self._link, source, with_sum=True, length=size)).sha256
         return size if there == _sum_of_first(descriptor, size) else 0
 
     # --- trees ------------------------------------------------------------------------------------------------------
@@ -236,7 +249,7 @@ class Copying:
             raise NoidError(f"cannot write {directory}: {error.strerror}.") from error
         unpacking = Unpacking(descriptor, self.limits, self.done.left_out.append, owners=self.owners)
         try:
-            with files.download(self.endpoint, source, tar=True) as pieces:
+            with self._arriving(source, tar=True) as pieces:
                 stream = TarReader(self._counted(pieces))
                 unpacking.run(stream, only_file=None if is_directory else os.fsencode(posixpath.basename(path)))
                 self.done.left_out += stream.comments
@@ -251,6 +264,14 @@ class Copying:
             yield piece
             self.done.size += len(piece)
             self.on_progress(self.done.size, total)
+
+    @contextmanager
+    def _arriving(self, source: GuestPath, *, tar: bool, offset: int = 0) -> Iterator[Iterator[bytes]]:
+        with closing(finished(files.download(self._link, source, tar=tar, offset=offset))) as answer:
+            yield iter(lambda: finished(answer.piece()), b"")
+
+    def _put_tree(self, place: GuestPath, content: Iterable[bytes]) -> None:
+        self._finish(finished(files.upload_tree(self._link, place, content, owners=self.owners)))
 
     def _finish(self, put: Put) -> None:
         self.done.size, self.done.entries = put.size, put.entries

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from noid.client import transport
+from noid.client import http
 from noid.client.calls.call import Reply, refusal
 from noid.client.errors import ConnectionFailed
-from noid.client.settings import Endpoint
+from noid.client.link import Link
 
 TAR = "application/x-tar"
 _NANOS_MAX = (1 << 63) - 1
@@ -58,7 +58,7 @@ class Put:
     left_out: tuple[str, ...]
 
 
-def look(endpoint: Endpoint, place: GuestPath, *, with_sum: bool = False, length: int | None = None) -> Found:
+async def look(link: Link, place: GuestPath, *, with_sum: bool = False, length: int | None = None) -> Found:
     """Return what *place* is; *with_sum* with the SHA-256 of its first *length* bytes, or of all.
 
     Raises:
@@ -67,16 +67,15 @@ def look(endpoint: Endpoint, place: GuestPath, *, with_sum: bool = False, length
     query = {"sum": "1"} if with_sum else {}
     if length is not None:
         query["length"] = str(length)
-    with transport.exchange(endpoint, "GET", _url(place, query), {}) as answer:
-        reply = answer.reply()
+    with closing(await http.exchange(link.endpoint, link.waiting, "GET", _url(place, query), {})) as answer:
+        reply = await answer.reply()
     if reply.status != 200:
-        raise refusal(endpoint.address, reply)
-    return _found(endpoint, reply)
+        raise refusal(link.endpoint.address, reply)
+    return _found(link, reply)
 
 
-@contextmanager
-def download(endpoint: Endpoint, place: GuestPath, *, tar: bool, offset: int = 0) -> Iterator[Iterator[bytes]]:
-    """Yield the bytes of *place* as they come: of the file from *offset* on, or with *tar* a tar stream.
+async def download(link: Link, place: GuestPath, *, tar: bool, offset: int = 0) -> http.Exchange:
+    """Return what has the bytes of *place*, piece by piece: of the file from *offset* on, or with *tar* a tar stream.
 
     Raises:
         ServerError: the guest refuses, or the VM is not there.
@@ -85,14 +84,18 @@ def download(endpoint: Endpoint, place: GuestPath, *, tar: bool, offset: int = 0
     headers = {"Accept": TAR if tar else "application/octet-stream"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
-    with transport.exchange(endpoint, "GET", _url(place), headers) as answer:
+    answer = await http.exchange(link.endpoint, link.waiting, "GET", _url(place), headers)
+    try:
         if answer.status not in (200, 206) or (answer.status == 206) != (offset > 0):
-            raise refusal(endpoint.address, answer.reply())
-        yield answer.pieces()
+            raise refusal(link.endpoint.address, await answer.reply())
+    except BaseException:
+        answer.close()
+        raise
+    return answer
 
 
-def upload(
-    endpoint: Endpoint,
+async def upload(
+    link: Link,
     place: GuestPath,
     content: Iterable[bytes],
     *,
@@ -117,29 +120,29 @@ def upload(
         "Repr-Digest": f"sha-256=:{b64encode(bytes.fromhex(sha256)).decode()}:",
     }
     texts = {key: str(value) for key, value in query.items() if value is not None}
-    return _put(endpoint, _url(place, texts), headers, content)
+    return await _put(link, _url(place, texts), headers, content)
 
 
-def upload_tree(endpoint: Endpoint, place: GuestPath, content: Iterable[bytes], *, owners: bool) -> Put:
+async def upload_tree(link: Link, place: GuestPath, content: Iterable[bytes], *, owners: bool) -> Put:
     """Write the tar stream *content* into the directory *place*, which is made if it is missing.
 
     Raises:
         ServerError: the guest refuses, or cannot go on; the text says what it has written.
     """
     headers = {"Content-Type": TAR, "Transfer-Encoding": "chunked"}
-    return _put(endpoint, _url(place, {"owners": "1"} if owners else {}), headers, content)
+    return await _put(link, _url(place, {"owners": "1"} if owners else {}), headers, content)
 
 
-def _put(endpoint: Endpoint, url: str, headers: dict[str, str], content: Iterable[bytes]) -> Put:
-    with transport.exchange(endpoint, "PUT", url, headers, content) as answer:
-        reply = answer.reply()
+async def _put(link: Link, url: str, headers: dict[str, str], content: Iterable[bytes]) -> Put:
+    with closing(await http.exchange(link.endpoint, link.waiting, "PUT", url, headers, content)) as answer:
+        reply = await answer.reply()
     if reply.status != 200:
-        raise refusal(endpoint.address, reply)
-    match _decoded(endpoint, reply):
+        raise refusal(link.endpoint.address, reply)
+    match _decoded(link, reply):
         case {"size": int(size), "entries": int(entries), "sha256": str(sha256), "left_out": list(left_out)}:
             lines = tuple(str(line) for line in left_out)
             return Put(size=size, entries=entries, sha256=sha256, left_out=lines)
-    raise _nonsense(endpoint)
+    raise _nonsense(link)
 
 
 def _url(place: GuestPath, query: dict[str, str] | None = None) -> str:
@@ -149,8 +152,8 @@ def _url(place: GuestPath, query: dict[str, str] | None = None) -> str:
     return f"/v1/vms/{place.vm}/files?" + "&".join(f"{key}={quote(value, safe='/')}" for key, value in words.items())
 
 
-def _found(endpoint: Endpoint, reply: Reply) -> Found:
-    match _decoded(endpoint, reply):
+def _found(link: Link, reply: Reply) -> Found:
+    match _decoded(link, reply):
         case {"kind": "missing"}:
             return Found(kind="missing")
         case {
@@ -170,15 +173,17 @@ def _found(endpoint: Endpoint, reply: Reply) -> Found:
                 mtime_ns=mtime,
                 sha256=sha256 if isinstance(sha256, str) else None,
             )
-    raise _nonsense(endpoint)
+    raise _nonsense(link)
 
 
-def _decoded(endpoint: Endpoint, reply: Reply) -> object:
+def _decoded(link: Link, reply: Reply) -> object:
     try:
         return reply.json()
     except (ValueError, RecursionError) as error:
-        raise _nonsense(endpoint) from error
+        raise _nonsense(link) from error
 
 
-def _nonsense(endpoint: Endpoint) -> ConnectionFailed:
-    return ConnectionFailed(f"{endpoint.address} answered something noid-server would not. Is it older than this noid?")
+def _nonsense(link: Link) -> ConnectionFailed:
+    return ConnectionFailed(
+        f"{link.endpoint.address} answered something noid-server would not. Is it older than this noid?"
+    )

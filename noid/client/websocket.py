@@ -1,140 +1,115 @@
-"""A WebSocket to the agent for one ``select`` loop: nothing here waits, and nothing is lost when a message is cut.
-
-No event loop and no thread, for the reason `noid.client.exec_stream` gives.
-"""
+"""A WebSocket to the agent: one step after the other, of which each waits for whatever can be done next."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
-from wsproto.connection import Connection, ConnectionType
-from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
-from wsproto.utilities import ProtocolError
-
-from noid.client import transport
+from noid.client import http
 from noid.client.calls.call import Reply, refusal
+from noid.client.channels import Channels, Malformed, Message
+from noid.client.connecting import RECEIVE_BYTES, Connection
 from noid.client.errors import ConnectionFailed, ConnectionLost
-from noid.client.settings import Endpoint
-from noid.core import wire
-
-UNSENT_BYTES_MAX = 4 * wire.CHUNK_BYTES
-TEXT_CHARACTERS_MAX = 1 << 20
-_RECEIVE_BYTES = 2 * wire.CHUNK_BYTES  # more than a TLS record holds: nothing stays behind inside the TLS layer
+from noid.client.link import Link
+from noid.client.waiting import Source, Turns
 
 
 class WebSocket:
-    """Opened by making one, to *path* of *endpoint*.
+    """An open one. Messages are sent with `channels` and `flush`; close it, whatever happens.
 
-    Raises:
-        ConnectionFailed: there is no agent.
-        ServerError: it refused.
+    Attributes:
+        is_deaf: Whether sending failed. What the agent said last is still to be read, and reading finds its end.
     """
 
-    def __init__(self, endpoint: Endpoint, path: str) -> None:
-        upgraded = transport.upgrade(endpoint, path)
-        if isinstance(upgraded, Reply):
-            if 200 <= upgraded.status < 300:
-                raise ConnectionFailed(
-                    f"{endpoint.address} ignored the wish for a WebSocket. Is there a proxy in between?"
-                )
-            raise refusal(endpoint.address, upgraded)
-        self.socket, leftover = upgraded
-        self.socket.setblocking(False)
-        self.is_closed = False
-        """Whether the agent has said goodbye."""
-        self._endpoint = endpoint
-        self._ws = Connection(ConnectionType.CLIENT, trailing_data=leftover)
-        self._unsent = bytearray()
-        self._binary = bytearray()
-        self._text: list[str] = []
-        self._early = bool(leftover)
+    def __init__(self, address: str, connection: Connection, leftover: bytes, fate: str, turns: Turns) -> None:
+        self.channels = Channels(leftover)
+        self.is_deaf = False
+        self._address = address
+        self._connection = connection
+        self._turns = turns
+        self._has_early = bool(leftover)
+        self._fate = fate
 
-    @property
-    def has_unsent(self) -> bool:
-        """Whether `flush` has something to do once the socket is writable."""
-        return bool(self._unsent)
+    @classmethod
+    async def open(
+        cls, link: Link, path: str, *, fate: str = "The VM is not affected.", turns: Turns | None = None
+    ) -> WebSocket:
+        """Open one to *path*. *fate* is what a loss of it means, for the error.
 
-    @property
-    def has_room(self) -> bool:
-        """Whether more may be given to `send`."""
-        return len(self._unsent) < UNSENT_BYTES_MAX
+        Where several tasks share it, each takes one of *turns* for a `step`.
 
-    @property
-    def has_early(self) -> bool:
-        """Whether something came with the handshake, which no ``select`` tells of."""
-        return self._early
-
-    def send(self, message: bytes) -> None:
-        """Send a binary message, as soon as the socket takes it."""
-        self._unsent += self._ws.send(BytesMessage(data=message))
-        self.flush()
+        Raises:
+            ConnectionFailed: there is no agent.
+            ServerError: it refused.
+        """
+        upgraded = await http.upgrade(link.endpoint, link.waiting, path)
+        if not isinstance(upgraded, Reply):
+            return cls(link.endpoint.address, *upgraded, fate, turns or link.waiting.turns())
+        if 200 <= upgraded.status < 300:
+            raise ConnectionFailed(
+                f"{link.endpoint.address} ignored the wish for a WebSocket. Is there a proxy in between?"
+            )
+        raise refusal(link.endpoint.address, upgraded)
 
     def flush(self) -> None:
         """Send what is unsent, as far as the socket takes it."""
+        unsent = self.channels.unsent
         try:
-            while self._unsent:
-                del self._unsent[: self.socket.send(memoryview(self._unsent)[:_RECEIVE_BYTES])]
-        except OSError as error:
-            if not would_block(error):
-                self._unsent.clear()  # it is gone; what it said last is still to be read, and reading finds its end
+            while unsent:
+                with memoryview(unsent) as whole, whole[:RECEIVE_BYTES] as beginning:  # a view left over forbids `del`
+                    sent = self._connection.send_now(beginning)
+                if not sent:
+                    return
+                del unsent[:sent]
+        except OSError:
+            unsent.clear()
+            self.is_deaf = True
 
-    def receive(self) -> list[bytes | str]:
-        """Return the messages that have arrived whole. When the agent has closed, `is_closed` is set.
+    async def step(
+        self, readers: Sequence[Source] = (), *, secs: float | None = None, listening: bool = True
+    ) -> tuple[list[Message], Sequence[Source]]:
+        """Send and receive what can be, once something can, or one of *readers* can be read, or *secs* are over.
+
+        Returns:
+            What has come, and which of *readers* have something.
 
         Raises:
             ConnectionLost: the connection ended without a goodbye.
         """
-        if not self._early:
+        if self._has_early:  # of which no waiting would tell
+            self._has_early = False
+            return self._understood(b""), ()
+        self.flush()
+        sock = self._connection.socket
+        reading = [sock, *readers] if listening else readers
+        readable, writable = await self._turns.until_ready(reading, [sock] if self.channels.unsent else [], secs)
+        if writable:
+            self.flush()
+        messages: list[Message] = []
+        if sock in readable:
             try:
-                data = self.socket.recv(_RECEIVE_BYTES)
+                data = self._connection.receive_now()
             except OSError as error:
-                if would_block(error):
-                    return []
-                raise self._lost(error.strerror or str(error)) from error
-            if not data:
-                raise self._lost("it closed the connection")
-            self._ws.receive_data(data)
-        self._early = False
-        return self._understood()
+                raise self.lost(error.strerror or str(error)) from error
+            if data is not None:
+                if not data:
+                    raise self.lost("it closed the connection")
+                messages = self._understood(data)
+        return messages, [source for source in readable if source is not sock]
 
     def close(self) -> None:
         """Say goodbye if that costs nothing, and hang up."""
-        if not self._unsent and not self.is_closed:
-            with contextlib.suppress(OSError, ProtocolError):  # it is gone already, which was the aim
-                self.socket.send(self._ws.send(CloseConnection(code=1000)))
-        self.socket.close()
+        if goodbye := self.channels.goodbye():
+            with contextlib.suppress(OSError):  # it is gone already, which was the aim
+                self._connection.send_now(goodbye)
+        self._connection.close()
 
-    def _understood(self) -> list[bytes | str]:
-        messages: list[bytes | str] = []
+    def lost(self, detail: str) -> ConnectionLost:
+        """Return the error that *detail* is for whoever reads this."""
+        return ConnectionLost(f"{self._address}: {detail}. {self._fate}")
+
+    def _understood(self, data: bytes) -> list[Message]:
         try:
-            for event in self._ws.events():
-                match event:
-                    case BytesMessage(data=data, message_finished=finished):
-                        self._binary += data
-                        if finished:
-                            messages.append(bytes(self._binary))
-                            self._binary.clear()
-                    case TextMessage(data=text, message_finished=finished):
-                        self._text.append(text)
-                        if finished:
-                            messages.append("".join(self._text))
-                            self._text.clear()
-                    case Ping():
-                        self._unsent += self._ws.send(event.response())
-                    case CloseConnection():
-                        self.is_closed = True
-                if len(self._binary) > TEXT_CHARACTERS_MAX or sum(map(len, self._text)) > TEXT_CHARACTERS_MAX:
-                    raise self._lost("it sent an endless message")
-        except ProtocolError as error:
-            raise self._lost(f"what it sent is no WebSocket: {error}") from error
-        return messages
-
-    def _lost(self, detail: str) -> ConnectionLost:
-        return ConnectionLost(f"{self._endpoint.address}: {detail}. The VM is not affected.")
-
-
-def would_block(error: OSError) -> bool:
-    """Return whether *error* only says that there is nothing to do now."""
-    if isinstance(error, (BlockingIOError, InterruptedError)):
-        return True
-    return type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")  # without importing ssl for plain sockets
+            return list(self.channels.receive(data))
+        except Malformed as error:
+            raise self.lost(str(error)) from error
