@@ -20,6 +20,7 @@ LONG_FILES: dict[str, str] = {
 #: What the modules of a layer may import of noid: names of packages or modules. Layers are matched from the top.
 LAYERS: dict[str, tuple[str, ...]] = {
     "noid/__init__.py": (),
+    "noid/__main__.py": ("noid.cli.start",),
     "noid/errors.py": (),
     "noid/hostfs.py": ("noid.errors",),
     "noid/rawdisk.py": ("noid.core.backends", "noid.core.model", "noid.errors", "noid.hostfs"),

@@ -17,54 +17,68 @@ Subcommands are imported when they are used, from `COMMANDS`: starting fast is a
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from noid import __version__
 from noid.cli.options import Call, Group, common_options
-from noid.errors import NoidError
 
-COMMANDS = {
-    "create": "noid.cli.vms:create",
-    "list": "noid.cli.vms:list_",
-    "info": "noid.cli.vms:info",
-    "exec": "noid.cli.exec:exec_",
-    "ps": "noid.cli.processes:ps",
-    "attach": "noid.cli.processes:attach",
-    "wait": "noid.cli.processes:wait",
-    "kill": "noid.cli.processes:kill",
-    "console": "noid.cli.console:console",
-    "logs": "noid.cli.logs:logs",
-    "cp": "noid.cli.cp:cp",
-    "checkpoint": "noid.cli.checkpoints:checkpoint",
-    "checkpoints": "noid.cli.checkpoints:checkpoints",
-    "restore": "noid.cli.checkpoints:restore",
-    "rm": "noid.cli.checkpoints:rm",
-    "label": "noid.cli.labels:label",
-    "rename": "noid.cli.vms:rename",
-    "stop": "noid.cli.power:stop",
-    "start": "noid.cli.power:start",
-    "reboot": "noid.cli.power:reboot",
-    "pause": "noid.cli.power:pause",
-    "resume": "noid.cli.power:resume",
-    "destroy": "noid.cli.vms:destroy",
-    "use": "noid.cli.account:use",
-    "current": "noid.cli.account:current",
-    "whoami": "noid.cli.account:whoami",
-    "auth": "noid.cli.auth:auth",
-    "config": "noid.cli.config:config",
-    "version": "noid.cli.update:version",
-    "update": "noid.cli.update:update",
-    "bench": "noid_bench.command:bench",
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+SECTIONS = {
+    "Machines": {
+        "create": "noid.cli.vms:create",
+        "list": "noid.cli.vms:list_",
+        "info": "noid.cli.vms:info",
+        "stop": "noid.cli.power:stop",
+        "start": "noid.cli.power:start",
+        "reboot": "noid.cli.power:reboot",
+        "pause": "noid.cli.power:pause",
+        "resume": "noid.cli.power:resume",
+        "destroy": "noid.cli.vms:destroy",
+        "rename": "noid.cli.vms:rename",
+        "label": "noid.cli.labels:label",
+        "use": "noid.cli.account:use",
+        "current": "noid.cli.account:current",
+    },
+    "Inside": {
+        "exec": "noid.cli.exec:exec_",
+        "ps": "noid.cli.processes:ps",
+        "attach": "noid.cli.processes:attach",
+        "wait": "noid.cli.processes:wait",
+        "kill": "noid.cli.processes:kill",
+        "console": "noid.cli.console:console",
+        "logs": "noid.cli.logs:logs",
+        "cp": "noid.cli.cp:cp",
+    },
+    "Checkpoints": {
+        "checkpoint": "noid.cli.checkpoints:checkpoint",
+        "checkpoints": "noid.cli.checkpoints:checkpoints",
+        "restore": "noid.cli.checkpoints:restore",
+        "rm": "noid.cli.checkpoints:rm",
+    },
+    "Servers": {
+        "auth": "noid.cli.auth:auth",
+        "whoami": "noid.cli.account:whoami",
+    },
+    "More": {
+        "config": "noid.cli.config:config",
+        "version": "noid.cli.update:version",
+        "update": "noid.cli.update:update",
+        "bench": "noid_bench.command:bench",
+    },
 }
-FORM = " (single file)" if hasattr(getattr(__spec__, "loader", None), "archive") else ""
+"""Every command with where it is, under the headings and in the order of ``noid --help``."""
 
-NOT_FOUND = 404
+COMMANDS = {name: place for section in SECTIONS.values() for name, place in section.items()}
+
+FORM = " (single file)" if hasattr(getattr(__spec__, "loader", None), "archive") else ""
 INTERRUPTED = 130
 READER_GONE = 141
 
@@ -85,21 +99,53 @@ class LazyGroup(Group):
         assert isinstance(command, click.Command)  # noqa: S101  # a static table of ours
         return command
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under their headings, by name alone, and the options, so that all of it fits a screen."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(title, " ".join(names)) for title, names in SECTIONS.items()])
+        with formatter.section("Options, of every command, before its name or after it"):
+            formatter.write_text(
+                "--json, -q (names only), --server URL, --local (this user's own agent), --timing (what took the "
+                "server how long), -h; and noid -V for its version."
+            )
+        formatter.write_paragraph()
+        formatter.write("More: noid help COMMAND, and noid help for a line about each.\n")
+
+    def overview(self, ctx: click.Context) -> str:
+        """Return a line about each command, under the headings."""
+        formatter = ctx.make_formatter()
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                found = [(name, self.get_command(ctx, name)) for name in names]
+                width = formatter.width - formatter.current_indent - max(map(len, COMMANDS)) - 2
+                rows = [(name, command.get_short_help_str(width)) for name, command in found if command is not None]
+                formatter.write_dl([(f"{name:<{max(map(len, COMMANDS))}}", text) for name, text in rows])
+        return formatter.getvalue().strip("\n")
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands that begin with *incomplete*, without importing any of them."""
+        from click.shell_completion import CompletionItem
+
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [*(CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)), *options]
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Let ``noid help exec`` mean ``noid exec --help``."""
+        """Let ``noid help exec`` mean ``noid exec --help``, and ask what was meant where there is no such command."""
         if args == ["help"]:
-            click.echo(ctx.get_help())
+            click.echo(self.overview(ctx))
             ctx.exit()
-        return super().resolve_command(ctx, [*args[1:], "--help"] if args[0] == "help" else args)
+        if args[0] == "help":
+            args = [*args[1:], "--help"]
+        return super().resolve_command(ctx, args)
 
 
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""
-noid create web                 make a VM; without a server configured, on this machine
+noid create web                 make a VM; without a server configured, here
 noid exec web -- ls /           run a command in it
 noid checkpoint web             freeze it: memory, processes, disk
 noid restore web ID --as copy   wake a second one where the first was frozen
@@ -113,83 +159,64 @@ def cli() -> None:
 cli.params += common_options()
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end the process with its exit code."""
     _open_standard_streams()
     code = run(args)
-    sys.exit(code)
+    _end(code)
 
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line with *args*, the process' own if None, and return its exit code."""
-    # Not cli.main(), which has its own ideas about a closed pipe.
     invocation = Call()
+    # Not cli.main(), which has its own ideas about a closed pipe.
     try:
         with cli.make_context("noid", list(sys.argv[1:] if args is None else args), obj=invocation) as ctx:
             outcome = cli.invoke(ctx)
-        _flush()
+        sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
     except click.exceptions.Exit as ending:
-        _flush()
         return ending.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except NoidError as error:
-        _complain(f"{error}{_next_step(error)}")
-        return invocation.fails_with
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. What the server has begun it finishes; look with: noid list", err=True)
         return INTERRUPTED
     except BrokenPipeError:
-        return _silence(READER_GONE)
-    except Exception as error:  # the last resort: a bug must not look like anything else
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
-            _complain(f"cannot write the output: {error.strerror}.")
-            return _silence(invocation.fails_with)
-        if _verbose():
-            raise
-        _complain(
-            f"this is a bug in noid {__version__}: {type(error).__name__}: {error}\n"
-            "Please report it with the output of the same command under NOID_VERBOSE=1."
-        )
-        return invocation.fails_with
+        return READER_GONE
+    except Exception as error:  # the last resort, too: a bug must not look like anything else
+        from noid.cli import complaints
 
-
-def _next_step(error: NoidError) -> str:
-    """Return what to type after an answer whose words are the wire's: a name that is not there."""
-    if getattr(error, "status", None) != NOT_FOUND:
-        return ""
-    if "checkpoint '" in str(error):
-        return ". See which there are with: noid checkpoints NAME"
-    return ". See which there are with: noid list" if ": VM '" in str(error) else ""
-
-
-def _flush() -> None:
-    if sys.stdout is not None:  # it is None if it was closed when we began
-        sys.stdout.flush()
-
-
-def _complain(text: str) -> None:
-    click.echo(f"Error: {text}", err=True)
-
-
-def _verbose() -> bool:
-    return os.environ.get("NOID_VERBOSE", "").strip().lower() in ("1", "true", "yes", "on")
-
-
-def _silence(code: int) -> int:
-    """Point stdout nowhere, so that Python's last flush has nothing to complain about, and return *code*."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return code
+        return complaints.tell(error, invocation)
 
 
 def _open_standard_streams() -> None:
-    """Make sure that 0, 1 and 2 are taken, or the first socket or file we open would become our stdin or stdout."""
+    """Make sure that 0, 1 and 2 are taken, or the first socket or file we open would become our stdin or stdout.
+
+    And that whatever is printed can be: what the encoding of a stream has not is escaped.
+    """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
         descriptor = os.dup(descriptor)
     os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123  # ends with the process
+        elif stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _end(code: int) -> NoReturn:
+    """End the process at once: taking an interpreter apart takes a tenth of the time of a short command.
+
+    Whoever has something to bring in order did so before `run` returned.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            code = code or READER_GONE
+        except OSError:
+            code = code or 1
+    os._exit(code)
 
 
 if __name__ == "__main__":

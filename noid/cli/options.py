@@ -64,7 +64,20 @@ class Command(click.Command):
 
 
 class Group(Command, click.Group):
-    """A group with examples."""
+    """A group with examples, which asks what was meant where there is no such command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that *args* begin with, its name, and what follows."""
+        word = args[0]
+        if not word.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, word) is None:
+            from noid.cli.suggestions import of_command
+
+            raise click.UsageError(
+                f"No such command {word!r}. {of_command(word, self.list_commands(ctx))}".rstrip(), ctx
+            )
+        return super().resolve_command(ctx, args)
 
 
 class Call:
@@ -107,8 +120,13 @@ class Call:
 
         if doing is None:
             return self.client.perform(request)
-        with progress(doing):
-            answer = self.client.perform(request)
+        try:
+            with progress(doing):
+                answer = self.client.perform(request)
+        except KeyboardInterrupt:
+            if not self.quiet:
+                click.echo("Interrupted. What the server has begun it finishes.", err=True)
+            raise
         if self.timing:
             show_timing(answer)
         return answer
@@ -282,15 +300,20 @@ def for_each(names: list[str], act: Callable[[str], None]) -> None:
     """Do *act* for each of *names*. One that fails keeps none of the others from it.
 
     Raises:
-        NoidError: the first that failed; the others were said already.
+        NoidError: the only one failed.
+        click.exceptions.Exit: one of several failed, and that was said when it did.
     """
-    failed: list[NoidError] = []
+    if len(names) == 1:
+        act(names[0])
+        return
+    failed = False
     for name in names:
         try:
             act(name)
         except NoidError as error:
-            failed.append(error)
-    for other in failed[1:]:
-        click.echo(f"Error: {other}", err=True)
+            from noid.cli import complaints
+
+            complaints.tell(error, call())
+            failed = True
     if failed:
-        raise failed[0]
+        click.get_current_context().exit(1)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import click
 
+from noid.cli import colours
 from noid.cli.options import call
 
 PROGRESS_AFTER_SECS = 1.0
@@ -23,7 +24,7 @@ def show(value: object, text: str, *, brief: str = "") -> None:
     invocation = call()
     printed = json.dumps(value) if invocation.json else brief if invocation.quiet else text
     if printed:
-        click.echo(printed)
+        click.echo(printed, color=colours.wanted(sys.stdout))
 
 
 def show_timing(answer: object) -> None:

@@ -38,7 +38,8 @@ def home() -> Path:
     Raises:
         ConfigError: there is none.
     """
-    found = os.path.expanduser("~")  # noqa: PTH111  # Path.home() raises RuntimeError where this says "~"
+    # Path.home() raises RuntimeError where this says "~"; an empty HOME would be the root directory.
+    found = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""  # noqa: PTH111
     if not os.path.isabs(found):  # noqa: PTH117
         raise ConfigError("there is no home directory to keep data in. Set HOME or NOID_DATA_DIR.")
     return Path(found)

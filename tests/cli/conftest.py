@@ -240,7 +240,14 @@ def offline_noid(tmp_path: Path) -> Noid:
     return Noid(
         home,
         cwd,
-        {"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": path, "LANG": "C.UTF-8", "TERM": "noid-test"},
+        {
+            "HOME": str(home),
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": path,
+            "LANG": "C.UTF-8",
+            "TERM": "noid-test",
+            "NO_COLOR": "1",
+        },
     )
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import threading
+import time
 from typing import Any
 
 import pytest
+
+PATIENCE_SECS = 20.0
+VM = {"name": "web", "state": "running", "cpus": 1, "mem_mib": 512, "created_at": "2026-01-02 03:04:05"}
 
 
 def one_paragraph(done: Any, code: int = 1) -> str:
@@ -138,11 +145,80 @@ def test_local_and_server_exclude_each_other(noid: Any) -> None:
     assert noid("--local", "--server", "http://x", "list").returncode == 2
 
 
-@pytest.mark.parametrize("args", [["nope"], ["list", "surplus"], ["create", "x", "--cpus", "two"], ["auth", "setup"]])
-def test_wrong_usage_is_exit_code_2(noid: Any, args: list[str]) -> None:
-    done = noid(*args)
-    assert done.returncode == 2
-    assert b"Error: " in done.stderr
+@pytest.mark.parametrize(
+    ("args", "usage"),
+    [
+        (["nope"], "noid [OPTIONS] COMMAND [ARGS]..."),
+        (["list", "surplus"], "noid list [OPTIONS]"),
+        (["create", "x", "--cpus", "two"], "noid create [OPTIONS]"),
+        (["auth", "setup", "--nope"], "noid auth setup [OPTIONS]"),
+        (["auth", "nope"], "noid auth [OPTIONS]"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_with_the_usage_and_where_more_is_said(
+    noid: Any, args: list[str], usage: str
+) -> None:
+    _, line, more = one_paragraph(noid(*args), 2).splitlines()
+    assert line.startswith(f"Usage: {usage}")
+    assert more == f"See: {usage.split(' [')[0]} --help"
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["lsit"], "'list'"),
+        (["ls"], "'list'"),
+        (["chekpoint", "web"], "'checkpoint' or 'checkpoints'"),
+        (["snapshot", "web"], "'checkpoint'"),
+        (["help", "chekpoints"], "'checkpoints' or 'checkpoint'"),
+        (["auth", "lst"], "'list'"),
+        (["list", "--jsno"], "'--json'"),
+        (["--servr", "x", "list"], "'--server'"),
+    ],
+)
+def test_who_mistypes_a_command_or_an_option_is_asked_what_was_meant(noid: Any, args: list[str], meant: str) -> None:
+    assert one_paragraph(noid(*args), 2).splitlines()[0].endswith(f" Did you mean {meant}?")
+
+
+def test_who_mistypes_a_vm_is_asked_which_was_meant(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 200, [VM, VM | {"name": "web-2"}, VM | {"name": "database"}])
+    agent.answers("GET", "/v1/vms/wbe", 404, {"error": "VM 'wbe' not found", "code": "not_found"})
+    assert one_paragraph(noid("info", "wbe")) == (
+        "Error: server error (404): VM 'wbe' not found. Did you mean 'web'? See which there are with: noid list\n"
+    )
+    agent.answers("GET", "/v1/vms/mail", 404, {"error": "VM 'mail' not found", "code": "not_found"})
+    assert "Did you mean" not in one_paragraph(noid("info", "mail"))
+
+
+def test_who_mistypes_a_checkpoint_or_an_image_is_asked_which_was_meant(noid: Any, agent: Any) -> None:
+    point = {"id": "0123456789abcdef", "vm_name": "web", "label": "before-upgrade", "created_at": "2026-01-02 03:04:05"}
+    agent.answers("GET", "/v1/vms/web/checkpoints", 200, [point])
+    agent.answers("GET", "/v1/checkpoints", 200, [point])
+    agent.answers("POST", "/v1/vms/web/restore", 404, {"error": "checkpoint '0123456789abcdee' not found"})
+    assert "Did you mean '0123456789abcdef'?" in one_paragraph(noid("restore", "web", "0123456789abcdee"))
+    there_is = "there is no image 'defualt' (there is: default, tiny). Make one."
+    agent.answers("POST", "/v1/vms", 404, {"error": there_is, "code": "not_found"})
+    assert one_paragraph(noid("create", "web", "--image", "defualt")).endswith("Make one. Did you mean 'default'?\n")
+
+
+def test_a_server_that_does_not_say_what_there_is_keeps_no_error_waiting(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms/wbe", 404, {"error": "VM 'wbe' not found", "code": "not_found"})
+    said = "Error: server error (404): VM 'wbe' not found. See which there are with: noid list\n"
+    assert one_paragraph(noid("info", "wbe")) == said  # it answers 404 to what there is
+    answer, released = agent.answer_of, threading.Event()
+
+    def silent(method: str, path: str) -> bytes:
+        if path == "/v1/vms":
+            released.wait(PATIENCE_SECS)
+        return bytes(answer(method, path))
+
+    agent.answer_of = silent
+    began = time.monotonic()
+    try:
+        assert one_paragraph(noid("info", "wbe")) == said
+        assert time.monotonic() - began < PATIENCE_SECS / 2
+    finally:
+        released.set()
 
 
 def test_no_command_at_all_shows_the_help_and_is_wrong_usage(offline_noid: Any) -> None:
@@ -181,6 +257,78 @@ def test_closed_standard_streams_do_no_harm(noid: Any, agent: Any) -> None:
 
     agent.runs(script)
     assert noid.sh("noid exec web -i -- cat <&- >&-").returncode == 0
+
+
+def test_nobody_to_tell_changes_no_exit_code(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 200, [VM])
+    for elsewhere in ("2>&-", "2>/dev/full", "2> >(true)"):
+        done = noid.sh(f"noid list --nope {elsewhere}; echo $?; noid info nope {elsewhere}; echo $?")
+        assert (done.stdout, done.stderr) == (b"2\n1\n", b""), elsewhere
+    assert noid.sh("noid list --json > /dev/full 2>&1; echo $?").stdout == b"1\n"
+    done = noid.sh("noid info nope >&-; echo $?; noid current >&- 2>&-; echo $?")
+    assert (done.stdout, done.stderr.count(b"Error: ")) == (b"1\n0\n", 1)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [{"LANG": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}],
+)
+def test_every_locale_can_show_every_name(noid: Any, agent: Any, env: dict[str, str]) -> None:
+    label = {"id": "0123456789abcdef", "vm_name": "web", "label": "日本", "created_at": "2026-01-02 03:04:05"}
+    agent.answers("GET", "/v1/vms/web/checkpoints", 200, [label])
+    done = noid("checkpoints", "web", **env)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "日本".encode() in done.stdout or b"\\u65e5\\u672c" in done.stdout
+    assert noid("current", **env).returncode == 0
+    assert one_paragraph(noid("info", "日本", **env))
+
+
+def test_words_that_are_no_text_are_an_error_like_others(noid: Any, agent: Any) -> None:
+    agent.answers("POST", "/v1/vms/web/checkpoints", 400, {"error": "label must be valid UTF-8"})
+    for args in (
+        [b"info", b"w\xffb"],
+        [b"create", b"web", b"--image", b"\xff"],
+        [b"checkpoint", b"web", b"--label", b"\xff"],
+        [b"restore", b"web", b"\xff\xfe"],
+        [b"--server", b"http://\xff", b"list"],
+        [b"use", b"\xff"],
+    ):
+        one_paragraph(noid(*args))
+    for args in ([b"\xff"], [b"list", b"--\xff"], [b"create", b"web", b"--cpus", b"\xff"], [b"list", b"\xff"]):
+        one_paragraph(noid(*args), 2)
+
+
+def test_a_directory_that_is_gone_and_a_home_that_cannot_be_written_are_said(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 200, [])
+    gone = 'mkdir gone && cd gone && rmdir "$PWD"; '
+    assert noid.sh(gone + "noid list").stdout == b"No VMs found.\n"
+    one_paragraph(noid.sh(gone + "noid use web"))
+    assert "no VM specified" in one_paragraph(noid.sh(gone + "noid info"))
+    (noid.home / ".noid").write_text("a file where the directory would be")
+    setup = ("auth", "setup", "--url", agent.url, "--token", "x")
+    assert str(noid.home) in one_paragraph(noid(*setup))
+    assert "HOME" in one_paragraph(noid(*setup, HOME=""))
+    assert "/proc/nowhere" in one_paragraph(noid(*setup, HOME="/proc/nowhere"))
+
+
+def test_ctrl_c_ends_a_command_shortly(noid: Any, agent: Any) -> None:
+    asked, answer = threading.Event(), agent.answer_of
+
+    def never(method: str, path: str) -> bytes:
+        asked.set()
+        released.wait(PATIENCE_SECS)
+        return bytes(answer(method, path))
+
+    agent.answer_of = never
+    for args, said in ((["list"], b""), (["create", "web"], b"Interrupted. What the server has begun it finishes.\n")):
+        released = threading.Event()
+        asked.clear()
+        with noid.start(*args, stdout=-1, stderr=-1) as running:
+            assert asked.wait(PATIENCE_SECS)
+            os.kill(running.pid, signal.SIGINT)
+            output = running.communicate(timeout=PATIENCE_SECS)
+            released.set()
+        assert (running.returncode, *output) == (130, b"", said)
 
 
 def test_a_bug_is_one_paragraph_and_a_traceback_only_on_demand(noid: Any, agent: Any) -> None:
