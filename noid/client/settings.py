@@ -91,7 +91,7 @@ def active_vm(directory: Path | None = None) -> tuple[str, Path] | None:
         except (FileNotFoundError, IsADirectoryError):
             continue
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path.absolute()}: {error}. Pass the VM's name instead.") from error
+            raise ConfigError(f"cannot read {_absolute(path)}: {error}. Pass the VM's name instead.") from error
         if name:
             return name, path
     return None
@@ -107,5 +107,13 @@ def set_active_vm(name: str, directory: Path | None = None) -> Path:
     try:
         path.write_text(f"{name}\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write {path.absolute()}: {error.strerror or error}.") from error
+        raise ConfigError(f"cannot write {_absolute(path)}: {error.strerror or error}.") from error
     return path
+
+
+def _absolute(path: Path) -> Path:
+    """Return *path* for a message: absolute, unless the working directory is gone."""
+    try:
+        return path.absolute()
+    except OSError:
+        return path

@@ -302,8 +302,9 @@ def test_a_directory_that_is_gone_and_a_home_that_cannot_be_written_are_said(noi
     agent.answers("GET", "/v1/vms", 200, [])
     gone = 'mkdir gone && cd gone && rmdir "$PWD"; '
     assert noid.sh(gone + "noid list").stdout == b"No VMs found.\n"
-    one_paragraph(noid.sh(gone + "noid use web"))
-    assert "no VM specified" in one_paragraph(noid.sh(gone + "noid info"))
+    for args, said in (("use web", b"Error: cannot write .noid-vm: "), ("info", b"Error: no VM specified")):
+        done = noid.sh(f"{gone}noid {args}")
+        assert (done.returncode, done.stderr.splitlines()[-1].startswith(said)) == (1, True), done.stderr
     (noid.home / ".noid").write_text("a file where the directory would be")
     setup = ("auth", "setup", "--url", agent.url, "--token", "x")
     assert str(noid.home) in one_paragraph(noid(*setup))

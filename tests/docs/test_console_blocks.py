@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -44,10 +45,11 @@ def examples(command: click.Command, path: tuple[str, ...]) -> Iterator[list[str
     """Yield the examples in the help of *command* and of what is below it."""
     epilog = re.sub(r"\\\n\s*", "", command.epilog or "")
     for line in epilog.splitlines():
-        words = shlex.split(re.split(r"\s{3,}|\s+\(", line.strip())[0])
-        for program in PROGRAMS:
-            if program in words:
-                yield words[words.index(program) : words.index(">") if ">" in words else None]
+        typed = re.split(r"\s{3,}|\s+\(", line.strip())[0]
+        for command_line in re.split(r" (?:&&|\||;) ", typed):
+            words = list(itertools.takewhile(lambda word: word not in (">", "<"), shlex.split(command_line)))
+            if words and words[0] in PROGRAMS:
+                yield words
     if isinstance(command, click.Group):
         context = click.Context(command)
         for name in command.list_commands(context):
