@@ -21,6 +21,7 @@ from noid.server.hardening.settings import Settings
 logger = logging.getLogger(__name__)
 
 WRITE_PIECE_BYTES = 1 << 16
+RECEIVE_BYTES = 1 << 16
 
 STATE_KEY = "noid.transport"
 _PEER_CREDENTIALS = struct.Struct("3i")
@@ -291,6 +292,14 @@ class TcpServer(TCPServer):
             await self._initiate_server_close()
 
     async def _read_data(self) -> None:
-        await super()._read_data()
+        """Hand the protocol what comes, until nothing does. No deadline: `IdleWatch` ends what is silent for long."""
+        data: bytes | bytearray | None = None
+        while data != b"":
+            try:
+                data = await self.stream.receive_some(RECEIVE_BYTES)
+            except (trio.ClosedResourceError, trio.BrokenResourceError):
+                break
+            await self.protocol.handle(RawData(bytes(data)))
+        await self.protocol.handle(Closed())
         await self._linger_task.stop()
         self._idle.end()
