@@ -186,8 +186,12 @@ def _takes_input(options: ExecOptions) -> bool:
     return False
 
 
-def execute(vm: str, request: ExecRequest, options: ExecOptions) -> int:
+def execute(
+    vm: str, request: ExecRequest, options: ExecOptions, *, on_detach: Callable[[], None] = lambda: None
+) -> int:
     """Run *request* in *vm* with our standard streams, and return the exit code to end with.
+
+    *on_detach* is called if the user leaves the command running.
 
     Raises:
         click.ClickException: with 125: nobody knows how it fares.
@@ -220,6 +224,7 @@ def execute(vm: str, request: ExecRequest, options: ExecOptions) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED  # a second one: the agent ends the command
     if result is None:
+        on_detach()
         left = conversation.process
         click.echo(
             f"Detached; it runs on. Go back with: noid attach {vm} {left.process if left else 'PROCESS'}", err=True

@@ -48,6 +48,7 @@ SECTIONS = {
         "current": "noid.cli.account:current",
     },
     "Inside": {
+        "run": "noid.cli.run:run",
         "exec": "noid.cli.exec:exec_",
         "ps": "noid.cli.processes:ps",
         "attach": "noid.cli.processes:attach",

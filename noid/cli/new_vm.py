@@ -9,11 +9,26 @@ import click
 from click.core import ParameterSource
 
 from noid.cli.checkpoint_choice import Checkpoints, Chosen
+from noid.cli.options import CommandT
 from noid.client.answers import VmInfo
 from noid.client.calls import checkpoints, vms
 from noid.client.calls.call import Call
 
+DEFAULT_CPUS = 1
+DEFAULT_MEM_MIB = 2048
 _SHAPE = ("cpus", "mem", "image")
+
+
+def with_shape(command: CommandT) -> CommandT:
+    """Add the options that say what a new VM shall be. The command gets *cpus*, *mem*, *image* and *checkpoint*."""
+    for option in (
+        click.option("--from", "checkpoint", metavar="CHECKPOINT", help="Wake it from this checkpoint: id or label."),
+        click.option("--image", metavar="IMAGE", help="What it boots; the server's default if not given."),
+        click.option("--mem", type=int, default=DEFAULT_MEM_MIB, show_default=True, metavar="MIB", help="Memory."),
+        click.option("--cpus", type=int, default=DEFAULT_CPUS, show_default=True, metavar="N", help="Virtual CPUs."),
+    ):
+        command = option(command)
+    return command
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +43,13 @@ class NewVm:
 
     @classmethod
     def asked(
-        cls, *, cpus: int, mem_mib: int, image: str | None, checkpoint: str | None, labels: Mapping[str, str]
+        cls,
+        *,
+        cpus: int,
+        mem_mib: int,
+        image: str | None,
+        checkpoint: str | None,
+        labels: Mapping[str, str] | None = None,
     ) -> NewVm:
         """Return what the options of the command that is running mean. A *checkpoint* may have to be looked for.
 
@@ -43,7 +64,7 @@ class NewVm:
             if said:
                 raise click.UsageError(f"with --from, the checkpoint says what the VM is: not with {', '.join(said)}.")
             chosen = Checkpoints().meant(checkpoint, None)
-        return cls(cpus=cpus, mem_mib=mem_mib, image=image, checkpoint=chosen, labels=dict(labels))
+        return cls(cpus=cpus, mem_mib=mem_mib, image=image, checkpoint=chosen, labels=dict(labels or {}))
 
     def request(self, name: str) -> Call[VmInfo]:
         """Return what makes it, called *name*."""

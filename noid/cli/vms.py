@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from noid.cli.labels import given, labelled, warn_unless_kept, with_labels
+from noid.cli.new_vm import NewVm, with_shape
 from noid.cli.options import (
     call,
     chosen_name,
@@ -24,9 +25,6 @@ from noid.client.answers import VmInfo
 from noid.client.calls import vms
 from noid.client.settings import active_vm, set_active_vm
 
-DEFAULT_CPUS = 1
-DEFAULT_MEM_MIB = 2048
-
 
 def _no_files(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None:
@@ -45,10 +43,7 @@ noid create --use && noid exec -- uname -a
 """,
 )
 @with_vm
-@click.option("--cpus", type=int, default=DEFAULT_CPUS, show_default=True, metavar="N", help="Virtual CPUs.")
-@click.option("--mem", type=int, default=DEFAULT_MEM_MIB, show_default=True, metavar="MIB", help="Memory.")
-@click.option("--image", metavar="IMAGE", help="What it boots; the server's default if not given.")
-@click.option("--from", "checkpoint", metavar="CHECKPOINT", help="Wake it from this checkpoint: id or label.")
+@with_shape
 @with_labels("A word of yours to find it by; may be repeated. See: noid label.")
 @click.option("--use", "used", is_flag=True, help="Make it the VM that commands in this directory mean.")
 @click.option("--kernel", hidden=True, expose_value=False, callback=_no_files)
@@ -68,7 +63,6 @@ def create(
     The first of a shape (CPUs, memory, image) boots and may take a minute; later ones wake in milliseconds.
     """
     from noid.cli.friendly_names import unused
-    from noid.cli.new_vm import NewVm
 
     wanted = chosen_name(name, name_option)
     new = NewVm.asked(cpus=cpus, mem_mib=mem, image=image, checkpoint=checkpoint, labels=given(labels))

@@ -4,7 +4,7 @@ Newer agents send more, older ones only these, and ``--json`` prints what came.
 """
 
 # Without `from __future__ import annotations`: as strings, TypedDict could not tell which keys are required.
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class ReceiptItem(TypedDict):
@@ -64,6 +64,20 @@ class ProcessInfo(TypedDict):
     exit_code: int | None
     origin: str
     started_at: str | None
+
+
+class OperationInfo(TypedDict):
+    """An operation. *state* is running, succeeded, failed or cancelled, *step* where it is or failed; UTC, RFC 3339."""
+
+    id: str
+    kind: str
+    vm: str
+    state: str
+    step: str | None
+    started_at: str
+    ended_at: str | None
+    error: NotRequired[dict[str, Any] | None]
+    timings: NotRequired[dict[str, float]]
 
 
 class Identity(TypedDict):
