@@ -13,12 +13,11 @@ from noid.cli.throwaway import throwaway_vm
 @command(
     cls=AfterDashes,
     examples="""
-noid run -- uname -a
-tar c . | noid run -w /srv -- sh -c 'tar x && make test'
+tar c . | noid run -- tar x
 noid run -it --from golden -- bash
 """,
 )
-@click.option("--name", "name", metavar="NAME", help="What the VM is called; else it gets a name.")
+@click.option("--name", "name", metavar="NAME", help="What to call the VM.")
 @with_shape
 @click.option("--keep", is_flag=True, help="Leave the VM there.")
 @with_exec_options
@@ -31,9 +30,9 @@ def run(
     keep: bool,
     options: ExecOptions,
 ) -> int:
-    """Run a command in a new VM, which is gone afterwards. Its exit code is ours.
+    """Run a command in a new VM, which is gone afterwards.
 
-    Input, output and exit codes are those of `noid exec`; 125: noid failed.
+    Input, output and exit codes are those of `noid exec`.
     """
     argv = guest_command()
     if not argv:

@@ -107,7 +107,7 @@ class Throwaway:
 
         try:
             self._vm = unused(attempt) if name is None else attempt(name)
-        except BaseException as failure:  # raised by who waits for this thread
+        except BaseException as failure:  # noqa: ASYNC103  # who waits for this thread raises it
             self._failure = failure
         finally:
             self._settled.set()

@@ -39,7 +39,7 @@ def _no_files(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 noid create web --cpus 2 --mem 512
 noid create                       a name is made up and printed
 noid create copy --from 0123456789abcdef
-noid create --use && noid exec -- uname -a
+noid create --use                 commands in this directory then mean it
 """,
 )
 @with_vm

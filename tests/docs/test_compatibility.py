@@ -15,7 +15,7 @@ import click
 import pytest
 
 from noid.cli import main as noid_cli
-from noid.cli import vms
+from noid.cli import new_vm
 from noid.core.config import Config
 from noid.core.config_reading import load_config
 from noid.errors import ConfigError
@@ -190,7 +190,7 @@ def test_every_item_is_held_by_tests_that_exist(page: Pages) -> None:
 
 def test_numbers_are_those_of_the_code(page: Pages) -> None:
     here = dict(page(PAGE).rows("item", "here"))
-    assert f"{vms.DEFAULT_MEM_MIB} MiB" in here["default memory"]
+    assert f"{new_vm.DEFAULT_MEM_MIB} MiB" in here["default memory"]
     host, _, port = inspect.signature(Config).parameters["listen"].default.rpartition(":")
     assert here["default port"].startswith(f"{port}, and on {host} only")
 
