@@ -24,7 +24,7 @@ from noid.errors import NoSpace
 logger = logging.getLogger(__name__)
 
 #: SQLite begins its log anew every 4 MiB, if what is in it finds room in the database. The rest is for when it does
-#: not. One page less than what fits the first 32 KiB of its index (4062 pages), which would have to grow, too.
+#: not. All of it, 3817 pages, fits the first 32 KiB of the log's index (4062 pages): that needs no block either.
 LOG_BYTES = 15 << 20
 #: What an operation that needs room must find: as much as the log can add to the database at once.
 ROOM_BYTES = 4 << 20
@@ -56,14 +56,24 @@ class Reserve:
             return False
         return True
 
+    def has_room(self) -> bool:
+        """Return whether there is more room on the disk than the reserve, which is taken now if it was not there.
+
+        Raises:
+            BackendError: the disk cannot be asked.
+        """
+        with hostfs.os_errors("looking for room on the database's disk"):
+            self.take()
+            return hostfs.writable_bytes(self._directory) >= ROOM_BYTES
+
     def require_room(self) -> None:
-        """Let pass what needs room on the disk. Takes the reserve again if it had to be given up.
+        """Let pass what needs room on the disk.
 
         Raises:
             NoSpace: there is none but the reserve.
+            BackendError: the disk cannot be asked.
         """
-        self.take()
-        if hostfs.writable_bytes(self._directory) < ROOM_BYTES:
+        if not self.has_room():
             raise NoSpace(
                 f"the disk of {self._directory} is full; nothing was changed. Destroy a VM, delete a checkpoint or "
                 "free space there otherwise, and try again."

@@ -23,13 +23,7 @@ import trio
 from sqlite_utils import Database
 
 from noid.core.listing import ALL, Wanted
-from noid.core.model import (
-    Checkpoint,
-    User,
-    Vm,
-    VmState,
-    now,
-)
+from noid.core.model import Checkpoint, User, Vm, VmState, now
 from noid.core.rereading import Rereader
 from noid.core.reserve import Reserve
 from noid.core.rows import checkpoint_of, encode, text_of, user_of, vm_of, vm_row
@@ -210,7 +204,7 @@ class Tx:
 class Store:
     """The agent's database. Open it with `open_store`."""
 
-    def __init__(self, reader: sqlite3.Connection, writer: sqlite3.Connection, reserve: Reserve | None = None) -> None:
+    def __init__(self, reader: sqlite3.Connection, writer: sqlite3.Connection, reserve: Reserve) -> None:
         self._reserve = reserve
         self._reader = reader
         self._rereader = Rereader(reader)
@@ -238,10 +232,13 @@ class Store:
         """Run *change* as `write` does, blocking: for commands without an event loop."""
         return self._write(Tx(self._writer), change)
 
+    async def has_room(self) -> bool:
+        """Return whether a write that needs room would pass: for what others write into the database, and can wait."""
+        return await trio.to_thread.run_sync(self._reserve.has_room)
+
     def _write(self, tx: Tx, change: Callable[[Tx], T], needs_room: bool = False) -> T:  # passed on
-        if needs_room and self._reserve is not None:
-            with os_errors("looking for room on the database's disk"):
-                self._reserve.require_room()
+        if needs_room:
+            self._reserve.require_room()
         with _sqlite_errors(), _transaction(self._writer):
             return change(tx)
 

@@ -152,15 +152,19 @@ class Users:
         await log.close()
 
     async def keep_saving_uses(self) -> None:
-        """Write down, from time to time, when tokens were used last. Runs until it is cancelled."""
+        """Write down, from time to time, when tokens were used last. Runs until it is cancelled.
+
+        On a full disk that waits: once a minute, for days, it would use up what is reserved for the database.
+        """
         while True:
             await trio.sleep(SAVE_USES_SECS)
-            await self.save_uses()
+            await self.save_uses(needs_room=True)
 
-    async def save_uses(self) -> None:
+    async def save_uses(self, *, needs_room: bool = False) -> None:
         """Write down when tokens were used last. What fails is logged: nobody's request depends on it."""
         try:
-            await self._auth.save_uses()
+            if not needs_room or await self._store.has_room():
+                await self._auth.save_uses()
         except NoidError as error:
             logger.warning("when tokens were used last is not written down: %s", error)
 

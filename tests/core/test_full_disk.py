@@ -22,6 +22,7 @@ from noid.core.model import now
 from noid.core.outcomes import OperationState
 from noid.core.reserve import LOG_BYTES, ROOM_BYTES, allocate
 from noid.core.store import Tx, open_store
+from noid.core.users import Users
 from noid.errors import BackendError, Busy, NoSpace
 from noid.testing.faults import fail
 from noid.testing.simulated_agent import give_default_image
@@ -237,6 +238,22 @@ async def test_a_disk_without_room_for_the_reserve_gets_it_when_there_is(small_d
         filling.unlink()
         await store.write(lambda tx: tx.insert_user("me", "me"), needs_room=True)
         assert log.stat().st_blocks * 512 >= LOG_BYTES
+
+
+async def test_when_tokens_were_used_is_written_down_when_there_is_room(small_disk: Path) -> None:
+    saved: list[bool] = []
+
+    class Auth:
+        async def save_uses(self) -> None:
+            saved.append(True)
+
+    with open_store(small_disk / "noid.db") as store:
+        users = Users(store, Auth())  # type: ignore[arg-type]  # all that is asked of it here
+        with full(small_disk):
+            await users.save_uses(needs_room=True)
+            assert saved == []
+        await users.save_uses(needs_room=True)
+        assert saved == [True]
 
 
 # --- the audit log ----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from noid.core.model import (
     VmState,
     now,
 )
+from noid.core.reserve import Reserve
 from noid.core.store import Store, Tx, open_store
 from noid.errors import BackendError, Conflict, Damaged, DependencyDown, NotFound
 
@@ -161,7 +162,7 @@ def test_damage_that_shows_while_the_agent_runs_is_told_as_such(path: Path, stor
     store._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     damaged_page(path)
     with open_read_only(path) as reader, pytest.raises(Damaged, match="the noid database is damaged"):
-        Store(reader, reader).users()
+        Store(reader, reader, Reserve(path)).users()
 
 
 def test_a_directory_that_cannot_be_written_is_told_as_such(tmp_path: Path) -> None:
