@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import click
 
@@ -79,7 +78,6 @@ def _make_image() -> None:
     if missing:
         click.echo(f"Next: noid config set {missing[0]} PATH. VMs boot both together.", err=True)
         return
-    local.check_installed()
     there = {image["name"]: image for image in json.loads(_noid_server("image", "list", "--json"))}
     if there.get(IMAGE, {}).get("description", DESCRIPTION) != DESCRIPTION:
         confirmed(f"Replace the image {IMAGE!r} of your own agent? VMs made from it stay as they are.")
@@ -92,7 +90,7 @@ def _make_image() -> None:
 
 def _noid_server(*words: str) -> str:
     """Run ``noid-server`` on the data of this user's own agent and return what it prints."""
-    argv = [sys.executable, "-m", "noid.server", *words, "--data-dir", str(paths.data_dir())]
+    argv = [*local.server_program(), *words, "--data-dir", str(paths.data_dir())]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         raise BackendError(done.stderr.strip().removeprefix("Error: ") or f"noid-server failed ({done.returncode}).")

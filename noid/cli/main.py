@@ -27,6 +27,7 @@ import click
 
 from noid import __version__
 from noid.cli.options import Call, Group, common_options
+from noid.errors import ConfigError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -88,15 +89,27 @@ class LazyGroup(Group):
     """A group that knows its commands by name and imports one when it is asked for it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order people meet them."""
-        return [*COMMANDS, *super().list_commands(ctx)]
+        """Return the names in the order people meet them, then those that other packages add."""
+        from noid.cli import plugin_commands
+
+        added = (name for name in plugin_commands.names() if name not in COMMANDS)
+        return [*COMMANDS, *super().list_commands(ctx), *added]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command, importing its module."""
+        """Return the command, importing its module. One that is no command of noid's may be another package's."""
         if cmd_name not in COMMANDS:
-            return super().get_command(ctx, cmd_name)
+            from noid.cli import plugin_commands
+
+            return super().get_command(ctx, cmd_name) or plugin_commands.find(cmd_name)
         module, _, attribute = COMMANDS[cmd_name].partition(":")
-        command = getattr(import_module(module), attribute)
+        try:
+            command = getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0]:
+                raise
+            raise ConfigError(
+                f"{cmd_name!r} is not part of this noid{FORM}. It is of one that is installed as a package."
+            ) from error
         assert isinstance(command, click.Command)  # noqa: S101  # a static table of ours
         return command
 
@@ -115,13 +128,22 @@ class LazyGroup(Group):
     def overview(self, ctx: click.Context) -> str:
         """Return a line about each command, under the headings."""
         formatter = ctx.make_formatter()
-        for title, names in SECTIONS.items():
+        sections = {title: list(names) for title, names in SECTIONS.items()}
+        if added := self.list_commands(ctx)[len(COMMANDS) :]:
+            sections["Of other packages"] = added
+        for title, names in sections.items():
             with formatter.section(title):
-                found = [(name, self.get_command(ctx, name)) for name in names]
                 width = formatter.width - formatter.current_indent - max(map(len, COMMANDS)) - 2
-                rows = [(name, command.get_short_help_str(width)) for name, command in found if command is not None]
+                rows = [(name, self._short_help(ctx, name, width)) for name in names]
                 formatter.write_dl([(f"{name:<{max(map(len, COMMANDS))}}", text) for name, text in rows])
         return formatter.getvalue().strip("\n")
+
+    def _short_help(self, ctx: click.Context, name: str, width: int) -> str:
+        try:
+            command = self.get_command(ctx, name)
+        except ConfigError:
+            command = None
+        return "(not to be had here)" if command is None else command.get_short_help_str(width)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Return the commands that begin with *incomplete*, without importing any of them."""

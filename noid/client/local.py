@@ -87,7 +87,7 @@ def _start(data_dir: Path) -> ConfigError | None:
     Raises:
         ConfigError: it cannot be started here, or is not ready in `READY_SECS`.
     """
-    check_installed()
+    program = server_program()
     from subprocess import DEVNULL, Popen, TimeoutExpired  # 10 ms that only the first command pays
 
     log_path = data_dir / LOG_NAME
@@ -96,7 +96,7 @@ def _start(data_dir: Path) -> ConfigError | None:
     try:
         with open(log_path, "ab", opener=_owner_only) as log:
             said_before = log.seek(0, os.SEEK_END)
-            command = [sys.executable, "-m", "noid.server", "serve", "--local", "--data-dir", str(data_dir)]
+            command = [*program, "serve", "--local", "--data-dir", str(data_dir)]
             agent = Popen(
                 [*command, "--ready-fd", str(writable)],
                 stdin=DEVNULL,
@@ -148,20 +148,27 @@ def _first_word(descriptor: int) -> bytes | None:
     return word
 
 
-def check_installed() -> None:
-    """Return if what an agent needs is installed beside this client.
+def server_program() -> list[str]:
+    """Return what runs ``noid-server`` here: of this installation, else the one on ``PATH``.
 
     Raises:
-        ConfigError: says what to install, or what to do instead.
+        ConfigError: there is none. Says what to install, or what to do instead.
     """
     from importlib.util import find_spec
 
-    missing = [name for name in ("hypercorn", "quart_trio", "sqlite_utils") if find_spec(name) is None]
-    if missing:
+    needed = ("hypercorn", "quart_trio", "sqlite_utils", "noid.server")  # the last one is not in a single file
+    missing = [name for name in needed if find_spec(name) is None]
+    if not missing:
+        return [sys.executable, "-m", "noid.server"]
+    from shutil import which
+
+    program = which("noid-server")
+    if program is None or Path(program).parent == Path(sys.executable).parent:  # or it would be this one
         raise ConfigError(
             f"only the client is installed here ({', '.join(missing)} missing), so no local agent can be started."
             " Run: pip install 'noid[server]', or use a server: noid auth setup"
         )
+    return [program]
 
 
 def _last_lines(log_path: Path, offset: int) -> str:

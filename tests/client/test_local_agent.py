@@ -121,7 +121,7 @@ def test_an_agent_that_cannot_start_is_quoted(home: Path) -> None:
     assert "bochs" in text
     assert "agent.log" in text
     assert "Traceback" not in text
-    assert said(noid(home, "exec", "web", "--", "true"))[0] == 1
+    assert said(noid(home, "exec", "web", "--", "true"))[0] == 125
 
 
 def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
