@@ -22,6 +22,7 @@
     │   └── NotUnique           500  not_unique       a clone could not be made its own, and require_unique is strict
     ├── Damaged                 500  damaged          a checkpoint, image or database is not what was written
     ├── Unsupported             501  unsupported      names the backend and the missing ability
+    ├── Unreachable             502  unreachable      nothing in the guest takes connections there
     ├── DependencyDown          503  unavailable      a program, daemon or guest that does not answer
     ├── DeadlineExceeded        504  deadline
     └── NoSpace                 507  no_space
@@ -192,8 +193,16 @@ class Unsupported(NoidError):
     code = "unsupported"
     status = 501
 
-    def __init__(self, backend: str, ability: str) -> None:
-        super().__init__(f"Backend {backend!r} cannot {ability}. Choose another backend in server.toml [backends].")
+    def __init__(self, backend: str, ability: str, *, remedy: str = "") -> None:
+        remedy = remedy or "Choose another backend in server.toml [backends]."
+        super().__init__(f"Backend {backend!r} cannot {ability}. {remedy}")
+
+
+class Unreachable(NoidError):
+    """A connection to a guest's port was refused, found no way, or broke off in its middle. The VM is well."""
+
+    code = "unreachable"
+    status = 502
 
 
 class DependencyDown(NoidError):

@@ -19,6 +19,7 @@ import trio
 from noid.core.model import (
     DEFAULT_TOKEN,
     TOKEN_SCOPES,
+    ConnectRequest,
     Credentials,
     DiskUsage,
     ExecRequest,
@@ -405,6 +406,54 @@ class Process(Protocol):
         ...
 
 
+class GuestConnection(Protocol):
+    """A TCP connection that a guest has made: bytes both ways, each way with an end of its own.
+
+    What is not read here holds back whoever sends in the guest, what is not read there `send_all`; neither holds up
+    anything else. Nobody in the guest takes a connection that is broken off for one that has ended.
+    """
+
+    async def send_all(self, data: bytes) -> None:
+        """Send *data*; waits while it is not taken. What the other end no longer takes is dropped: see `wait_closed`.
+
+        Cancelled, an unknown part was sent.
+
+        Raises:
+            DependencyDown: the guest or its VM went away.
+        """
+        ...
+
+    async def send_eof(self) -> None:
+        """Tell the other end that no more comes. It can still be received from."""
+        ...
+
+    async def receive_some(self) -> bytes:
+        """Return what comes next, or nothing once the other end has said that no more does. One reader at a time.
+
+        Cancelled, it has taken nothing.
+
+        Raises:
+            Unreachable: the other end, or the network between, has broken the connection off.
+            DependencyDown: the guest or its VM went away.
+            BackendError: the guest does not do its part.
+        """
+        ...
+
+    async def wait_closed(self) -> None:
+        """Return once both directions have ended in order. Only after `receive_some` has returned nothing.
+
+        Raises: what `receive_some` raises.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of it; before both directions have ended, the other end sees it reset. Twice does nothing.
+
+        Bounded: a guest that does not answer is not waited for.
+        """
+        ...
+
+
 class Guest(Protocol):
     """The agent inside one VM: many processes at once.
 
@@ -415,6 +464,7 @@ class Guest(Protocol):
     - ``tty``: processes can have a terminal.
     - ``stdin``, ``stderr``, ``signals``: processes take input, tell stderr from stdout, can be signalled.
     - ``files``: files are copied in and out.
+    - ``ports``: TCP connections are made from inside the guest.
     - ``identity``: `wake` makes a clone its own.
     - ``power``: the guest can be asked to power off.
     """
@@ -479,6 +529,19 @@ class Guest(Protocol):
         Raises:
             InvalidRequest: no such user.
             Unsupported: `features` lacks ``files``.
+            DependencyDown: the guest does not answer.
+        """
+        ...
+
+    async def connect(self, request: ConnectRequest) -> GuestConnection:
+        """Make a TCP connection from inside the guest. It is the caller's to close.
+
+        Cancelled, there is none. It takes no network of the guest's: ``localhost`` always works.
+
+        Raises:
+            Unreachable: nothing takes connections there, or there is no way.
+            InvalidRequest: no such user.
+            Unsupported: `features` lacks ``ports``; says why, and what would help.
             DependencyDown: the guest does not answer.
         """
         ...

@@ -69,6 +69,7 @@ class LimitsConfig:
     max_connections: int = setting(4096, least=1)
     max_connections_per_address: int = setting(1024, least=1)
     max_ws_sessions_per_user: int | None = setting(None, least=0)
+    max_tunnels_per_user: int | None = setting(256, least=0)
     requests_per_second: float = setting(500.0, least=0)
     requests_burst: int = setting(2000, least=1)
     max_header_bytes: int = setting(32 << 10, least=4 << 10, most=1 << 20)

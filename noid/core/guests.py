@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import trio
 
-from noid.core import states
-from noid.core.backends import Guest
+from noid.core import states, tunnels
+from noid.core.backends import Guest, GuestConnection
 from noid.core.console import Console
-from noid.core.model import ExecRequest, User, Vm, checked_name, wire_time
+from noid.core.model import ConnectRequest, ExecRequest, User, Vm, checked_name, wire_time
 from noid.core.services import Services
 from noid.core.session import Session
 from noid.core.sessions import Sessions
@@ -22,6 +22,7 @@ from noid.errors import Busy, DeadlineExceeded, NotFound
 
 CONNECT_SECS = 10.0
 RECOVERED_SECS = 2.0
+CLOSE_SECS = 15.0
 
 
 class Guests:
@@ -32,6 +33,7 @@ class Guests:
         self._store = services.store
         self._sessions = sessions
         self._sight = sight
+        self.tunnels = tunnels.Tunnels(lambda: services.quotas.host)
 
     @contextlib.asynccontextmanager
     async def reach(self, user: User, name: str) -> AsyncIterator[Guest]:
@@ -45,8 +47,8 @@ class Guests:
         async with self._guest(name, self._link(await self._sight.handed_over(user, name))) as guest:
             yield guest
 
-    def _link(self, vm: Vm) -> GuestLink:
-        states.require("exec", vm.name, vm.state)
+    def _link(self, vm: Vm, action: str = "exec") -> GuestLink:
+        states.require(action, vm.name, vm.state)
         holder = self._sight.holder(vm)
         if holder is not None and self._services.supervisor.find(vm.id) is None:
             raise Busy(vm.name, holder)
@@ -103,6 +105,33 @@ class Guests:
                 quotas.check_process(user, lambda: self._running_processes(user))
 
             return await sessions.start(guest, request, detached=detached, admit=admit)
+
+    @contextlib.asynccontextmanager
+    async def connection(self, user: User, name: str, request: ConnectRequest) -> AsyncIterator[GuestConnection]:
+        """Yield a TCP connection made from inside the VM's guest; it is closed at the end, or reset if it is not over.
+
+        It is made as the image's default user unless the request names one. It ends with the VM's machine.
+
+        Raises:
+            NotFound: there is no such VM.
+            Conflict: it does not run.
+            Unreachable: nothing takes connections there.
+            Unsupported: this way into the guest, or this guest's agent, cannot.
+            TooManyRequests: the user, or the VM, has as many as may be.
+            DependencyDown, DeadlineExceeded: its guest does not answer.
+        """
+        vm = await self._sight.handed_over(user, name)
+        link = self._link(vm, "connect")
+        if request.user is None:
+            request = dataclasses.replace(request, user=self._default_user(vm))
+        with self.tunnels.place(user.id, vm.id):
+            async with self._guest(name, link) as guest:
+                connection = await tunnels.connect(guest, request)
+                try:
+                    yield connection
+                finally:
+                    with trio.move_on_after(CLOSE_SECS, shield=True):
+                        await connection.aclose()
 
     async def quota(self, user: User) -> tuple[dict[str, int | None], dict[str, int]]:
         """Return the most *user* may have of each resource (None: no limit), and what they use."""

@@ -46,20 +46,24 @@ _BEING_MADE = """SELECT count(*) FROM operations WHERE owner = ?1 AND kind = 'vm
 
 
 class Quotas:
-    """The limits of one data directory's users, and what they use."""
+    """The limits of one data directory's users, and what they use.
+
+    Attributes:
+        host: How much of the host all users together, one VM or one client may take.
+    """
 
     def __init__(self, store: Store, layout: Layout, defaults: QuotaConfig, host: LimitsConfig) -> None:
         self._store = store
         self._layout = layout
         self._defaults: dict[str, int | None] = dataclasses.asdict(defaults)
-        self._host = host
+        self.host = host
         self._measuring: dict[str, _Measurement] = {}
         self._one_measurement = trio.CapacityLimiter(1)
 
     def take_up(self, defaults: QuotaConfig, host: LimitsConfig) -> None:
         """Go by these from now on. What exceeds them already stays."""
         self._defaults = dataclasses.asdict(defaults)
-        self._host = host
+        self.host = host
 
     def limits(self, user: User) -> dict[str, int | None]:
         """Return the most *user* may have of each resource; None: as much as there is."""
@@ -88,7 +92,7 @@ class Quotas:
         Raises:
             InvalidRequest: more than ``max_memory_per_vm``.
         """
-        most = self._host.max_memory_per_vm
+        most = self.host.max_memory_per_vm
         if most is not None and mem_mib > most:
             raise InvalidRequest(f"mem_mib is {mem_mib}; a VM may have at most {most} on this host.")
 
@@ -98,7 +102,7 @@ class Quotas:
         Raises:
             QuotaExceeded: it does not.
         """
-        most = self._host.max_vms
+        most = self.host.max_vms
         if most is not None and tx.execute("SELECT count(*) FROM vms").fetchone()[0] > most:
             raise QuotaExceeded(f"this host has {most} VMs, which is the most it may have. Destroy one first.")
         self._check(tx, vm.owner, ("vms", "vcpus", "mem_mib"))

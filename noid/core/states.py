@@ -32,6 +32,7 @@ TRANSITIONS: dict[VmState, frozenset[VmState]] = {
 ALLOWED: dict[str, frozenset[VmState]] = {
     "checkpoint": frozenset({_S.RUNNING, _S.PAUSED}),
     "exec": frozenset({_S.RUNNING}),
+    "connect": frozenset({_S.RUNNING}),
     "console": frozenset({_S.RUNNING, _S.PAUSED}),
     "restore": frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPED, _S.DEAD}),
     "destroy": frozenset(_S),
@@ -42,6 +43,8 @@ ALLOWED: dict[str, frozenset[VmState]] = {
     "pause": frozenset({_S.RUNNING, _S.PAUSED}),
     "resume": frozenset({_S.RUNNING, _S.PAUSED}),
 }
+
+_VERBS = {"connect": "connect to a port of", "console": "open the console of"}
 
 _HINTS = {
     _S.DEAD: "Its machine has ended: boot its disk with `noid start {name}`, restore it from a checkpoint, or destroy "
@@ -67,5 +70,5 @@ def require(action: str, name: str, state: VmState) -> None:
         Conflict: says what the VM is and what to do about it.
     """
     if state not in ALLOWED[action]:
-        verb = "open the console of" if action == "console" else action
+        verb = _VERBS.get(action, action)
         raise Conflict(f"cannot {verb} VM {name!r}: it is {state}. {_HINTS[state].format(name=name)}".rstrip())

@@ -11,7 +11,7 @@ from quart import Response
 from werkzeug.exceptions import HTTPException
 
 from noid.core.agent import Agent
-from noid.errors import NoidError, TooManyRequests, Unauthenticated
+from noid.errors import NoidError, TooManyRequests, Unauthenticated, Unreachable
 from noid.server.visit import visit
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,9 @@ class Answers:
             logger.error("request failed", exc_info=error)
             text = f"internal error; the server's log says more under {visit().id}"
             return json_reply({"error": text, "code": NoidError.code}, NoidError.status)
-        if error.status >= 500:
+        if error.status >= 500 and not isinstance(
+            error, Unreachable
+        ):  # what a guest has no server for is no fault here
             logger.warning("%s: %s", error.code, error, exc_info=error.__cause__)
         reply = json_reply({"error": self.public_text(error), "code": error.code}, error.status)
         if isinstance(error, Unauthenticated):

@@ -190,6 +190,9 @@ class _Standing(Collector):
         yield vms
         yield GaugeMetricFamily("noid_websocket_sessions", "WebSockets that are open.", self._websockets.open_sessions)
         yield GaugeMetricFamily(
+            "noid_tunnels", "TCP connections to ports of guests that are open.", self._agent.guests.tunnels.open
+        )
+        yield GaugeMetricFamily(
             "noid_waiting_machines", "Machines that wait for the next create.", self._agent.waiting_machines
         )
         disk = shutil.disk_usage(self._agent.config.data_dir)

@@ -34,6 +34,7 @@ from noid.server.open_streams import OpenStreams
 from noid.server.openapi import DocumentRoutes
 from noid.server.operations import OperationRoutes
 from noid.server.origins import origins
+from noid.server.ports import PortRoutes
 from noid.server.power import PowerRoutes
 from noid.server.processes import ProcessRoutes
 from noid.server.quotas import QuotaRoutes
@@ -202,6 +203,7 @@ def all_routes(agent: Agent, websockets: WebSockets, metrics: Metrics) -> list[R
         *ConsoleRoutes(agent, websockets).routes(),
         *LogRoutes(agent, websockets).routes(),
         *FileRoutes(agent).routes(),
+        *PortRoutes(agent, websockets).routes(),
         *MetricsRoutes(agent, metrics).routes(),
     ]
     routes += DocumentRoutes(lambda: routes).routes()

@@ -39,8 +39,10 @@ class WebSockets:
         """How many there are now."""
         return self._sessions.total()
 
-    async def hold(self, session: Callable[[], Awaitable[None]]) -> None:
+    async def hold(self, session: Callable[[], Awaitable[None]], *, counted: bool = True) -> None:
         """Upgrade the current request, run *session* on it and close it; see `hold_websocket`.
+
+        *counted*: it is one of ``max_ws_sessions``. What is not has a limit of its own.
 
         Raises:
             DependencyDown: before the upgrade: there are too many, or the server is going down.
@@ -48,6 +50,9 @@ class WebSockets:
         """
         if self._streams.stopping.is_set():
             raise DependencyDown("the server is going down for a restart. Try again.")
+        if not counted:
+            await self._hold(session)
+            return
         user, config = current_user().id, self._agent.config
         if self.open_sessions >= config.max_ws_sessions:
             raise DependencyDown("too many WebSocket sessions. End one, or raise max_ws_sessions in server.toml.")
@@ -56,13 +61,16 @@ class WebSockets:
             raise TooManyRequests(f"you have {most} WebSocket sessions, and may not have more. End one first.")
         self._sessions[user] += 1
         try:
-            await _upgrade()
-            with self._streams.stay() as stay:
-                await hold_websocket(stay, session, self._last_words)
+            await self._hold(session)
         finally:
             self._sessions[user] -= 1
             if not self._sessions[user]:
                 del self._sessions[user]
+
+    async def _hold(self, session: Callable[[], Awaitable[None]]) -> None:
+        await _upgrade()
+        with self._streams.stay() as stay:
+            await hold_websocket(stay, session, self._last_words)
 
     def _last_words(self, error: NoidError) -> str:
         return wire.reply_to_json(wire.ErrorResponse(error=self._answers.public_text(error), code=error.code))

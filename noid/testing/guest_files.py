@@ -14,8 +14,8 @@ import trio
 from noid_exec_vsock import guest_binary
 from noid_exec_vsock.guest import AgentGuest, connect
 
-from noid.core.backends import BackendSpec, ConsolePort, ExecBackend, Guest, Machine, Process
-from noid.core.model import FileTransfer
+from noid.core.backends import BackendSpec, ConsolePort, ExecBackend, Guest, GuestConnection, Machine, Process
+from noid.core.model import ConnectRequest, FileTransfer
 from noid.core.plugins import Plugins
 from noid.hookspecs import hookimpl
 from noid.testing.faults import Faults
@@ -72,6 +72,10 @@ class _GuestWithFiles:
         process = await self._native.transfer(request)
         self._copies.add(process.id)
         return process
+
+    async def connect(self, request: ConnectRequest) -> GuestConnection:
+        """Connect to a port of this host."""
+        return await self._native.connect(request)
 
     async def release(self, process: Process | int) -> None:
         number = process if isinstance(process, int) else process.id

@@ -13,8 +13,9 @@ from typing import Any
 
 import trio
 
-from noid.core.backends import ConsolePort, Guest, Machine, Process
+from noid.core.backends import ConsolePort, Guest, GuestConnection, Machine, Process
 from noid.core.model import (
+    ConnectRequest,
     ExecRequest,
     FileTransfer,
     Gap,
@@ -27,13 +28,15 @@ from noid.core.model import (
     TerminalSize,
     Usage,
 )
-from noid.errors import BackendError, DependencyDown, InvalidRequest, NotFound, Unsupported
+from noid.errors import BackendError, DependencyDown, InvalidRequest, NotFound, Unreachable, Unsupported
 from noid.testing.faults import Faults
 
 RELEASE_GRACE_SECS = 0.5
 RELEASE_BOUND_SECS = 5.0
 OUTPUT_WINDOW_BYTES = 262144
 _STDIN_PIECE_BYTES = 16384
+SERVICES = {7: ("cat",), 13: ("echo", "the time is now"), 19: ("yes",), 104: ("sh", "-c", "echo half; exit 1")}
+"""What a simulated guest has at its ports: echo, daytime, chargen, and one that breaks off in its middle."""
 
 
 class SimulatedExec:
@@ -72,7 +75,7 @@ class SimulatedExec:
 class SimulatedGuestLink:
     """One conversation with a guest agent: the `Guest` protocol."""
 
-    features = frozenset({"sessions", "tty", "signals", "stdin", "stderr", "identity", "power"})
+    features = frozenset({"sessions", "tty", "signals", "stdin", "stderr", "ports", "identity", "power"})
 
     def __init__(self, stream: trio.abc.Stream, pid: int, faults: Faults) -> None:
         self._stream = stream
@@ -237,6 +240,15 @@ class SimulatedGuestLink:
         """
         raise Unsupported("simulated", f"copy {request.path!r}")
 
+    async def connect(self, request: ConnectRequest) -> GuestConnection:
+        """Connect to what the simulated guest has instead of servers: see `SERVICES`."""
+        await self._faults.before("connect_port", self._pid)
+        argv = SERVICES.get(request.port)
+        if argv is None:
+            raise Unreachable(f"nothing listens at {request.target} in the simulated guest (connection refused).")
+        process = await self.start(ExecRequest(argv=argv, user=request.user, stdin=True))
+        return SimulatedConnection(self, process)
+
     async def wake(self, identity: Identity) -> Receipt:
         """Make the guest its own."""
         await self._faults.before("wake", self._pid)
@@ -271,6 +283,44 @@ class SimulatedGuestLink:
         """Ask the guest to reboot."""
         await self._faults.before("reboot", self._pid)
         await self.call("reboot")
+
+
+class SimulatedConnection:
+    """A connection to a service of a simulated guest: the `GuestConnection` protocol."""
+
+    def __init__(self, link: SimulatedGuestLink, process: Process) -> None:
+        self._link = link
+        self._process = process
+        self._exit: ProcessExit | None = None
+
+    async def send_all(self, data: bytes) -> None:
+        """Send *data*."""
+        await self._process.send_stdin(data)
+
+    async def send_eof(self) -> None:
+        """Tell the service that no more comes."""
+        await self._process.close_stdin()
+
+    async def receive_some(self) -> bytes:
+        """Return what comes next, or nothing at the end."""
+        while self._exit is None:
+            match await self._process.receive():
+                case OutputChunk(data=data):
+                    return data
+                case ProcessExit() as exit_:
+                    self._exit = exit_
+        if self._exit.code != 0:
+            raise Unreachable("the simulated guest's end of the connection broke: connection reset.")
+        return b""
+
+    async def wait_closed(self) -> None:
+        """Return once the service has ended."""
+        while await self.receive_some():
+            pass
+
+    async def aclose(self) -> None:
+        """Let go of it."""
+        await self._link.release(self._process)
 
 
 class SimulatedProcess:

@@ -23,6 +23,7 @@ LETTERS = dict(zip(VmState, "crpRsdD", strict=True))
 MAY = {
     "checkpoint": "rp",
     "exec": "r",
+    "connect": "r",
     "console": "rp",
     "restore": "rpsd",
     "destroy": "crpRsdD",
@@ -49,7 +50,7 @@ def test_an_action_passes_in_the_states_of_the_table_and_else_says_what_the_vm_i
         return
     with pytest.raises(Conflict) as refused:
         require(action, "web", state)
-    verb = "open the console of" if action == "console" else action
+    verb = {"console": "open the console of", "connect": "connect to a port of"}.get(action, action)
     assert f"cannot {verb} VM 'web': it is {state}." in str(refused.value)
     assert str(refused.value).count(".") >= 2, "the message ends without saying what to do"
 

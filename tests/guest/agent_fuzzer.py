@@ -6,9 +6,11 @@ what the host relies on: every answer can be read, and no byte of a log is missi
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import select
+import socket
 import struct
 import tarfile
 import time
@@ -65,10 +67,14 @@ class AgentFuzzer:
     _decoder: FrameDecoder = field(init=False)
     _due: dict[int, int] = field(init=False, default_factory=dict)  # by process: the offset its next output must have
     _pong: int = field(init=False, default=1)
+    _listener: socket.socket = field(init=False)
+    _served: list[socket.socket] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)  # noqa: S311  # repeatable, not secret
         self.wire.socket.setblocking(False)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setblocking(False)
         (self.scratch / "out").mkdir(exist_ok=True)
         (self.scratch / "out" / "file").write_bytes(b"content" * 1000)
         self._sync()
@@ -88,9 +94,26 @@ class AgentFuzzer:
         self._pong += 1
         self._say(Message.PING, 0x70000000 + self._pong, b"settle")
         self._hear_until(lambda frame: frame.type == Message.PONG and frame.id == 0x70000000 + self._pong)
+        self._serve()
+
+    def _serve(self) -> None:
+        """Be what the agent's connections lead to: say something, end, or break off, after a while."""
+        with contextlib.suppress(BlockingIOError):
+            self._served.append(self._listener.accept()[0])
+        for at, served in enumerate(list(self._served)):
+            served.setblocking(False)
+            with contextlib.suppress(OSError):
+                served.send(bytes(100 * at))
+                served.recv(50)
+                if at % 3 == 1:
+                    served.shutdown(socket.SHUT_WR)
+        if len(self._served) > 4:
+            self._served.pop(0).close()  # what is unread makes it a reset
 
     def release_all(self) -> None:
         """End and forget every process."""
+        for served in (self._listener, *self._served):
+            served.close()
         self._new_conversation()
         for number in (*IDS, *STRANGE_IDS):
             self._say(Message.RELEASE, number, bytes(4))
@@ -152,6 +175,10 @@ class AgentFuzzer:
                 ("copy-in", "file", str(self.scratch / "in-file"), "0", size, "644", "-", "-"),
                 ("copy-out", "file", str(self.scratch / "out" / "file"), "3", size),
                 ("copy-in",),
+                *[("connect", "localhost", str(self._listener.getsockname()[1]))] * 3,
+                ("connect", "127.0.0.1", "1"),
+                ("connect", self._pick("::1", "", "x" * 3000), self._pick("99999", "-1", "")),
+                ("connect",),
                 ("no-such-builtin", "x"),
             )
         number = self._chance.random()
@@ -175,6 +202,9 @@ class AgentFuzzer:
     def _stdin(self) -> bytes:
         if self._chance.random() < 0.5:
             return self._bytes(6000)
+        if self._chance.random() < 0.5:  # records of a connection
+            sizes = [self._pick(1, 3, 2000, 70000, 0) for _ in range(3)]
+            return b"".join(struct.pack("<I", size) + bytes(min(size, 2000)) for size in sizes)
         made = io.BytesIO()
         with tarfile.open(fileobj=made, mode="w", format=self._pick(tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)) as tar:
             for name in ("a", "dir/b", "n" * self._pick(10, 200), "../out", f"{self.scratch}/abs"):

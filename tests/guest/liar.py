@@ -48,12 +48,12 @@ class Liar:
 
 
 @asynccontextmanager
-async def conversation() -> AsyncIterator[tuple[AgentGuest, Liar]]:
+async def conversation(hello: bytes = HELLO) -> AsyncIterator[tuple[AgentGuest, Liar]]:
     ours, theirs = trio.testing.memory_stream_pair()
     liar = Liar(theirs)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(liar.greet)
+        nursery.start_soon(liar.greet, hello)
         async with connect(returning(ours)) as guest:
             yield guest, liar
         nursery.cancel_scope.cancel()

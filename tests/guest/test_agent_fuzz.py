@@ -26,6 +26,7 @@ HARNESS = Path(__file__).with_name("fuzz_parsers.c")
 PARSERS = (
     *("wire.c", "start.c", "users.c", "identity.c", "hooks.c", "files.c", "network.c", "say.c"),
     *("builtin.c", "copy_in.c", "copy_out.c", "tar.c", "tar_in.c", "tar_out.c", "tree.c", "pipes.c", "sha256.c"),
+    "connect.c",
 )
 ROUNDS = 10_000
 MESSAGES = 4000

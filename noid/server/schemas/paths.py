@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from noid.core.model import NAME_LENGTH_MAX
+from noid.server.schemas.ports import PORT
 from noid.server.schemas.vocabulary import Schema, text
 
 NAME_PATTERN = r"^[A-Za-z0-9_](\.?[A-Za-z0-9_-])*\.?$"
@@ -16,6 +17,7 @@ CHECKPOINT_ID = text(pattern="^[0-9a-f]{16}$")
 PATH_PARAMETERS: Mapping[str, Schema] = {
     "name": {**NAME, "description": "A VM of the caller."},
     "process": text(least=1, about="The id of a process of the VM."),
+    "port": PORT,
     "log": text(least=1, about="The name of a log of the VM."),
     "checkpoint": text(least=1, about="The id of a checkpoint of the caller."),
     "operation": text(least=1, about="The id of an operation of the caller."),

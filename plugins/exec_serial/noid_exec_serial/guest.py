@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from noid.core.backends import ConsolePort, Process
+from noid.core.backends import ConsolePort, GuestConnection, Process
 from noid.core.model import (
+    ConnectRequest,
     ExecRequest,
     FileTransfer,
     GuestProcessInfo,
@@ -185,6 +186,15 @@ class SerialGuest:
         """
         await trio.lowlevel.checkpoint()
         raise Unsupported(NAME, f"copy {request.path!r}")
+
+    async def connect(self, request: ConnectRequest) -> GuestConnection:
+        """Refuse: the guest's end of a connection is a part of noid's agent.
+
+        Raises:
+            Unsupported: always.
+        """
+        await trio.lowlevel.checkpoint()
+        raise Unsupported(NAME, f"connect to {request.target} of a guest")
 
     async def resize_console(self, size: TerminalSize) -> None:
         """Do nothing: commands have no terminal, and the console's is its viewers'."""

@@ -46,6 +46,7 @@ _HAS_STDIN = 4
 _OUTPUT = 1
 _SIZE_MAX = 0xFFFF
 _RECEIPT_ITEMS_MAX = 32
+_BUILTINS_BEFORE = frozenset({"copy-out", "copy-in"})
 _RECEIPT_STATUS = ("done", "failed", "not_possible")
 
 
@@ -199,6 +200,10 @@ class _Reader:
         text = self.take(length, name).decode("utf-8", "replace")
         return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
+    @property
+    def has_more(self) -> bool:
+        return self._at < len(self._body)
+
     def end(self) -> None:
         if self._at != len(self._body):
             raise ProtocolError(f"{self._what} has {len(self._body) - self._at} bytes too many")
@@ -272,7 +277,8 @@ class Hello:
     """Who answered. *problem* is why there is no root file system, or empty.
 
     *agent_starts* is how often the agent was started since the guest booted: when it grows, the processes of before are
-    out of reach.
+    out of reach. *builtins* are the functions of the agent that can be started; agents from before it told them have
+    those that copy files.
     """
 
     version: int
@@ -285,6 +291,7 @@ class Hello:
     agent_starts: int
     boot_id: str
     kernel_release: str
+    builtins: frozenset[str]
 
 
 def read_hello(body: bytes) -> Hello:
@@ -297,6 +304,7 @@ def read_hello(body: bytes) -> Hello:
     processes_max, processes_alive = reader.number(4, "processes_max"), reader.number(4, "processes_alive")
     agent_starts = reader.number(4, "agent_starts")
     boot_id, release, problem = reader.text("boot_id"), reader.text("kernel_release"), reader.text("problem")
+    builtins = frozenset(reader.text("builtins").split()) if reader.has_more else _BUILTINS_BEFORE
     reader.end()
     return Hello(
         version=version,
@@ -309,6 +317,7 @@ def read_hello(body: bytes) -> Hello:
         agent_starts=agent_starts,
         boot_id=boot_id,
         kernel_release=release,
+        builtins=builtins,
     )
 
 

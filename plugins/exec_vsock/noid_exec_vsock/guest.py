@@ -13,6 +13,7 @@ from noid.core.model import (
     LABEL_BYTES_MAX,
     LOG_BYTES_MAX,
     LOG_BYTES_MIN,
+    ConnectRequest,
     ExecRequest,
     FileTransfer,
     GuestProcessInfo,
@@ -20,12 +21,13 @@ from noid.core.model import (
     Receipt,
     TerminalSize,
 )
-from noid.errors import BackendError, InvalidRequest, TooLarge
-from noid_exec_vsock import frames
+from noid.errors import BackendError, InvalidRequest, TooLarge, Unsupported
+from noid_exec_vsock import frames, tunnel
 from noid_exec_vsock.connection import Connection, parsed
 from noid_exec_vsock.frames import Hello, Message
 from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES, GuestProcess
 from noid_exec_vsock.transfer import transfer_argv
+from noid_exec_vsock.tunnel import Tunnel
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ _RELEASE_BOUND_SECS = GRACE_SECS + 10.0
 _USER_BYTES_MAX = 63
 _CWD_BYTES_MAX = 4095
 _CONSOLE = 0
+_FEATURES = frozenset({"sessions", "tty", "signals", "stdin", "stderr", "files", "identity", "power"})
 
 
 @asynccontextmanager
@@ -76,12 +79,12 @@ class AgentGuest:
 
     Attributes:
         hello: What the agent said of itself and its machine when the conversation began.
+        features: What it can do. One that came with an old checkpoint cannot do all.
     """
-
-    features = frozenset({"sessions", "tty", "signals", "stdin", "stderr", "files", "identity", "power"})
 
     def __init__(self, connection: Connection, hello: Hello) -> None:
         self.hello = hello
+        self.features = _FEATURES | ({"ports"} if tunnel.BUILTIN in hello.builtins else set())
         self._connection = connection
 
     async def start(self, request: ExecRequest) -> GuestProcess:
@@ -180,6 +183,21 @@ class AgentGuest:
         return await self.start_builtin(
             ExecRequest(argv=transfer_argv(request), user=request.user, stdin=request.incoming)
         )
+
+    async def connect(self, request: ConnectRequest) -> Tunnel:
+        """Make a TCP connection from inside the guest. It is the caller's to close. Cancelled, there is none.
+
+        Raises:
+            Unreachable: nothing takes connections there, or there is no way.
+            Unsupported: the agent is of before it could do that.
+        """
+        if "ports" not in self.features:
+            raise Unsupported(
+                "vsock",
+                "connect to a port of this guest, whose agent is of an older noid and came with its checkpoint",
+                remedy="Boot it anew, which brings this one's agent: noid stop, then noid start.",
+            )
+        return await tunnel.connect(self, request)
 
     async def wake(self, identity: Identity) -> Receipt:
         """Make the guest its own: clock, randomness, names, network, then the image's own hooks.

@@ -18,6 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "builtin.h"
 #include "channel.h"
 #include "hooks.h"
 #include "identity.h"
@@ -69,7 +70,7 @@ static void on_sync(uint32_t epoch, uint32_t id) {
     struct writer writer = {.data = body, .capacity = sizeof body};
     struct timespec up;
     struct utsname system;
-    char boot_id[64];
+    char boot_id[64], builtins[256];
     clock_gettime(CLOCK_BOOTTIME, &up);
     uname(&system);
     identity_boot_id(boot_id, sizeof boot_id);
@@ -84,6 +85,8 @@ static void on_sync(uint32_t epoch, uint32_t id) {
     write_text(&writer, boot_id);
     write_text(&writer, system.release);
     write_text(&writer, options->no_root ? options->no_root : "");
+    builtin_names(builtins, sizeof builtins);
+    write_text(&writer, builtins);
     outbox_answer(MSG_HELLO, id, body, writer.length);
 }
 

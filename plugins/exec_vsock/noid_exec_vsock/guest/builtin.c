@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "connect.h"
 #include "transfer.h"
 
 static const struct builtin {
@@ -13,8 +14,16 @@ static const struct builtin {
 } builtins[] = {
     {"copy-out", copy_out},
     {"copy-in", copy_in},
+    {"connect", connect_out},
     {NULL, NULL},
 };
+
+void builtin_names(char *names, size_t capacity) {
+    size_t length = 0;
+    names[0] = 0;
+    for (const struct builtin *builtin = builtins; builtin->name && length < capacity; builtin++)
+        length += (size_t)snprintf(names + length, capacity - length, "%s%s", length ? " " : "", builtin->name);
+}
 
 int builtin_run(int argc, char **argv) {
     for (const struct builtin *builtin = builtins; builtin->name; builtin++)
