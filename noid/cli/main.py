@@ -58,6 +58,8 @@ SECTIONS = {
         "console": "noid.cli.console:console",
         "logs": "noid.cli.logs:logs",
         "cp": "noid.cli.cp:cp",
+        "port-forward": "noid.cli.forward:port_forward",
+        "open": "noid.cli.forward:open_",
     },
     "Checkpoints": {
         "checkpoint": "noid.cli.checkpoints:checkpoint",

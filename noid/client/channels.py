@@ -27,6 +27,9 @@ class Closed:
     reason: str
 
 
+PLAIN = 0
+"""The channel of what has none, where messages are bytes and nothing before them: see `Channels`."""
+
 Message = tuple[int, bytes] | str | Closed
 """What comes: a channel and data, a text, or the end."""
 
@@ -36,10 +39,16 @@ class Malformed(ValueError):
 
 
 class Channels:
-    """One connection's state. *unsent* is what the socket is to be given; who gives it takes it away."""
+    """One connection's state. *unsent* is what the socket is to be given; who gives it takes it away.
 
-    def __init__(self, leftover: bytes = b"") -> None:
+    *plain*: messages have no channel, and an empty one means something; its data is nothing.
+    """
+
+    def __init__(self, leftover: bytes = b"", *, plain: bool = False) -> None:
         self.unsent = bytearray()
+        self.has_early = bool(leftover)
+        """Whether `receive` has something to say before anything more has come."""
+        self._plain = plain
         self._ws = Connection(ConnectionType.CLIENT, trailing_data=leftover)
         self._channel = 0  # of the binary message that is being received
         self._inside_message = False
@@ -52,7 +61,7 @@ class Channels:
 
     def send(self, channel: int, data: bytes) -> None:
         """Send *data* on *channel*."""
-        self.unsent += self._ws.send(BytesMessage(data=wire.frame(channel, data)))
+        self.unsent += self._ws.send(BytesMessage(data=data if self._plain else wire.frame(channel, data)))
 
     def send_size(self, columns: int, rows: int) -> None:
         """Send how large the terminal is."""
@@ -84,6 +93,11 @@ class Channels:
                 match event:
                     case BytesMessage(data=received, message_finished=finished):
                         chunk = bytes(received)
+                        if self._plain:
+                            if chunk or (finished and not self._inside_message):
+                                yield PLAIN, chunk
+                            self._inside_message = not finished
+                            continue
                         if chunk and not self._inside_message:  # one channel byte comes before all pieces
                             self._channel, chunk = wire.split_frame(chunk)
                             self._inside_message = True

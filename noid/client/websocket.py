@@ -21,22 +21,28 @@ class WebSocket:
         is_deaf: Whether sending failed. What the agent said last is still to be read, and reading finds its end.
     """
 
-    def __init__(self, address: str, connection: Connection, leftover: bytes, fate: str, turns: Turns) -> None:
-        self.channels = Channels(leftover)
+    def __init__(self, address: str, connection: Connection, channels: Channels, fate: str, turns: Turns) -> None:
+        self.channels = channels
         self.is_deaf = False
         self._address = address
         self._connection = connection
         self._turns = turns
-        self._has_early = bool(leftover)
+        self._has_early = channels.has_early
         self._fate = fate
 
     @classmethod
     async def open(
-        cls, link: Link, path: str, *, fate: str = "The VM is not affected.", turns: Turns | None = None
+        cls,
+        link: Link,
+        path: str,
+        *,
+        fate: str = "The VM is not affected.",
+        turns: Turns | None = None,
+        plain: bool = False,
     ) -> WebSocket:
         """Open one to *path*. *fate* is what a loss of it means, for the error.
 
-        Where several tasks share it, each takes one of *turns* for a `step`.
+        Where several tasks share it, each takes one of *turns* for a `step`. *plain* is that of `Channels`.
 
         Raises:
             ConnectionFailed: there is no agent.
@@ -44,7 +50,9 @@ class WebSocket:
         """
         upgraded = await http.upgrade(link.endpoint, link.waiting, path)
         if not isinstance(upgraded, Reply):
-            return cls(link.endpoint.address, *upgraded, fate, turns or link.waiting.turns())
+            connection, leftover = upgraded
+            channels = Channels(leftover, plain=plain)
+            return cls(link.endpoint.address, connection, channels, fate, turns or link.waiting.turns())
         if 200 <= upgraded.status < 300:
             raise ConnectionFailed(
                 f"{link.endpoint.address} ignored the wish for a WebSocket. Is there a proxy in between?"
@@ -66,9 +74,16 @@ class WebSocket:
             self.is_deaf = True
 
     async def step(
-        self, readers: Sequence[Source] = (), *, secs: float | None = None, listening: bool = True
+        self,
+        readers: Sequence[Source] = (),
+        *,
+        writers: Sequence[Source] = (),
+        secs: float | None = None,
+        listening: bool = True,
     ) -> tuple[list[Message], Sequence[Source]]:
-        """Send and receive what can be, once something can, or one of *readers* can be read, or *secs* are over.
+        """Send and receive what can be, once something can, or *secs* are over.
+
+        It also ends when one of *readers* can be read, or one of *writers* takes something.
 
         Returns:
             What has come, and which of *readers* have something.
@@ -82,8 +97,9 @@ class WebSocket:
         self.flush()
         sock = self._connection.socket
         reading = [sock, *readers] if listening else readers
-        readable, writable = await self._turns.until_ready(reading, [sock] if self.channels.unsent else [], secs)
-        if writable:
+        writing = [sock, *writers] if self.channels.unsent else writers
+        readable, writable = await self._turns.until_ready(reading, writing, secs)
+        if sock in writable:
             self.flush()
         messages: list[Message] = []
         if sock in readable:
