@@ -116,7 +116,7 @@ def listening(forwards: Iterable[Forward], addresses: Iterable[str] = LOOPBACK) 
 def _listen(forward: Forward, addresses: tuple[str, ...], stack: contextlib.ExitStack) -> list[Listening]:
     for left in range(_TRIES, -1, -1):
         found: list[socket.socket] = []
-        port = forward.local_port
+        address, port = "", forward.local_port
         try:
             for address in addresses:
                 try:
