@@ -207,11 +207,14 @@ def reaped_directory(parent: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def simulated_server(directory: Path) -> Iterator[tuple[str, Target]]:
-    """Run noid's server on simulated machines in *directory* and yield its user's token and where it is."""
-    data_dir = directory / "noid"
+def simulated_server(directory: Path, name: str = "noid") -> Iterator[tuple[str, Target]]:
+    """Run noid's server on simulated machines in *directory* and yield its user's token and where it is.
+
+    *name* is that of its data there, one for each that runs at the same time.
+    """
+    data_dir = directory / name
     data_dir.mkdir(mode=0o700)
-    with _program("noid_bench.simulated_server", [str(data_dir)], directory / "server.log", b"") as (token, target):
+    with _program("noid_bench.simulated_server", [str(data_dir)], directory / f"{name}.log", b"") as (token, target):
         yield token, target
 
 
