@@ -9,7 +9,6 @@ import socket
 import time
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from noid.client.errors import ConnectionFailed
 from noid.client.settings import Endpoint
@@ -146,6 +145,8 @@ def _connect_unix_now(path: str) -> socket.socket | None:
 
 async def _connect_tcp(endpoint: Endpoint, waiting: Waiting) -> socket.socket:
     """Try each address, IPv4 first, through the TLS handshake, within `CONNECT_SECS` altogether."""
+    from urllib.parse import urlsplit
+
     parts = urlsplit(endpoint.url or "")
     host, secure = parts.hostname or "", parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
