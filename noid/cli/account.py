@@ -19,7 +19,7 @@ def whoami() -> None:
     token = user.get("token")
     if token is not None:
         text += f"\nToken: {printable(token)} ({printable(', '.join(user.get('scopes', ())))})"
-    show(user, text)
+    show(user, text, brief=user["name"])
 
 
 @command(asks=False, examples="noid use web")
@@ -27,7 +27,7 @@ def whoami() -> None:
 def use(name: str) -> None:
     """Make a VM the one that commands in this directory mean. Writes .noid-vm; asks no server."""
     path = set_active_vm(checked_name(name))
-    show({"active_vm": name, "file": str(path.absolute())}, f"Active VM set to '{name}'")
+    show({"active_vm": name, "file": str(path.absolute())}, f"Active VM set to '{name}'", brief=name)
 
 
 @command(examples="noid current")
@@ -37,4 +37,4 @@ def current() -> None:
     marked = active_vm()
     shown = printable(marked[0]) if marked else "(none — run `noid use <name>`)"
     fields = {"server": address, "active_vm": marked[0] if marked else None}
-    show(fields, f"Server: {address}\nActive VM: {shown}")
+    show(fields, f"Server: {address}\nActive VM: {shown}", brief=printable(marked[0]) if marked else "")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import click
 from noid.cli import interrupts, standard_input, terminal
 from noid.cli.env_entries import environment
 from noid.cli.options import Command, call, command, resolved_vm, with_vm
-from noid.cli.output import show
+from noid.cli.output import show, show_timing
 from noid.cli.streams import write
 from noid.client import exec_stream
 from noid.client.calls import processes
@@ -211,11 +212,13 @@ def execute(
         invocation.client.perform(processes.send_signal(vm, conversation.process.process, signal_name))
         return True
 
+    marks = [time.perf_counter()]
     try:
         with terminal.raw(options.tty) as wakeup_fd:
             conversation = exec_stream.Conversation(
                 on_output=collect if as_json else write,
                 on_gap=tell_gap,
+                on_started=lambda: marks.append(time.perf_counter()),
                 stdin_fd=terminal.STDIN_FD if request.stdin else None,
                 terminal=Terminal(size=terminal.size, wakeup_fd=wakeup_fd, keys=options.keys) if options.tty else None,
             )
@@ -230,8 +233,13 @@ def execute(
             f"Detached; it runs on. Go back with: noid attach {vm} {left.process if left else 'PROCESS'}", err=True
         )
         return 0
+    marks.append(time.perf_counter())
+    # A server that does not say when the command began, as those before 0.3.0, leaves one time.
+    timings = {"start": marks[1] - marks[0], "run": marks[-1] - marks[1]} if len(marks) > 2 else {}
     if as_json:
-        show(_as_fields(result, collected), "")
+        show(_as_fields(result, collected) | ({"timings": timings} if invocation.timing else {}), "")
+    if invocation.timing:
+        show_timing(timings, marks[-1] - marks[0], f"exec on {vm}")
     return exit_code(result, vm)
 
 

@@ -116,19 +116,21 @@ class Call:
 
     def perform(self, request: Request[AnswerT], doing: str | None = None) -> AnswerT:
         """Make *request* of that agent. *doing* is shown on a terminal when it takes longer than one likes to wait."""
+        import time
+
         from noid.cli.output import progress, show_timing
 
-        if doing is None:
-            return self.client.perform(request)
+        client, began = self.client, time.perf_counter()
         try:
-            with progress(doing):
-                answer = self.client.perform(request)
+            with progress(doing or f"Waiting for {client.endpoint.address}"):
+                answer = client.perform(request)
         except KeyboardInterrupt:
-            if not self.quiet:
+            if doing is not None and not self.quiet:
                 click.echo("Interrupted. What the server has begun it finishes.", err=True)
             raise
         if self.timing:
-            show_timing(answer)
+            phases = answer.get("timings") if isinstance(answer, dict) else None
+            show_timing(phases or {}, time.perf_counter() - began, f"{request.method} {request.path}")
         return answer
 
 

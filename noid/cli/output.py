@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 import click
 
@@ -14,6 +16,12 @@ from noid.cli import colours
 from noid.cli.options import call
 
 PROGRESS_AFTER_SECS = 1.0
+SPIN_SECS = 0.1
+SPINNERS = ("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "|/-\\")
+SHORTENED = ("command",)
+"""Titles of columns that are cut where a terminal has no room for them: names and ids never are."""
+CUT = "…"
+ROUND_TRIP = "round trip"
 
 
 def show(value: object, text: str, *, brief: str = "") -> None:
@@ -27,27 +35,58 @@ def show(value: object, text: str, *, brief: str = "") -> None:
         click.echo(printed, color=colours.wanted(sys.stdout))
 
 
-def show_timing(answer: object) -> None:
-    """Print on stderr how long each phase of the work behind *answer* took on the server, as far as it says so."""
-    timings = answer.get("timings") if isinstance(answer, dict) else None
-    if not timings:
-        click.echo("Timing: the server says nothing of this.", err=True)
+def show_timing(phases: Mapping[str, float], took_secs: float, what: str) -> None:
+    """Print on stderr how long each of *phases* took, as the server says, and how long *what* did for us.
+
+    A line each: a name, milliseconds with one digit, ``ms``. Nothing with ``--json``, whose object has the phases.
+    """
+    if call().json:
         return
-    width = max(map(len, timings))
-    for phase, seconds in timings.items():
-        click.echo(f"{printable(phase):<{width}}  {seconds * 1000:9.1f} ms", err=True)
+    width = max(map(len, (*phases, ROUND_TRIP)))
+    for phase, secs in phases.items():
+        click.echo(f"{printable(phase):<{width}}  {secs * 1000:9.1f} ms", err=True)
+    click.echo(f"{ROUND_TRIP:<{width}}  {took_secs * 1000:9.1f} ms  {printable(what)}", err=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an ASCII grid with a rule above and below every row, as scripts written for the predecessor expect."""
+    """Return an ASCII grid with a rule above and below every row, as scripts written for the predecessor expect.
+
+    On a terminal, what is in a column *state* has its colour, and a last column that is too wide for it is cut.
+    """
     lines = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(_columns(cell) for cell in column) for column in zip(*lines, strict=True)]
+    if sys.stdout.isatty():
+        beyond = sum(widths) + 3 * len(widths) + 1 - _columns_of(sys.stdout)
+        if header[-1] in SHORTENED and beyond > 0:
+            widths[-1] = max(widths[-1] - beyond, len(header[-1]))
     rule = "+" + "+".join("-" * (width + 2) for width in widths) + "+"
     grid = [rule]
-    for line in lines:
-        cells = (f" {cell}{' ' * (width - _columns(cell))} " for cell, width in zip(line, widths, strict=True))
+    for number, line in enumerate(lines):
+        cells = []
+        for title, cell, width in zip(header, line, widths, strict=True):
+            shown = _cut(cell, width)
+            blanks = " " * (width - _columns(shown))
+            cells.append(f" {colours.state(shown, sys.stdout) if number and title == 'state' else shown}{blanks} ")
         grid += [f"|{'|'.join(cells)}|", rule]
     return "\n".join(grid)
+
+
+def _cut(text: str, columns: int) -> str:
+    """Return as much of *text* as *columns* have room for."""
+    if _columns(text) <= columns:
+        return text
+    while text and _columns(text) > columns - 1:
+        text = text[:-1]
+    return f"{text}{CUT if can_say(CUT, sys.stdout) else '>'}"
+
+
+def can_say(text: str, stream: TextIO) -> bool:
+    """Return whether the encoding of *stream* has all of *text*."""
+    try:
+        text.encode(stream.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def printable(text: str) -> str:
@@ -67,19 +106,28 @@ def _columns(text: str) -> int:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Show *what* and the seconds so far on stderr, one line, gone at the end; nothing unless stderr is a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty() or call().quiet:
+    """Show *what* and the seconds so far on stderr once it takes longer than one, in a line that is gone at the end.
+
+    Nothing is shown with ``--quiet`` or unless stderr is a terminal that can do that.
+    """
+    stream = sys.stderr
+    if not stream.isatty() or call().quiet or os.environ.get("TERM") == "dumb":
         yield
         return
     import threading
 
     ended = threading.Event()
     began = time.monotonic()
+    frames = next(frames for frames in SPINNERS if can_say(frames, stream))
 
     def show() -> None:
-        while not ended.wait(PROGRESS_AFTER_SECS):
-            sys.stderr.write(f"\r{what} ... {time.monotonic() - began:.0f} s\x1b[K")
-            sys.stderr.flush()
+        secs = PROGRESS_AFTER_SECS
+        with suppress(OSError):  # the terminal is gone: whoever writes the result says so
+            while not ended.wait(secs):
+                passed = time.monotonic() - began
+                frame = frames[int(passed / SPIN_SECS) % len(frames)]
+                _replace_line(stream, f"{frame} {printable(what)} ... {passed:.0f} s")
+                secs = SPIN_SECS
 
     ticker = threading.Thread(target=show, daemon=True)
     ticker.start()
@@ -89,5 +137,19 @@ def progress(what: str) -> Iterator[None]:
         ended.set()
         ticker.join()
         if time.monotonic() - began >= PROGRESS_AFTER_SECS:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            with suppress(OSError):
+                _replace_line(stream, "")
+
+
+def _replace_line(stream: TextIO, text: str) -> None:
+    """Write *text* over the line the cursor is in, as much of it as one line has room for."""
+    stream.write(f"\r{text[: _columns_of(stream) - 1]}\x1b[K")
+    stream.flush()
+
+
+def _columns_of(stream: TextIO) -> int:
+    """Return how many columns the terminal behind *stream* has, 80 if it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80

@@ -115,8 +115,8 @@ def kill(words: tuple[str, ...], name_option: str | None, signal_name: str, forg
     vm, process = _vm_and_process(words, name_option)
     if forget:
         call().perform(processes.end(vm, process))
-        show({"process": process, "forgotten": True}, f"Process {process} is gone")
+        show({"process": process, "forgotten": True}, f"Process {process} is gone", brief=process)
         return
     signal = int(signal_name) if signal_name.isdecimal() else signal_name
     call().perform(processes.send_signal(vm, process, signal))
-    show({"process": process, "signal": signal_name}, f"Process {process} was sent {signal_name}")
+    show({"process": process, "signal": signal_name}, f"Process {process} was sent {signal_name}", brief=process)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
+from noid.cli import colours
 from noid.cli.labels import given, labelled, warn_unless_kept, with_labels
 from noid.cli.new_vm import NewVm, with_shape
 from noid.cli.options import (
@@ -109,6 +112,7 @@ def info(name: str | None, name_option: str | None) -> None:
     if ended := vm.get("ended"):
         fields.append(("Ended:", ended))
     lines = [f"{label:<9}{printable(str(value))}" for label, value in fields]
+    lines[1] = f"{'State:':<9}{colours.state(printable(vm['state']), sys.stdout)}"
     show(vm, "\n".join([*lines, *lacking_lines(vm)]), brief=vm["name"])
 
 

@@ -27,6 +27,7 @@ class Conversation:
     Attributes:
         on_output: Called with channel (1 stdout, 2 stderr) and bytes as they arrive.
         on_gap: Called with how many bytes of output are missing where it is called.
+        on_started: Called when the agent has said which process it is, also after a connection was made again.
         stdin_fd: What is forwarded until its end.
         detach_keys: What of them has been typed.
         protocol: What is known of the process.
@@ -34,6 +35,7 @@ class Conversation:
 
     on_output: Callable[[int, bytes], None]
     on_gap: Callable[[int], None] = lambda _: None
+    on_started: Callable[[], None] = lambda: None
     stdin_fd: int | None = None
     terminal: Terminal | None = None
     detach_keys: DetachKeys = field(init=False)
@@ -41,7 +43,9 @@ class Conversation:
 
     def __post_init__(self) -> None:
         self.detach_keys = DetachKeys(self.terminal.keys if self.terminal else b"")
-        self.protocol = ProcessProtocol(self.on_output, self.on_gap, is_typed=self.terminal is not None)
+        self.protocol = ProcessProtocol(
+            self.on_output, self.on_gap, self.on_started, is_typed=self.terminal is not None
+        )
         if self.terminal is not None:
             self.protocol.resize(*self.terminal.size())
 

@@ -27,9 +27,16 @@ class ProcessProtocol:
     """
 
     def __init__(
-        self, on_output: Callable[[int, bytes], None], on_gap: Callable[[int], None], *, is_typed: bool = False
+        self,
+        on_output: Callable[[int, bytes], None],
+        on_gap: Callable[[int], None],
+        on_started: Callable[[], None] = lambda: None,
+        *,
+        is_typed: bool = False,
     ) -> None:
         """Make one that tells *on_output* each channel and data, and *on_gap* how many bytes are missing before.
+
+        *on_started* is told each time the agent has said which process it is.
 
         *is_typed*: its input is a person's. Keys that were lost are seen to be, and typed again.
         """
@@ -37,7 +44,7 @@ class ProcessProtocol:
         self.offset = 0
         self.result: wire.ExecResult | None = None
         self.detached = False
-        self._on_output, self._on_gap = on_output, on_gap
+        self._on_output, self._on_gap, self._on_started = on_output, on_gap, on_started
         self._is_typed = is_typed
         self._input = KeptInput()
         self._channels = Channels()  # until there is a connection; nothing is sent over it
@@ -136,6 +143,7 @@ class ProcessProtocol:
                     raise Broken("it is attached again, but input between the connections is lost, or others gave some")
                 self.process, self.offset = started, started.offset
                 self._may_send = True
+                self._on_started()
             case wire.InputArrived(end=end):
                 self._input.arrived(end)
             case wire.Detached():

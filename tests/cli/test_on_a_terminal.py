@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -68,6 +69,56 @@ def test_with_i_what_is_typed_reaches_the_guest_and_ctrl_d_ends_it(noid: Any, ag
     finally:
         os.close(theirs)
         os.close(terminal)
+
+
+def test_a_terminal_shows_states_and_errors_in_colour_and_tables_in_the_same_shape(
+    person: Any, noid: Any, agent: Any
+) -> None:
+    silent = VM | {"name": "db", "responding": False}
+    agent.answers("GET", "/v1/vms", 200, [VM, silent, VM | {"name": "old", "state": "stopped"}])
+    agent.answers("GET", "/v1/vms/web", 200, VM)
+    piped = noid("list").stdout.decode()
+    noid.env.pop("NO_COLOR")
+    with person(noid, "list") as someone:
+        assert someone.running.wait(PATIENCE_SECS) == 0
+        shown = someone.sees(b"old") + someone.sees(b"+\r\n")
+    assert b"| \x1b[32mrunning\x1b[0m          |" in shown
+    assert b"| \x1b[31mrunning (silent)\x1b[0m |" in shown
+    assert re.sub(rb"\x1b\[[0-9;]*m", b"", shown).replace(b"\r", b"") in piped.encode().replace(b"old", b"", 1)
+    with person(noid, "info", "web") as someone:
+        someone.sees(b"State:   \x1b[32mrunning\x1b[0m")
+    with person(noid, "nope") as someone:
+        someone.sees(b"\x1b[1;31mError:\x1b[0m No such command")
+
+
+@pytest.mark.parametrize("env", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}])
+def test_nobody_gets_colours_who_does_not_want_them(person: Any, noid: Any, agent: Any, env: dict[str, str]) -> None:
+    agent.answers("GET", "/v1/vms", 200, [VM])
+    noid.env.pop("NO_COLOR")
+    noid.env |= env
+    with person(noid, "list") as someone:
+        assert b"\x1b" not in someone.sees(b"2026") + someone.sees(b"+\r\n")
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "CLICOLOR_FORCE"])
+def test_a_pipe_gets_colours_only_where_somebody_insists(noid: Any, agent: Any, variable: str) -> None:
+    agent.answers("GET", "/v1/vms", 200, [VM])
+    noid.env.pop("NO_COLOR")
+    assert b"\x1b" not in noid("list").stdout + noid("nope").stderr
+    assert b"\x1b" not in noid("list", **{variable: "0"}).stdout
+    assert b"\x1b[32mrunning\x1b[0m" in noid("list", **{variable: "1"}).stdout
+    assert b"\x1b" not in noid("list", **{variable: "1", "NO_COLOR": "1"}).stdout
+
+
+def test_a_narrow_terminal_cuts_what_ran_and_no_name(person: Any, noid: Any, agent: Any) -> None:
+    ran = {
+        "id": "8f0a12bc", "pid": 7, "command": ["make", "x" * 80], "state": "running", "exit_code": None,
+        "origin": "exec", "started_at": "2026-01-02T03:04:05Z",
+    }  # fmt: skip
+    agent.answers("GET", "/v1/vms/web/processes", 200, [ran])
+    with person(noid, "ps", "web") as someone:
+        someone.sees(b"8f0a12bc")
+        assert "make xxx" in someone.sees("… |\r\n".encode()).decode()
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

@@ -192,3 +192,46 @@ def test_pause_and_resume_say_the_state_of_each_vm_that_is_named(noid: Any, agen
     done = noid(verb, "web", "db")
     assert (done.returncode, done.stdout.decode()) == (0, f"VM 'web' is {state}\nVM 'db' is {state}\n")
     assert [request.path for request in agent.requests] == [f"/v1/vms/web/{verb}", f"/v1/vms/db/{verb}"]
+
+
+# --- --timing --------------------------------------------------------------------------------------------------------
+
+
+def test_timing_prints_the_phases_of_the_server_and_the_round_trip_on_stderr(noid: Any, agent: Any) -> None:
+    agent.answers("POST", "/v1/vms", 201, VM | {"timings": {"reserve": 0.0012, "wake": 0.0341}})
+    agent.answers("GET", "/v1/vms", 200, [VM])
+    done = noid("create", "web", "--timing")
+    assert done.stdout == b"VM 'web' created (state: running)\n"
+    reserve, wake, total = done.stderr.decode().splitlines()
+    assert (reserve, wake) == ("reserve           1.2 ms", "wake             34.1 ms")
+    assert re.fullmatch(r"round trip +\d+\.\d ms  POST /v1/vms", total)
+    assert re.fullmatch(rb"round trip +\d+\.\d ms  GET /v1/vms\n", noid("list", "--timing").stderr)
+    done = noid("create", "web", "--timing", "--json")
+    assert (json.loads(done.stdout)["timings"], done.stderr) == ({"reserve": 0.0012, "wake": 0.0341}, b"")
+
+
+def test_timing_of_a_command_is_how_long_it_took_to_start_and_to_run(noid: Any, agent: Any) -> None:
+    def script(exchange: Any) -> None:
+        exchange.request()
+        exchange.send_json(process="8f0a12bc", lineage="1", pid=7, offset=0, stdin=None)
+        exchange.end(0)
+
+    agent.runs(script)
+    lines = noid("exec", "web", "--timing", "--", "true").stderr.decode().splitlines()
+    assert [re.sub(r" +\d+\.\d ms", "", line) for line in lines] == ["start", "run", "round trip  exec on web"]
+    done = noid("exec", "web", "--timing", "--json", "--", "true")
+    assert json.loads(done.stdout)["timings"].keys() == {"start", "run"}
+    agent.runs(lambda exchange: (exchange.request(), exchange.end(0)))  # as servers before 0.3.0
+    assert noid("exec", "web", "--timing", "--", "true").stderr.count(b"\n") == 1
+
+
+def test_quiet_prints_the_one_word_a_script_goes_on_with(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/whoami", 200, {"user_id": "0198-x", "name": "ada"})
+    agent.answers("POST", "/v1/vms/web/processes/8f0a12bc/signal", 204)
+    for args, said in (
+        (["use", "web"], "web"),
+        (["current"], "web"),
+        (["whoami"], "ada"),
+        (["kill", "web", "8f0a12bc"], "8f0a12bc"),
+    ):
+        assert noid(*args, "-q").stdout.decode() == f"{said}\n"
