@@ -115,7 +115,12 @@ class Call:
         return Client(self.endpoint)
 
     def perform(self, request: Request[AnswerT], doing: str | None = None) -> AnswerT:
-        """Make *request* of that agent. *doing* is shown on a terminal when it takes longer than one likes to wait."""
+        """Make *request* of that agent. *doing* is shown on a terminal when it takes longer than one likes to wait.
+
+        From another thread than the command's, nothing is shown: that is the command's own affair.
+        """
+        if click.get_current_context(silent=True) is None:
+            return self.client.perform(request)
         import time
 
         from noid.cli.output import progress, show_timing

@@ -86,7 +86,7 @@ class Throwaway:
         """
         maker = threading.Thread(target=self._make, args=(name,), daemon=True)
         try:
-            self._begun = True
+            self._begun, began = True, time.perf_counter()
             maker.start()
             with progress(f"Creating VM {name!r}" if name else "Creating a VM"):
                 self._settled.wait()
@@ -96,7 +96,8 @@ class Throwaway:
         if self._failure is not None:
             raise self._failure
         if self._invocation.timing:
-            show_timing(self._vm)
+            phases = self._vm.get("timings", {}) if self._vm else {}
+            show_timing(phases, time.perf_counter() - began, "create")
 
     def _make(self, name: str | None) -> None:
         def attempt(candidate: str) -> VmInfo:
