@@ -42,6 +42,7 @@ SECTIONS = {
         "reboot": "noid.cli.power:reboot",
         "pause": "noid.cli.power:pause",
         "resume": "noid.cli.power:resume",
+        "fork": "noid.cli.fork:fork",
         "destroy": "noid.cli.vms:destroy",
         "rename": "noid.cli.vms:rename",
         "label": "noid.cli.labels:label",

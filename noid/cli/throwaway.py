@@ -1,9 +1,7 @@
 """A VM that goes when the block that uses it ends, however that ends: by itself, Ctrl+C, a signal, a lost terminal.
 
-Two things make that harder than a ``finally``. A create that is interrupted goes on in the server, so it is waited for
-on a thread of its own and cancelled there; nothing is ever removed that this did not make, which a label of its own
-tells. And signals come in pairs (a session that ends sends SIGTERM and SIGHUP, people press Ctrl+C twice), so only the
-first of them interrupts anything, until somebody insists.
+That is more than a ``finally``: a create that is interrupted goes on in the server, so it is waited for on a thread of
+its own and cancelled there; and nothing is ever removed that this did not make, which a label of its own tells.
 
 ``kill -9`` leaves the VM. It has the label `LABEL`.
 """
@@ -13,15 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
+from noid.cli.finishing import Work, one_interruption
 from noid.cli.friendly_names import unused
 from noid.cli.new_vm import NewVm
 from noid.cli.options import Call, call
@@ -39,7 +35,6 @@ _RETRY_SECS, _RETRY_SECS_MAX = 0.2, 2.0
 _BROKEN = 500
 _NEVER = frozenset({400, 401, 403})
 """Refusals that no repetition changes."""
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class NotRemoved(NoidError):
@@ -59,10 +54,8 @@ class Throwaway:
         self._kept = kept
         self._name = ""
         self._vm: VmInfo | None = None
-        self._failure: BaseException | None = None
+        self._making: Work[VmInfo] | None = None
         self._given_up = False
-        self._begun = False
-        self._settled = threading.Event()  # not Thread.join: one that is interrupted takes the thread for ended (3.11)
 
     @property
     def name(self) -> str:
@@ -84,34 +77,26 @@ class Throwaway:
         Raises:
             NoidError: it cannot be made.
         """
-        maker = threading.Thread(target=self._make, args=(name,), daemon=True)
         try:
-            self._begun, began = True, time.perf_counter()
-            maker.start()
+            began = time.perf_counter()
+            self._making = Work(lambda: self._make(name))
             with progress(f"Creating VM {name!r}" if name else "Creating a VM"):
-                self._settled.wait()
+                made = self._making.result()
         except BaseException:
             self._given_up = True
             raise
-        if self._failure is not None:
-            raise self._failure
         if self._invocation.timing:
-            phases = self._vm.get("timings", {}) if self._vm else {}
-            show_timing(phases, time.perf_counter() - began, "create")
+            show_timing(made.get("timings", {}), time.perf_counter() - began, "create")
 
-    def _make(self, name: str | None) -> None:
+    def _make(self, name: str | None) -> VmInfo:
         def attempt(candidate: str) -> VmInfo:
             if self._given_up:
                 raise NotFound("nobody wants it any more")
             self._name = candidate
             return self._invocation.perform(self._new.request(candidate))
 
-        try:
-            self._vm = unused(attempt) if name is None else attempt(name)
-        except BaseException as failure:  # noqa: ASYNC103  # who waits for this thread raises it
-            self._failure = failure
-        finally:
-            self._settled.set()
+        self._vm = unused(attempt) if name is None else attempt(name)
+        return self._vm
 
     def remove(self) -> None:
         """Remove it, if it was made and shall not stay.
@@ -121,8 +106,8 @@ class Throwaway:
         """
         if self.is_kept:
             return
-        self._settle()
-        if not self._name or (isinstance(self._failure, ServerError) and self._failure.status < _BROKEN):
+        failure = self._settled()
+        if not self._name or (isinstance(failure, ServerError) and failure.status < _BROKEN):
             return  # refused: the server says that nothing was made
         deadline, pause = time.monotonic() + REMOVAL_SECS, _RETRY_SECS
         while True:
@@ -139,15 +124,18 @@ class Throwaway:
             time.sleep(pause)
             pause = min(2 * pause, _RETRY_SECS_MAX)
 
-    def _settle(self) -> None:
-        """Come to know whether it was made. A create under way is cancelled, which undoes it."""
-        if not self._begun or self._settled.wait(SETTLE_SECS):
-            return
+    def _settled(self) -> BaseException | None:
+        """Come to know whether it was made, and return why not. A create under way is cancelled, which undoes it."""
+        if self._making is None:
+            return None
+        if self._making.has_ended(SETTLE_SECS):
+            return self._making.failure
         with contextlib.suppress(NoidError):  # a server that cannot cancel finishes it, which is waited for
             for each in self._quickly(operations.every(vm=self._name, state="running")):
                 self._quickly(operations.cancel(each["id"]))
-        if not self._settled.wait(REMOVAL_SECS):
+        if not self._making.has_ended(REMOVAL_SECS):
             raise NotRemoved(self._name, "it is still being made")
+        return self._making.failure
 
     def _destroy(self) -> None:
         if self._vm is None:  # the connection was lost meanwhile: what is there may be somebody else's of that name
@@ -173,7 +161,7 @@ def throwaway_vm(new: NewVm, name: str | None, *, kept: bool) -> Iterator[Throwa
         NoidError: it cannot be made. Nothing is left of it.
     """
     throwaway = Throwaway(call(), new, kept=kept)
-    with _signals() as removing:
+    with one_interruption("Removing the VM; Ctrl+C again leaves it.") as removing:
         try:
             try:
                 throwaway.make(name)
@@ -201,37 +189,3 @@ def _remove(throwaway: Throwaway) -> None:
     if problem is not None:
         with contextlib.suppress(OSError):
             click.echo(f"Error: {problem}", err=True)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], None]]:
-    """Have signals end the block as exceptions. What is yielded says that it has ended, and what is left is to remove.
-
-    From then on only Ctrl+C does anything, and only the second time.
-    """
-    removing = False
-    insisted = 0
-
-    def end(signo: int, _: FrameType | None) -> None:
-        nonlocal insisted
-        if not removing:
-            raise KeyboardInterrupt if signo == signal.SIGINT else SystemExit(128 + signo)
-        if signo == signal.SIGINT:
-            insisted += 1
-            if insisted > 1:
-                raise KeyboardInterrupt
-            with contextlib.suppress(OSError):
-                os.write(2, b"\r\nRemoving the VM; Ctrl+C again leaves it.\r\n")
-
-    def now_removing() -> None:
-        nonlocal removing
-        removing = True
-
-    # What is ignored stays so: that is what nohup, or a shell without job control, wants.
-    heeded = [signo for signo in _ENDING if signal.getsignal(signo) is not signal.SIG_IGN]
-    before = {signo: signal.signal(signo, end) for signo in heeded}
-    try:
-        yield now_removing
-    finally:
-        for signo, handler in before.items():
-            signal.signal(signo, handler)
