@@ -54,8 +54,8 @@ class Work(Generic[T]):
 def one_interruption(warning: str) -> Iterator[Callable[[], None]]:
     """Have the first signal that ends processes end the block as an exception; what was ignored stays ignored.
 
-    What is yielded is to be called when the block is about to finish what it has begun. From then on only Ctrl+C does
-    anything: the first time it prints *warning*, then it is a KeyboardInterrupt again.
+    What is yielded is to be called when the block is about to finish what it has begun. From then on, and after that
+    first signal, only Ctrl+C does anything: once it prints *warning*, then it is a KeyboardInterrupt again.
     """
     finishing = False
     insisted = 0
@@ -63,6 +63,7 @@ def one_interruption(warning: str) -> Iterator[Callable[[], None]]:
     def end(signo: int, _: FrameType | None) -> None:
         nonlocal insisted
         if not finishing:
+            begin_finishing()  # at once: the next signal may wait already, and be handled before anything else happens
             raise KeyboardInterrupt if signo == signal.SIGINT else SystemExit(128 + signo)
         if signo == signal.SIGINT:
             insisted += 1

@@ -39,23 +39,20 @@ class Forks:
         self._checkpoint = checkpoint
         self._names = names
         self._labels = labels
-        self._left = 0
-        self._lock = threading.Lock()
-        self._workers: list[Work[None]] = []
+        self._left = self._under_way = 0
+        self._changed = threading.Condition()
 
     def make(self, count: int) -> None:
         """Make *count* of them. Each that fails is among the *failures*, and keeps none of the others from it."""
         self._left = count
-        self._workers = [Work(self._work) for _ in range(min(count, AT_ONCE))]
-        for worker in self._workers:
+        for worker in [Work(self._work) for _ in range(min(count, AT_ONCE))]:
             worker.result()
 
     def finish(self) -> None:
-        """Begin no more of them, and wait for those that were begun."""
-        with self._lock:
+        """Begin no more of them, and wait for those that were begun, for `FINISH_SECS` at most."""
+        with self._changed:
             self._left = 0
-        for worker in self._workers:
-            worker.has_ended(FINISH_SECS)
+            self._changed.wait_for(lambda: not self._under_way, FINISH_SECS)
 
     def _work(self) -> None:
         while self._takes_one():
@@ -65,11 +62,18 @@ class Forks:
                 self.failures.append(error)
             else:
                 self.made.append(vm)
+            finally:
+                with self._changed:
+                    self._under_way -= 1
+                    self._changed.notify_all()
 
     def _takes_one(self) -> bool:
-        with self._lock:
+        with self._changed:
+            if not self._left:
+                return False
             self._left -= 1
-            return self._left >= 0
+            self._under_way += 1
+            return True
 
     def _make_one(self) -> VmInfo:
         source, id_ = self._checkpoint["vm_name"], self._checkpoint["id"]
@@ -173,12 +177,9 @@ def _frozen(source: str, *, kept: bool) -> Iterator[tuple[CheckpointInfo, Callab
     with one_interruption("Finishing what was begun; Ctrl+C again leaves it as it is.") as finishing:
         taking = Work(lambda: invocation.perform(checkpoints.take(source, labels=labels)))
         try:
-            try:
-                with progress(f"Checkpointing VM {source!r}"):
-                    checkpoint = taking.result()
-                yield checkpoint, finishing
-            finally:
-                finishing()
+            with progress(f"Checkpointing VM {source!r}"):
+                checkpoint = taking.result()
+            yield checkpoint, finishing
         finally:
             finishing()
             if not kept and taking.has_ended(FINISH_SECS) and taking.failure is None:

@@ -163,11 +163,8 @@ def throwaway_vm(new: NewVm, name: str | None, *, kept: bool) -> Iterator[Throwa
     throwaway = Throwaway(call(), new, kept=kept)
     with one_interruption("Removing the VM; Ctrl+C again leaves it.") as removing:
         try:
-            try:
-                throwaway.make(name)
-                yield throwaway
-            finally:
-                removing()
+            throwaway.make(name)
+            yield throwaway
         finally:
             removing()
             _remove(throwaway)
