@@ -33,11 +33,15 @@ tar c . | noid cp - web:/srv     (a tar stream; - as the target gives one)
 )
 @click.argument("source")
 @click.argument("target")
-@click.option("-u", "--user", metavar="USER", help="Read and write as this user of the guest; else the image's.")
+@click.option("-u", "--user", metavar="USER", help="As this user of the guest, not the image's default.")
 @click.option("-a", "--archive", is_flag=True, help="Keep owners too, where root writes.")
-@click.option("--resume", is_flag=True, help="Go on with what a broken copy of one file has left.")
-@click.option("--max-bytes", type=click.IntRange(min=0), default=64 << 30, help="Out of a VM, at most; 64 GiB.")
-@click.option("--max-entries", type=click.IntRange(min=0), default=1_000_000, help="Out of a VM, at most; a million.")
+@click.option("--resume", is_flag=True, help="Go on with what a broken copy has left of a file.")
+@click.option(
+    "--max-bytes", type=click.IntRange(min=0), default=64 << 30, metavar="N", help="Out of a VM, at most; 64 GiB."
+)
+@click.option(
+    "--max-entries", type=click.IntRange(min=0), default=1_000_000, metavar="N", help="Out of a VM, at most; a million."
+)
 def cp(
     source: str, target: str, user: str | None, archive: bool, resume: bool, max_bytes: int, max_entries: int
 ) -> int:

@@ -109,10 +109,8 @@ def with_exec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "exec",
     cls=AfterDashes,
     examples="""
-noid exec web -- uname -a
 noid exec web -- sh -c 'echo $HOSTNAME'
 tar c . | noid exec web -w /srv -- tar x
-noid exec web -it -- bash       leave it running with ctrl-p ctrl-q
 noid exec web -d -- make all    then: noid ps web, noid attach web PROCESS
 """,
 )

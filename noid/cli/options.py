@@ -35,25 +35,30 @@ class CommonOption(click.Option):
             callback=_remember,
         )
 
-    @property
-    def spelling(self) -> str:
-        """As one types it."""
-        return f"{self.opts[0]} {self.metavar}" if self.metavar else self.opts[0]
+
+class NameOption(click.Option):
+    """``--name``, which means the same as the argument. Told in one line, too."""
 
 
 class Command(click.Command):
     """A command whose *epilog* are examples, shown as they are written. Also a mixin for groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, and which of the common ones there are."""
-        super().format_options(ctx, formatter)
-        common = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, CommonOption)]
-        if ctx.parent is None and common:
-            with formatter.section("Options of every command, before its name or after it"):
-                formatter.write_dl([(", ".join([*each.opts[1:], each.spelling]), each.help or "") for each in common])
-        elif common:
-            formatter.write_paragraph()
-            formatter.write_text(f"As every command: {', '.join(each.spelling for each in common)}; see noid --help.")
+        """Write the options of this command, and in a line those that many have: help is to fit a screen."""
+        own: list[tuple[str, str]] = []
+        shared = ["-h"]
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, CommonOption):
+                shared.append(parameter.opts[0])
+            elif isinstance(parameter, NameOption):
+                shared.insert(0, "--name")
+            elif isinstance(parameter, click.Option) and "--help" not in parameter.opts:
+                record = parameter.get_help_record(ctx)
+                own += [record] if record is not None else []
+        with formatter.section("Options"):
+            if own:
+                formatter.write_dl(own, col_max=26)
+            formatter.write_text(f"Also {', '.join(shared)}: see noid --help.")
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
@@ -65,6 +70,11 @@ class Command(click.Command):
 
 class Group(Command, click.Group):
     """A group with examples, which asks what was meant where there is no such command."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, then the commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -244,7 +254,8 @@ def with_vm(command: CommandT) -> CommandT:
 
 def with_name_option(command: CommandT) -> CommandT:
     """Add ``--name`` alone, for commands with positionals of their own. The command gets *name_option*."""
-    option = click.option("--name", "name_option", metavar="NAME", help="The VM, in place of the argument.")
+    help_text = "The VM, in place of the argument."
+    option = click.option("--name", "name_option", cls=NameOption, metavar="NAME", help=help_text)
     return option(command)
 
 
