@@ -13,7 +13,6 @@ from noid.cli.throwaway import throwaway_vm
 @command(
     cls=AfterDashes,
     examples="""
-tar c . | noid run -- tar x
 noid run -it --from golden -- bash
 """,
 )
@@ -30,9 +29,7 @@ def run(
     keep: bool,
     options: ExecOptions,
 ) -> int:
-    """Run a command in a new VM, which is gone afterwards.
-
-    Input, output and exit codes are those of `noid exec`.
+    """Run a command in a new VM, which is gone afterwards. Otherwise as exec.
     """
     argv = guest_command()
     if not argv:
