@@ -29,8 +29,7 @@ def run(
     keep: bool,
     options: ExecOptions,
 ) -> int:
-    """Run a command in a new VM, which is gone afterwards. Otherwise as exec.
-    """
+    """Run a command in a new VM, which is gone afterwards. Otherwise as exec."""
     argv = guest_command()
     if not argv:
         raise click.UsageError("no command. Write it after two dashes: noid run -- uname -a")
