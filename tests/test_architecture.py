@@ -20,7 +20,7 @@ LONG_FILES: dict[str, str] = {
 
 #: What the modules of a layer may import of noid: names of packages or modules. Layers are matched from the top.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "noid/__init__.py": (),
+    "noid/__init__.py": ("noid.client.completed", "noid.client.errors", "noid.errors", "noid.sdk"),
     "noid/__main__.py": ("noid.cli.start",),
     "noid/errors.py": (),
     "noid/hostfs.py": ("noid.errors",),
@@ -32,8 +32,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "noid/core": ("noid.__version__", "noid.core", "noid.errors", "noid.hookspecs", "noid.hostfs"),
     "noid/client": ("noid.__version__", "noid.client", "noid.core.wire", "noid.core.model", "noid.core.paths",
                     "noid.errors"),
-    "noid/cli": ("noid.__version__", "noid.cli", "noid.client", "noid.core.wire", "noid.core.model", "noid.core.paths",
-                 "noid.errors"),
+    "noid/sdk": ("noid.client", "noid.sdk", "noid.core.wire", "noid.core.model", "noid.errors"),
+    "noid/sync": ("noid.client", "noid.sdk", "noid.sync", "noid.core.model"),
+    "noid/cli": ("noid.__version__", "noid.cli", "noid.sync", "noid.client", "noid.core.wire", "noid.core.model",
+                 "noid.core.paths", "noid.errors"),
     "noid/server": ("noid.__version__", "noid.server", "noid.core", "noid.errors", "noid.hookspecs", "noid.hostfs"),
     "noid/testing": ("noid",),
     "plugins": ("noid.core.backends", "noid.core.model", "noid.errors", "noid.hookspecs", "noid.hostfs",

@@ -11,10 +11,9 @@ from noid.cli.options import Group, command, confirmed, with_yes
 from noid.cli.output import printable, show, table
 from noid.client import servers
 from noid.client.answers import Identity
-from noid.client.blocking import Client
-from noid.client.calls import account
-from noid.client.settings import Endpoint, choose_endpoint
+from noid.client.settings import choose_endpoint
 from noid.errors import InvalidRequest, NoidError
+from noid.sync import Client
 
 TOKEN_BYTES_MAX = 4096
 STDIN = "-"
@@ -55,7 +54,7 @@ def setup(url: str | None, token: str | None, name: str | None) -> None:
     path = servers.config_path()
     user: Identity | None = None
     try:
-        user = Client(Endpoint(url=server.url, token=server.token)).perform(account.whoami())
+        user = Client(server.url, token=server.token).whoami()
     except NoidError as error:
         click.echo(f"Warning: could not verify connection to {url}: {error}", err=True)
         click.echo("Run `noid current` to see what is saved and `noid whoami` to try again.", err=True)

@@ -13,10 +13,11 @@ import click
 from noid.errors import NoidError
 
 if TYPE_CHECKING:
-    from noid.client.blocking import Client
     from noid.client.calls.call import AnswerT
     from noid.client.calls.call import Call as Request
+    from noid.client.link import Link
     from noid.client.settings import Endpoint
+    from noid.sync import Client
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -119,26 +120,35 @@ class Call:
 
     @property
     def client(self) -> Client:
-        """What asks that agent."""
-        from noid.client.blocking import Client
+        """The SDK's client of that agent."""
+        from noid.sync import Client
 
-        return Client(self.endpoint)
+        return Client(link=self._link)
+
+    @property
+    def _link(self) -> Link:
+        from noid.client.link import Link
+        from noid.client.waiting import Blocking
+
+        return Link(self.endpoint, Blocking())
 
     def perform(self, request: Request[AnswerT], doing: str | None = None) -> AnswerT:
         """Make *request* of that agent. *doing* is shown on a terminal when it takes longer than one likes to wait.
 
         From another thread than the command's, nothing is shown: that is the command's own affair.
         """
+        from noid.client.waiting import finished
+
         if click.get_current_context(silent=True) is None:
-            return self.client.perform(request)
+            return finished(self._link.perform(request))
         import time
 
         from noid.cli.output import progress, show_timing
 
-        client, began = self.client, time.perf_counter()
+        link, began = self._link, time.perf_counter()
         try:
-            with progress(doing or f"Waiting for {client.endpoint.address}"):
-                answer = client.perform(request)
+            with progress(doing or f"Waiting for {link.endpoint.address}"):
+                answer = finished(link.perform(request))
         except KeyboardInterrupt:
             if doing is not None and not self.quiet:
                 click.echo("Interrupted. What the server has begun it finishes.", err=True)

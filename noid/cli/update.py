@@ -15,9 +15,10 @@ from noid.cli.options import call, command, confirmed, with_yes
 from noid.cli.output import printable, progress, show
 from noid.client import installation, preferences, selfupdate
 from noid.client.answers import ServerVersion
-from noid.client.blocking import Client
 from noid.client.calls import account
 from noid.client.installation import Installation
+from noid.client.link import Link
+from noid.client.waiting import Blocking, finished
 from noid.errors import ConfigError, DependencyDown, NoidError
 
 
@@ -29,7 +30,7 @@ def version() -> None:
     server: ServerVersion | None = None
     trouble = ""
     try:
-        server = Client(replace(endpoint, data_dir=None)).perform(account.version())
+        server = finished(Link(replace(endpoint, data_dir=None), Blocking()).perform(account.version()))
     except NoidError as error:
         trouble = "not running" if endpoint.data_dir else str(error)
     python = ".".join(map(str, sys.version_info[:3]))

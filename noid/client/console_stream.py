@@ -13,7 +13,7 @@ from noid.client.errors import ServerError
 from noid.client.link import Link
 from noid.client.settings import Endpoint
 from noid.client.terminal import DetachKeys, Terminal
-from noid.client.waiting import Blocking, finished
+from noid.client.waiting import Blocking, Turns, finished
 from noid.client.websocket import WebSocket
 from noid.core import wire
 from noid.errors import DependencyDown
@@ -51,10 +51,12 @@ def attach(
         ws.close()
 
 
-async def opened(link: Link, name: str, *, history: int | None, readonly: bool) -> WebSocket:
+async def opened(
+    link: Link, name: str, *, history: int | None, readonly: bool, turns: Turns | None = None
+) -> WebSocket:
     """Return a WebSocket to the console of the VM *name*, whose messages `hear` understands."""
     path = with_query(f"/v1/vms/{name}/console", history=history, readonly=1 if readonly else None)
-    return await WebSocket.open(link, path)
+    return await WebSocket.open(link, path, turns=turns)
 
 
 def hear(message: Message, on_output: Callable[[bytes], None], on_notice: Callable[[str], None]) -> None:

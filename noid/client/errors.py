@@ -4,14 +4,22 @@
 
     NoidError
     ├── ServerError                   the agent answered, and the answer is an error; carries its status and code
+    ├── CommandFailed                 a command in a guest did not end with 0, and its caller wanted that
     └── DependencyDown
         └── ConnectionFailed          the agent cannot be reached, is no agent, or went away
-            └── ConnectionLost        ... while a command ran: its fate is unknown
+            └── ConnectionLost        ... before the answer, or the end of a command, came: its fate is unknown
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from noid.errors import DependencyDown, NoidError
+
+if TYPE_CHECKING:
+    from noid.client.completed import Completed
+
+WORDS_SHOWN_MAX = 200
 
 
 class ServerError(NoidError):
@@ -31,4 +39,15 @@ class ConnectionFailed(DependencyDown):
 
 
 class ConnectionLost(ConnectionFailed):
-    """The connection ended before the result of a command came. The command may have ended, or run no more."""
+    """The connection ended before the answer came. What was asked for may have happened; a command may run on."""
+
+
+class CommandFailed(NoidError):
+    """A command ended, and not with 0. *completed* says how, and has what it wrote."""
+
+    def __init__(self, completed: Completed) -> None:
+        words = " ".join(completed.argv)
+        ended = "timed out" if completed.timed_out else f"ended with exit code {completed.exit_code}"
+        last_words = completed.stderr.decode("utf-8", "replace").strip()[-WORDS_SHOWN_MAX:]
+        super().__init__(f"{words[:WORDS_SHOWN_MAX]!r} {ended}" + (f": {last_words}" if last_words else "."))
+        self.completed = completed

@@ -11,7 +11,7 @@ from noid.client.channels import Closed, Message
 from noid.client.errors import ServerError
 from noid.client.link import Link
 from noid.client.settings import Endpoint
-from noid.client.waiting import Blocking, finished
+from noid.client.waiting import Blocking, Turns, finished
 from noid.client.websocket import WebSocket
 from noid.core import wire
 
@@ -51,10 +51,12 @@ class LogProtocol:
                         raise ServerError(error, status=0, code=str(rest.get("code", "internal")))
 
 
-async def opened(link: Link, name: str, log: str, *, offset: int, follow: bool) -> WebSocket:
+async def opened(
+    link: Link, name: str, log: str, *, offset: int, follow: bool, turns: Turns | None = None
+) -> WebSocket:
     """Return a WebSocket to *log* of the VM *name* from *offset* on, whose messages `LogProtocol` understands."""
     path = f"/v1/vms/{name}/logs/{quote(log, safe='')}"
-    return await WebSocket.open(link, with_query(path, offset=offset, follow=1 if follow else None))
+    return await WebSocket.open(link, with_query(path, offset=offset, follow=1 if follow else None), turns=turns)
 
 
 def read(

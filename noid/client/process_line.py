@@ -38,6 +38,7 @@ class ProcessLine:
         self._link = link
         self._name = name
         self._ws: WebSocket | None = None
+        self._lost: ConnectionLost | None = None
         self._resumes = False
         self._resumed_from: wire.Started | None = None
         self._resume_by: float | None = None
@@ -84,6 +85,8 @@ class ProcessLine:
             ServerError: the agent could not run it, or does not say that it runs on.
             ConnectionLost: the connection to the agent, or the agent's to the guest, ended, and cannot be made again.
         """
+        if self._lost is not None:  # making it again was given up, or cancelled
+            await self._resume(self._lost)
         ws = self._ws
         if ws is None:
             raise RuntimeError("the line to this process is not open.")
@@ -136,6 +139,7 @@ class ProcessLine:
 
     async def _resume(self, lost: ConnectionLost) -> None:
         """Make the connection again, or raise *lost*."""
+        self._lost = lost
         process, link = self.protocol.process, self._link
         if (
             self._resume_by is None or process is not self._resumed_from
@@ -158,6 +162,7 @@ class ProcessLine:
                 if error.status not in (503, 504):
                     raise ConnectionLost(f"{lost} Attaching to it again failed: {error}.") from error
             else:
+                self._lost = None
                 return
             await link.waiting.sleep(RETRY_SECS)
         raise lost

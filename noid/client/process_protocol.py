@@ -73,6 +73,11 @@ class ProcessProtocol:
         """Whether all input there was is on its way."""
         return self._may_send and self._input.sent == self._input.end and not self._channels.unsent
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether this connection may be given input."""
+        return self._may_send
+
     def connect(self, channels: Channels, first: str | None = None) -> None:
         """Go on over a new connection, which begins with the request *first* if it starts the process."""
         self._channels, self._is_connected = channels, True

@@ -11,6 +11,7 @@ from typing import TypeVar
 import trio
 
 from noid.client.waiting import Abandoned, Blocking, Ready, Source, Turns, Waiting
+from noid.errors import DeadlineExceeded
 
 T = TypeVar("T")
 
@@ -88,8 +89,11 @@ class TrioWaiting:
     @contextmanager
     def shielded(self, secs: float) -> Iterator[None]:
         """See `Waiting.shielded`."""
-        with trio.move_on_after(secs, shield=True):
-            yield
+        try:
+            with trio.fail_after(secs, shield=True):
+                yield
+        except trio.TooSlowError as error:
+            raise DeadlineExceeded(f"cleaning up was not done in {secs:g} s; something may be left.") from error
 
     def let_go(self, sock: socket.socket) -> None:
         """See `Waiting.let_go`."""

@@ -72,7 +72,7 @@ class Waiting(Protocol):
         ...
 
     def shielded(self, secs: float) -> AbstractContextManager[object]:
-        """Return what holds a cancellation up, for *secs* at most: for cleaning up."""
+        """Return what holds a cancellation up: for cleaning up. `DeadlineExceeded` if that takes more than *secs*."""
         ...
 
     def let_go(self, sock: socket.socket) -> None:

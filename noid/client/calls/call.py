@@ -83,6 +83,17 @@ def many(shape: type[ShapeT]) -> Callable[[Reply], list[ShapeT]]:
     return understand
 
 
+def raw(method: str, path: str, body: object = None) -> Call[Any]:
+    """Ask anything; answered with what the JSON of the answer says, or None for an answer without a body."""
+    return Call(
+        method=method,
+        path=path,
+        body=body,
+        quick=False,
+        understand=lambda reply: _decoded(reply) if reply.body.strip() else None,
+    )
+
+
 def nothing(_: Reply) -> None:
     """Take a reply for success, whatever it says."""
 

@@ -13,6 +13,11 @@ def every(name: str) -> Call[list[ProcessInfo]]:
     return Call(method="GET", path=f"/v1/vms/{name}/processes", understand=many(ProcessInfo))
 
 
+def get(name: str, process: str) -> Call[ProcessInfo]:
+    """Ask for one process; refused with 404 if there is none."""
+    return Call(method="GET", path=f"/v1/vms/{name}/processes/{process}", understand=one(ProcessInfo))
+
+
 def start(name: str, command: str) -> Call[ProcessInfo]:
     """Start a process that runs on without a client. *command* is `noid.core.wire.request_to_json` of it."""
     path = f"/v1/vms/{name}/processes"
