@@ -25,6 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "noid/errors.py": (),
     "noid/hostfs.py": ("noid.errors",),
     "noid/rawdisk.py": ("noid.core.backends", "noid.core.model", "noid.errors", "noid.hostfs"),
+    "noid/vmmhost": ("noid.core.model", "noid.errors", "noid.hostfs", "noid.vmmhost"),
     "noid/hookspecs.py": ("noid.core.backends", "noid.core.model"),
     "noid/core/model.py": ("noid.errors",),
     "noid/core/wire.py": ("noid.core.model", "noid.errors"),
@@ -39,7 +40,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "noid/server": ("noid.__version__", "noid.server", "noid.core", "noid.errors", "noid.hookspecs", "noid.hostfs"),
     "noid/testing": ("noid",),
     "plugins": ("noid.core.backends", "noid.core.model", "noid.errors", "noid.hookspecs", "noid.hostfs",
-                "noid.rawdisk"),
+                "noid.rawdisk", "noid.vmmhost"),
 }  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePla
 from noid.core.model import ProcessRef
 from noid.errors import BackendError, ConfigError, DependencyDown, NoidError, NoSpace
 from noid.hostfs import free_bytes, os_errors
-from noid_vmm_qemu import console_line
+from noid.vmmhost import console_line
+from noid.vmmhost.process import VmmProcess
 from noid_vmm_qemu.capture import MEMORY_NAME
 from noid_vmm_qemu.command_line import (
     DEVICE_SETS,
@@ -34,7 +35,6 @@ from noid_vmm_qemu.command_line import (
 )
 from noid_vmm_qemu.machine import MachineEvents, QemuMachine, connected
 from noid_vmm_qemu.probe import missing, probe, version_text
-from noid_vmm_qemu.process import VmmProcess
 from noid_vmm_qemu.qmp import Qmp
 from noid_vmm_qemu.tsc import tsc_khz
 

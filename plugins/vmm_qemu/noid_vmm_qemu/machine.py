@@ -19,11 +19,11 @@ from noid.core.backends import Capture, MachineExit
 from noid.core.model import ProcessRef
 from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoidError, NoSpace
 from noid.hostfs import os_errors
-from noid_vmm_qemu import console_line
+from noid.vmmhost import console_line
+from noid.vmmhost.console_log import is_long, shorten
+from noid.vmmhost.process import VmmProcess
 from noid_vmm_qemu.capture import STATE_NAME, reserve_memory, take
 from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node, file_node
-from noid_vmm_qemu.console_log import is_long, shorten
-from noid_vmm_qemu.process import VmmProcess
 from noid_vmm_qemu.qmp import Qmp, QmpError, QmpEvent
 
 _STATE_ROOM_BYTES = 1 << 20

@@ -17,9 +17,9 @@ import trio
 
 from noid.errors import DependencyDown
 from noid.hostfs import os_errors
+from noid.vmmhost.process import boot_id
 from noid_vmm_qemu.command_line import SANDBOX, cpu_model
 from noid_vmm_qemu.kvm_trial import EXIT_STATUS, rom
-from noid_vmm_qemu.process import boot_id
 
 VERSION_MIN = (7, 2, 0)
 _ANSWER_SECS = 10.0

@@ -1,6 +1,6 @@
 """The serial line as files: what the guest prints is appended to a log, what is typed comes out of a named pipe.
 
-Both are the VMM's standard input and output, so no version of QEMU has to open anything. A file takes whatever is
+Both are the VMM's standard input and output, so no VMM has to open anything. A file takes whatever is
 printed, so nobody can hold the guest up. The VMM itself holds a writing end of the pipe for all its life: who types may
 come and go, and die, and never is there an end of input.
 """
@@ -42,7 +42,7 @@ def opened(log: Path, pipe: Path) -> Iterator[ConsoleFiles]:
         stdin = os.open(pipe, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         stack.callback(os.close, stdin)
         fcntl.fcntl(stdin, fcntl.F_SETPIPE_SZ, UNREAD_BYTES)
-        # Appending, so that nothing done to the file from outside makes QEMU write into the middle of it.
+        # Appending, so that nothing done to the file from outside makes the VMM write into the middle of it.
         stdout = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         stack.callback(os.close, stdout)
         yield ConsoleFiles(stdin=stdin, stdout=stdout)

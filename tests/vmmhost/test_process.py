@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from noid_vmm_qemu.process import VmmProcess, boot_id, start_ticks
 
 from noid.core.model import ProcessRef
 from noid.errors import NotFound
+from noid.vmmhost.process import VmmProcess, boot_id, start_ticks
 
 
 @pytest.fixture

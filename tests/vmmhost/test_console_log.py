@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from noid_vmm_qemu.console_log import BEGINNING_BYTES, END_BYTES, OCCUPIED_BYTES_MAX, is_long, shorten
+from noid.vmmhost.console_log import BEGINNING_BYTES, END_BYTES, OCCUPIED_BYTES_MAX, is_long, shorten
 
 
 def test_a_long_log_gives_its_middle_back_and_keeps_beginning_end_and_length(tmp_path: Path) -> None:

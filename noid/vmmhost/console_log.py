@@ -1,7 +1,7 @@
 """Keeps a guest from filling the host's disk through its serial console.
 
-QEMU appends to the file for ever. So the middle of a long one is given back to the disk by punching a hole: offsets
-stay what they were for whoever follows the file, the hole tells them what is gone, and QEMU never notices.
+A VMM appends to the file for ever. So the middle of a long one is given back to the disk by punching a hole: offsets
+stay what they were for whoever follows the file, the hole tells them what is gone, and the VMM never notices.
 """
 
 from __future__ import annotations
