@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ROOT / "scripts" / "pyz-requirements.txt"
 SHEBANG = b"#!/usr/bin/env python3\n"
 LONG_AGO = (1980, 1, 1, 0, 0, 0)
-ELSEWHERE = {"noid_bench"}  # comes with an installation; without it the command says so
+ELSEWHERE = {"trio"}  # modules that import it are left out: they are the SDK's, and no command uses them
 MAIN = """\
 import sys
 
@@ -72,13 +72,17 @@ def _own_files(packages: Path) -> dict[str, bytes]:
         path = waiting.pop()
         if str(path) in files:
             continue
-        files[str(path)] = (ROOT / path).read_bytes()
+        content = (ROOT / path).read_bytes()
+        names = list(_imports(ast.parse(content)))
+        if ELSEWHERE & {name.partition(".")[0] for name in names}:
+            continue
+        files[str(path)] = content
         waiting += [parent / "__init__.py" for parent in path.parents if parent.parts]
-        for name in _imports(ast.parse(files[str(path)])):
+        for name in names:
             top = name.partition(".")[0]
             if top == "noid":
                 waiting += _modules(name)
-            elif not (top in sys.stdlib_module_names or top in ELSEWHERE or (packages / top).exists()):
+            elif not (top in sys.stdlib_module_names or (packages / top).exists()):
                 sys.exit(f"{path} imports {name}, which is not in {REQUIREMENTS.name}.")
     return files
 

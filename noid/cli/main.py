@@ -73,6 +73,7 @@ SECTIONS = {
         "whoami": "noid.cli.account:whoami",
     },
     "More": {
+        "completion": "noid.cli.completion:completion",
         "config": "noid.cli.config:config",
         "version": "noid.cli.update:version",
         "update": "noid.cli.update:update",
