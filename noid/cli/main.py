@@ -54,7 +54,7 @@ SECTIONS = {
         "exec": "noid.cli.exec:exec_",
         "ps": "noid.cli.processes:ps",
         "attach": "noid.cli.processes:attach",
-        "wait": "noid.cli.processes:wait",
+        "wait": "noid.cli.wait:wait",
         "kill": "noid.cli.processes:kill",
         "console": "noid.cli.console:console",
         "logs": "noid.cli.logs:logs",
@@ -71,6 +71,10 @@ SECTIONS = {
     "Servers": {
         "auth": "noid.cli.auth:auth",
         "whoami": "noid.cli.account:whoami",
+        "quota": "noid.cli.operations:quota",
+        "operations": "noid.cli.operations:operations",
+        "events": "noid.cli.events:events",
+        "api": "noid.cli.api:api",
     },
     "More": {
         "completion": "noid.cli.completion:completion",

@@ -1,4 +1,4 @@
-"""``noid ps``, ``attach``, ``wait``, ``kill``: the processes of a VM, which run on without us."""
+"""``noid ps``, ``attach``, ``kill``: the processes of a VM, which run on without us."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import click
 
 from noid.cli import terminal
-from noid.cli.exec import FAILED, INTERRUPTED, Failed, exit_code, tell_gap
+from noid.cli.exec import FAILED, INTERRUPTED, exit_code, tell_gap
 from noid.cli.options import call, command, resolved_vm, with_name_option, with_vm
 from noid.cli.output import show, table
 from noid.cli.streams import write
@@ -15,7 +15,6 @@ from noid.client import exec_stream
 from noid.client.calls import processes
 from noid.client.terminal import Terminal
 
-WAIT_SECS = 60.0
 ARGV_CHARACTERS = 60
 
 
@@ -41,7 +40,7 @@ def ps(name: str | None, name_option: str | None) -> None:
     show(found, table(header, rows) if rows else "No processes found.", brief=brief)
 
 
-def _vm_and_process(words: tuple[str, ...], name_option: str | None) -> tuple[str, str]:
+def vm_and_process(words: tuple[str, ...], name_option: str | None) -> tuple[str, str]:
     """Return the two words of ``[NAME] PROCESS``."""
     if not 1 <= len(words) <= 2:
         raise click.UsageError("give the VM and the process, or the process alone where a VM is chosen.")
@@ -60,7 +59,7 @@ def attach(
 ) -> int:
     """Show what a process has written and writes, until it ends. Its exit code is ours; Ctrl+C leaves it alone."""
     call().fails_with = FAILED
-    vm, process = _vm_and_process(words, name_option)
+    vm, process = vm_and_process(words, name_option)
     if tty and not os.isatty(terminal.STDIN_FD):
         raise click.UsageError("-t needs a terminal, and standard input is none.")
     try:
@@ -80,23 +79,6 @@ def attach(
     return exit_code(result, vm)
 
 
-@command(examples="noid wait web 8f0a12bc")
-@click.argument("words", nargs=-1, metavar="[NAME] PROCESS")
-@with_name_option
-def wait(words: tuple[str, ...], name_option: str | None) -> int:
-    """Wait until a process has ended. Its exit code is ours."""
-    call().fails_with = FAILED
-    vm, process = _vm_and_process(words, name_option)
-    request = processes.wait(vm, process, at_most_secs=WAIT_SECS)
-    while (found := call().perform(request))["state"] == "running":
-        pass
-    if call().json:
-        show(found, "")
-    if found["exit_code"] is None:
-        raise Failed(f"process {process} was lost with its machine; nobody knows how it ended.")
-    return found["exit_code"] & 0xFF
-
-
 @command(
     examples="""
 noid kill web 8f0a12bc
@@ -112,7 +94,7 @@ noid kill web 8f0a12bc --forget
 @click.option("--forget", is_flag=True, help="End it (TERM, then KILL), and remove it and its output.")
 def kill(words: tuple[str, ...], name_option: str | None, signal_name: str, forget: bool) -> None:
     """Send a signal to a process and all it has started."""
-    vm, process = _vm_and_process(words, name_option)
+    vm, process = vm_and_process(words, name_option)
     if forget:
         call().perform(processes.end(vm, process))
         show({"process": process, "forgotten": True}, f"Process {process} is gone", brief=process)

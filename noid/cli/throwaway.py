@@ -24,7 +24,7 @@ from noid.cli.options import Call, call
 from noid.cli.output import progress, show_timing
 from noid.client.answers import VmInfo
 from noid.client.calls import operations, vms
-from noid.client.errors import ConnectionFailed, ServerError
+from noid.client.errors import ServerError
 from noid.errors import NoidError, NotFound
 
 LABEL = "noid.run"
@@ -113,7 +113,9 @@ class Throwaway:
         while True:
             try:
                 self._destroy()
-            except (ServerError, ConnectionFailed) as error:
+            except NotRemoved:
+                raise
+            except NoidError as error:
                 status = getattr(error, "status", 0)
                 if status == NotFound.status:
                     return
@@ -178,7 +180,7 @@ def _remove(throwaway: Throwaway) -> None:
     problem: str | None = None
     with contextlib.suppress(OSError), progress(f"Removing VM {throwaway.name!r}"):  # the terminal may be lost
         try:
-            throwaway.remove()
+            Work(throwaway.remove).result()
         except NotRemoved as error:
             problem = str(error)
         except KeyboardInterrupt:

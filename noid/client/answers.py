@@ -54,6 +54,15 @@ class CheckpointInfo(TypedDict):
     timings: NotRequired[dict[str, float]]
 
 
+class ExecInfo(TypedDict):
+    """How a command that was waited for has ended. *stdout* has stderr in it."""
+
+    stdout: str
+    exit_code: int | None
+    timed_out: bool
+    truncated: bool
+
+
 class ProcessInfo(TypedDict):
     """A process of a VM. *id* is 8 hex digits, *state* running, exited or lost."""
 
@@ -64,6 +73,13 @@ class ProcessInfo(TypedDict):
     exit_code: int | None
     origin: str
     started_at: str | None
+
+
+class Quota(TypedDict):
+    """What the caller may have of each resource, None for no limit, and has."""
+
+    limits: dict[str, int | None]
+    use: dict[str, int]
 
 
 class OperationInfo(TypedDict):

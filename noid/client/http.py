@@ -91,11 +91,13 @@ async def exchange(
     path: str,
     headers: Mapping[str, str],
     content: Iterable[bytes] = (),
+    silence_secs: float | None = None,
 ) -> Exchange:
     """Send a request with a body that is produced as it is sent, and return its answer when that begins.
 
     A length is announced if *headers* has a ``Content-Length``; else a body is sent in chunks if *headers* says so.
-    An answer that comes before all of *content* was sent ends the sending.
+    An answer that comes before all of *content* was sent ends the sending. Silence of *silence_secs* is a lost
+    connection; without it a slow guest is no dead one, and TCP keep-alive tells a network that is gone.
 
     Raises:
         ConnectionFailed: there is no agent, or the connection ended before an answer.
@@ -120,8 +122,7 @@ async def exchange(
                     await connection.send(b"0\r\n\r\n")
         except (BrokenPipeError, ConnectionResetError):
             pass  # it may have answered before it had read everything; without an answer, reading says so
-        # A slow guest is no dead one; TCP keep-alive tells a network that is gone.
-        incoming = Incoming(connection.receive, endpoint, None, early)
+        incoming = Incoming(connection.receive, endpoint, silence_secs, early)
         status, found = await incoming.head()
         return Exchange(connection, incoming, method, status, found)
     except BaseException:

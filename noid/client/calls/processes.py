@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from noid.client.answers import ProcessInfo
+from noid.client.answers import ExecInfo, ProcessInfo
 from noid.client.calls.call import Call, many, nothing, one, with_query
 
 
@@ -22,6 +22,12 @@ def start(name: str, command: str) -> Call[ProcessInfo]:
     """Start a process that runs on without a client. *command* is `noid.core.wire.request_to_json` of it."""
     path = f"/v1/vms/{name}/processes"
     return Call(method="POST", path=path, body=json.loads(command), quick=False, understand=one(ProcessInfo))
+
+
+def run(name: str, command: str) -> Call[ExecInfo]:
+    """Run a short command to its end. *command* is `noid.core.wire.request_to_json` of it."""
+    path = f"/v1/vms/{name}/exec"
+    return Call(method="POST", path=path, body=json.loads(command), quick=False, understand=one(ExecInfo))
 
 
 def wait(name: str, process: str, *, at_most_secs: float) -> Call[ProcessInfo]:
