@@ -84,7 +84,7 @@ def _time(event: Event) -> datetime:
 def _show(event: Event) -> None:
     invocation = call()
     if invocation.json:
-        line = json.dumps(event.as_fields())
+        line = json.dumps(_fields(event))
     elif invocation.quiet:
         line = event.id
     else:
@@ -92,6 +92,10 @@ def _show(event: Event) -> None:
         line = printable(f"{(event.at or '')[:19].replace('T', ' ')}  {event.kind:<16} {event.vm or '-'}  {facts}")
     click.echo(line.rstrip())
     sys.stdout.flush()
+
+
+def _fields(event: Event) -> dict[str, object]:
+    return {"id": event.id, "kind": event.kind, "vm": event.vm, "at": event.at, "facts": event.facts}
 
 
 def _is_plain(value: object) -> bool:
@@ -104,7 +108,7 @@ def _plain(value: object) -> str:
 
 def _tell_gap(event: Event) -> None:
     if call().json:
-        click.echo(json.dumps(event.as_fields()))
+        click.echo(json.dumps(_fields(event)))
     click.echo("Some events are missing here: they are no longer kept. See what there is with: noid list", err=True)
 
 

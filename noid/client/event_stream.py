@@ -35,10 +35,6 @@ class Event:
     at: str | None = None
     facts: dict[str, Any]
 
-    def as_fields(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
-        return {"id": self.id, "kind": self.kind, "vm": self.vm, "at": self.at, "facts": self.facts}
-
 
 class Decoder:
     """Turns bytes, however they are cut, into events. Knows no socket."""
