@@ -56,7 +56,8 @@ def test_input_goes_in_unchanged_and_ends(noid: House) -> None:
     data = bytes(range(256)) * 4000
     done = noid("exec", "exec-vm", "-i", "--", "sh", "-c", "sha256sum; echo end", stdin=data)
     assert done.text.split() == [hashlib.sha256(data).hexdigest(), "-", "end"]
-    assert noid("exec", "exec-vm", "--", "cat", stdin=b"nobody asked for this").out == b""
+    assert noid("exec", "exec-vm", "--", "cat", stdin=b"a pipe is meant").out == b"a pipe is meant"
+    assert noid("exec", "exec-vm", "--no-stdin", "--", "cat", stdin=b"nobody asked for this").out == b""
 
 
 def test_ten_megabytes_of_output_arrive_whole(noid: House) -> None:
