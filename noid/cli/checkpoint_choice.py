@@ -85,7 +85,7 @@ class Checkpoints:
         if not fitting:
             raise NotFound(
                 f"checkpoint {text!r} not found: {whose} none with that id, an id that begins so ({PREFIX_DIGITS_MIN} "
-                f"digits or more), or that label. See which there are with: noid checkpoints {vm or ''}".rstrip()
+                "digits or more), or that label"
             )
         if len(fitting) > 1:
             shown = [_described(each) for each in fitting[-SHOWN_MAX:]]

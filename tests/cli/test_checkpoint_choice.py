@@ -68,7 +68,7 @@ def test_what_may_be_several_is_refused_with_all_of_them(noid: Any, agent: Any, 
 def test_what_a_named_vm_has_not_is_not_taken_from_another(noid: Any, agent: Any, text: str) -> None:
     done = noid("restore", "web", text)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert b"See which there are with: noid checkpoints web" in done.stderr
+    assert b"VM 'web' has none with that id" in done.stderr
     assert all(request.method == "GET" for request in agent.requests)
 
 

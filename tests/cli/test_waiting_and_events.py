@@ -175,18 +175,20 @@ class Streams:
 
 def test_a_lost_stream_is_taken_up_behind_the_last_event_and_ends_with_its_token(noid: Any, agent: Any) -> None:
     last = b'event: vm.died\nid: a-10\ndata: {"kind":"vm.died","vm":"web","at":"2026-01-02T03:04:06+00:00","facts":{}}'
+    after = b'event: vm.stop\nid: a-11\ndata: {"vm":"web","at":"2026-01-02T03:04:07+00:00","facts":{}}\n\n'
     refused = b'HTTP/1.1 401 \r\nContent-Length: 30\r\n\r\n{"error":"token","code":"x"}  '
-    Streams(agent, STREAM, b"HTTP/1.1 503 \r\nContent-Length: 0\r\n\r\n", last + b"\n\nevent: vm.cre", refused)
+    Streams(agent, STREAM, b"HTTP/1.1 503 \r\nContent-Length: 0\r\n\r\n", last + b"\n\nevent: vm.cre", after, refused)
     done = noid("events")
     assert done.stdout.decode() == (
         "2026-01-02 03:04:05  vm.create        w\u00e9b  state=running secs=1.250\n"
         "2026-01-02 03:04:06  vm.died          web\n"
+        "2026-01-02 03:04:07  vm.stop          web\n"
     )
-    assert [request.headers.get("last-event-id") for request in agent.requests] == [None, "a-9", "a-9", "a-10"]
+    assert [request.headers.get("last-event-id") for request in agent.requests] == [None, "a-9", "a-9", "a-10", "a-11"]
     errors = done.stderr.decode().splitlines()
     assert done.returncode == 1
     assert errors[0].startswith("Some events are missing here")
-    assert [line for line in errors if "Trying again" in line] == errors[1:3]
+    assert [line for line in errors if "Trying again" in line] == errors[1:4]
     assert errors[-1].startswith("Error: server error (401)")
 
 
