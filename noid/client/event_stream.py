@@ -16,7 +16,7 @@ from noid.client.link import Link
 LINE_BYTES_MAX = 1 << 20
 SILENCE_SECS = 60.0
 """The agent says something every 15 s."""
-RETRY_SECS, RETRY_SECS_MAX = 1.0, 30.0
+RETRY_SECS, RETRY_SECS_MIN, RETRY_SECS_MAX = 1.0, 0.01, 30.0
 GAP = "gap"
 _BROKEN = 500
 _TOO_MANY = 429
@@ -42,6 +42,8 @@ class Decoder:
     def __init__(self) -> None:
         self.last_id: str | None = None
         """That of the last event, also of one that is an id and nothing else: where the stream began."""
+        self.retry_secs = RETRY_SECS
+        """After how long the server wants to see again who has lost it."""
         self._unread = bytearray()
         self._kind = ""
         self._data: list[str] = []
@@ -75,6 +77,8 @@ class Decoder:
             self._data.append(value)
         elif name == "id" and value.isascii() and value.isprintable():  # it is sent back in a header
             self.last_id = value
+        elif name == "retry" and value.isascii() and value.isdecimal() and len(value) <= 6:
+            self.retry_secs = min(int(value) / 1000, RETRY_SECS_MAX)
         return None
 
     def _complete(self) -> Event | None:
@@ -170,7 +174,7 @@ class EventStream:
         return self._found.popleft()
 
     async def _open_again(self) -> None:
-        pause = RETRY_SECS
+        pause = max(self._decoder.retry_secs, RETRY_SECS_MIN)
         while self._answer is None:
             await self._link.waiting.sleep(pause)
             pause = min(2 * pause, RETRY_SECS_MAX)

@@ -18,7 +18,7 @@ from noid.testing.standing_server import StandingServer, standing_server
 PATIENCE_SECS = 20.0
 VM = {"name": "web", "state": "running", "cpus": 1, "mem_mib": 256, "created_at": "2026-01-02 03:04:05"}
 STREAM = (
-    "retry: 1000\nid: a-1\n\n"
+    "retry: 20\nid: a-1\n\n"
     'event: vm.create\nid: a-2\ndata: {"kind":"vm.create","vm":"w\u00e9b","at":"2026-01-02T03:04:05.678+00:00",'
     '"facts":{"state":"running","secs":1.25,"timings":{"x":1},"gone":null}}\n\n'
     ": nothing new\n\n"
@@ -111,7 +111,7 @@ def test_events_are_understood_however_they_are_cut(size: int) -> None:
         ("a-2", "vm.create", "w\u00e9b"),
         ("a-9", "gap", None),
     ]
-    assert decoder.last_id == "a-9"
+    assert (decoder.last_id, decoder.retry_secs) == ("a-9", 0.02)
 
 
 @pytest.mark.parametrize(
