@@ -77,6 +77,7 @@ SECTIONS = {
         "api": "noid.cli.api:api",
     },
     "More": {
+        "doctor": "noid.cli.doctor:doctor",
         "completion": "noid.cli.completion:completion",
         "config": "noid.cli.config:config",
         "version": "noid.cli.update:version",

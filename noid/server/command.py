@@ -21,6 +21,7 @@ _ELSEWHERE = {
     "audit": "noid.server.audit_commands:audit",
     "add-user": "noid.server.user_commands:add_user",
     "check-config": "noid.server.setup_commands:check_config",
+    "doctor": "noid.server.doctor_commands:doctor",
     "image": "noid.server.image_commands:image",
     "list-users": "noid.server.user_commands:list_users",
     "plugins": "noid.server.serve_commands:plugins",

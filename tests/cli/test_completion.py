@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 PATIENCE_SECS = 20.0
@@ -302,3 +303,14 @@ def test_the_script_says_how_it_is_installed(noid: Any) -> None:
         text = noid("completion", name).stdout.decode()
         assert f"noid completion {name}" in "".join(text.splitlines(keepends=True)[:3])
     assert noid("completion", "tcsh").returncode == 2
+
+
+def test_what_has_words_of_its_own_is_a_parameter_that_exists() -> None:
+    from noid.cli.completing import SOURCES
+    from noid.cli.main import cli
+
+    for path, name in SOURCES:
+        command: Any = cli
+        for word in path.split():
+            command = command.get_command(click.Context(command), word)
+        assert name in {parameter.name for parameter in command.params}, f"{path}: {name}"

@@ -206,6 +206,7 @@ WITH_JSON = {
     ("noid-server", "image", "list"),
     ("noid-server", "token", "list"),
     ("noid-server", "audit"),
+    ("noid-server", "doctor"),
     ("noid-server", "quota"),
 }
 
