@@ -127,15 +127,17 @@ class Incompatible(Conflict):
 
 
 class LineageEnded(Conflict):
-    """The VM was put back to a checkpoint: the process that was meant is of what it was before."""
+    """The VM was put back to a checkpoint: the process, or the log, that was meant is of what it was before."""
 
     code = "lineage"
 
-    def __init__(self) -> None:
-        super().__init__(
-            "the VM was put back to a checkpoint since, which ended this process. If it existed at the checkpoint, "
-            "that copy of it runs on: see `noid ps`."
-        )
+    def __init__(
+        self,
+        what: str = (
+            "which ended this process. If it existed at the checkpoint, that copy of it runs on: see `noid ps`."
+        ),
+    ) -> None:
+        super().__init__(f"the VM was put back to a checkpoint since, {what}")
 
 
 class KeyReused(NoidError):

@@ -18,6 +18,7 @@ from noid.cli import interrupts, standard_input, terminal
 from noid.cli.env_entries import environment
 from noid.cli.options import Command, call, command, resolved_vm, with_vm
 from noid.cli.output import show, show_timing
+from noid.cli.screen import Screen
 from noid.cli.streams import write
 from noid.client import exec_stream
 from noid.client.calls import processes
@@ -74,6 +75,12 @@ class ExecOptions:
     timeout_secs: float | None
 
 
+_NOTHING_SAID = ExecOptions(
+    env=(), env_file=(), user=None, workdir=None, interactive=False, no_stdin=False, tty=False, keys=b"",
+    timeout_secs=None,
+)  # fmt: skip
+
+
 def with_exec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how a command runs in a guest. The command gets them as *options*, `ExecOptions`.
 
@@ -118,15 +125,21 @@ noid exec web -d -- make all    then: noid ps web, noid attach web PROCESS
 @with_exec_options
 @click.option("-d", "--detach", is_flag=True, help="Start it, print its id and let it run on.")
 def exec_(name: str | None, name_option: str | None, options: ExecOptions, detach: bool) -> int:
-    """Run a command in a VM. Its output streams, its exit code is ours.
+    """Run a command in a VM; its exit code is ours. Without one, open the console.
 
     A pipe or file that noid alone reads is its input; that of a loop around it is not, without -i. Exit code 124: it
     took too long. 125: noid failed.
     """
     argv = guest_command()
-    if not argv:
-        raise click.UsageError(f"no command. Write it after two dashes: noid exec {name or 'NAME'} -- uname -a")
     vm = resolved_vm(name, name_option)
+    if not argv:
+        _require(
+            not detach and options == dataclasses.replace(_NOTHING_SAID, env=options.env, keys=options.keys),
+            f"no command. Write it after two dashes: noid exec {vm} -- uname -a",
+        )
+        from noid.cli.console import open_console
+
+        return open_console(vm, options.env)
     if not detach:
         return execute(vm, requested(argv, options), options)
     _require(
@@ -203,6 +216,11 @@ def execute(
         collected[channel] += data
 
     invocation = call()
+    screen = Screen()
+
+    def show_all(channel: int, data: bytes) -> None:
+        screen.feed(data)
+        write(channel, data)
 
     def interrupt(signal_name: str) -> bool:
         if conversation.process is None:
@@ -212,9 +230,9 @@ def execute(
 
     marks = [time.perf_counter()]
     try:
-        with terminal.raw(options.tty) as wakeup_fd:
+        with terminal.raw(options.tty, screen) as wakeup_fd:
             conversation = exec_stream.Conversation(
-                on_output=collect if as_json else write,
+                on_output=collect if as_json else show_all if options.tty else write,
                 on_gap=tell_gap,
                 on_started=lambda: marks.append(time.perf_counter()),
                 stdin_fd=terminal.STDIN_FD if request.stdin else None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import termios
 import tty
@@ -14,9 +13,12 @@ from typing import Any
 
 import click
 
+from noid.cli.screen import Screen
+from noid.client.terminal import parsed_keys
+from noid.errors import InvalidRequest
+
 STDIN_FD, STDOUT_FD = 0, 1
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_KEY = re.compile(r"ctrl-([a-z@\[\\\]^_])|(.)", re.ASCII | re.IGNORECASE)
 
 
 def size() -> tuple[int, int]:
@@ -32,11 +34,12 @@ def size() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def raw(is_terminal: bool) -> Iterator[int | None]:
+def raw(is_terminal: bool, screen: Screen | None = None) -> Iterator[int | None]:
     """Hand every key to the guest while the block runs. Yield what becomes readable when the terminal was resized.
 
-    However the block ends, also by a signal that can be caught, the terminal is as it was. Without one, nothing is done
-    and None is yielded.
+    However the block ends, also by a signal that can be caught, the terminal is as it was, and what the guest has
+    switched on in it according to *screen* is switched off. While we are stopped, too, it is as it was. Without a
+    terminal, nothing is done and None is yielded.
     """
     if not is_terminal:
         yield None
@@ -51,9 +54,19 @@ def raw(is_terminal: bool) -> Iterator[int | None]:
         with contextlib.suppress(termios.error):
             termios.tcsetattr(STDIN_FD, termios.TCSANOW, before)
 
+    def give_back() -> None:
+        restore()
+        if screen is not None and os.isatty(STDOUT_FD):
+            with contextlib.suppress(OSError):  # it hung up
+                os.write(STDOUT_FD, screen.undo())
+
     def end(signo: int, _: FrameType | None) -> None:
-        restore()  # here too: a second signal may interrupt the ``finally`` that the first one leads to
+        give_back()  # here too: a second signal may interrupt the ``finally`` that the first one leads to
         raise SystemExit(128 + signo)  # by way of every ``finally``, with the code a shell shows for a signal
+
+    def stop(_: int, __: FrameType | None) -> None:
+        restore()
+        os.kill(os.getpid(), signal.SIGSTOP)  # SIGCONT then makes it raw again
 
     def resume(_: int, __: FrameType | None) -> None:
         set_raw()  # the shell that had the terminal meanwhile has set its own mode
@@ -61,14 +74,15 @@ def raw(is_terminal: bool) -> Iterator[int | None]:
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     handlers = {signo: signal.signal(signo, end) for signo in _ENDING}
     handlers[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: None)
-    continued = signal.signal(signal.SIGCONT, resume)
+    stopped, continued = signal.signal(signal.SIGTSTP, stop), signal.signal(signal.SIGCONT, resume)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         set_raw()
         yield reader
     finally:
+        signal.signal(signal.SIGTSTP, stopped)
         signal.signal(signal.SIGCONT, continued)
-        restore()
+        give_back()
         for signo, handler in handlers.items():
             signal.signal(signo, handler)
         signal.set_wakeup_fd(wakeup)
@@ -85,11 +99,11 @@ def with_detach_keys(default: str, *, help_text: str) -> Callable[[Callable[...,
 
 def spelled(keys: bytes) -> str:
     """Return *keys* as they are named to a person."""
-    return ", ".join(f"Ctrl+{chr(key | 0x40)}" if key < 0x20 else repr(chr(key)) for key in keys)
+    return " ".join(f"Ctrl+{chr(key | 0x40)}" if key < 0x20 else repr(chr(key)) for key in keys)
 
 
 class _Keys(click.ParamType[bytes]):
-    """Keys as people write them: ``ctrl-]``, ``ctrl-p,ctrl-q``, ``~,.``; nothing at all for none."""
+    """Keys as people write them; nothing at all for none."""
 
     name = "keys"
 
@@ -97,11 +111,7 @@ class _Keys(click.ParamType[bytes]):
         """Return the bytes a terminal sends for them."""
         if isinstance(value, bytes):
             return value
-        keys = bytearray()
-        for word in value.split(",") if value else ():
-            found = _KEY.fullmatch(word)
-            if found is None or not word.isascii():
-                self.fail(f"{word!r} is no key. Write single characters or ctrl-X, separated by commas.", param, ctx)
-            control, plain = found.groups()
-            keys += bytes((ord(control.upper()) & 0x1F,)) if control else plain.encode()
-        return bytes(keys)
+        try:
+            return parsed_keys(value)
+        except InvalidRequest as error:
+            self.fail(str(error), param, ctx)

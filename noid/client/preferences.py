@@ -27,9 +27,17 @@ def _update_url(value: str) -> str:
     return checked_url(value)
 
 
+def _ways_out(value: str) -> str:
+    from noid.client import leaving
+
+    leaving.parsed(value)
+    return value
+
+
 KEYS: dict[str, Callable[[str], str]] = {
     "kernel": _existing_file,
     "rootfs": _existing_file,
+    "console.detach": _ways_out,
     "update.url": _update_url,
 }
 """What makes a value of what was typed, or raises `InvalidRequest`; by key, a dot between table and name."""

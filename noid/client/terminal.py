@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from noid.errors import InvalidRequest
+
+_KEY = re.compile(r"ctrl-([a-z@\[\\\]^_])|(.)", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +24,22 @@ class Terminal:
     size: Callable[[], tuple[int, int]]
     wakeup_fd: int | None
     keys: bytes
+
+
+def parsed_keys(text: str) -> bytes:
+    """Return the bytes a terminal sends for keys as people write them: ``ctrl-]``, ``ctrl-p,ctrl-q``, ``~,.``.
+
+    Raises:
+        InvalidRequest: one of them is none.
+    """
+    keys = bytearray()
+    for word in text.split(",") if text else ():
+        found = _KEY.fullmatch(word)
+        if found is None or not word.isascii():
+            raise InvalidRequest(f"{word!r} is no key. Write single characters or ctrl-X, separated by commas.")
+        control, plain = found.groups()
+        keys += bytes((ord(control.upper()) & 0x1F,)) if control else plain.encode()
+    return bytes(keys)
 
 
 class DetachKeys:
@@ -46,6 +67,11 @@ class DetachKeys:
                 self._matched = 0
                 return bytes(typed), True
         return bytes(typed), False
+
+    def release(self) -> bytes:
+        """Return what is held back, because what follows is not looked at."""
+        held, self._matched = self._keys[: self._matched], 0
+        return held
 
     def _shorter(self) -> int:
         """Return how much of the end of what was matched is a beginning of the keys again."""

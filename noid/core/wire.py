@@ -160,9 +160,10 @@ def dropped_to_json(count: int, why: str) -> str:
     return json.dumps({"dropped": {"bytes": count, "why": why}}, separators=(",", ":"))
 
 
-def log_start_to_json(offset: int) -> str:
-    """Return the message a log begins with: the offset of its first byte or gap."""
-    return json.dumps({"log": {"offset": offset}}, separators=(",", ":"))
+def log_start_to_json(offset: int, lineage: str | None = None) -> str:
+    """Return the message a log begins with: the offset of its first byte or gap, and in which life of the VM."""
+    fields = {"offset": offset} | ({} if lineage is None else {"lineage": lineage})
+    return json.dumps({"log": fields}, separators=(",", ":"))
 
 
 def log_end_to_json(offset: int) -> str:

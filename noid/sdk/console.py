@@ -20,6 +20,7 @@ class Console(Stream[bytes]):
         self.notices: list[str] = []
         self._link, self._vm = link, vm
         self._history, self._readonly = history, readonly
+        self._watched = console_stream.Watched(self._arrived.append, self.notices.append)
         self._ws: WebSocket | None = None
 
     async def send(self, data: bytes | str) -> None:
@@ -52,7 +53,7 @@ class Console(Stream[bytes]):
     async def _step(self) -> None:
         messages, _ = await self._opened().step()
         for message in messages:
-            console_stream.hear(message, self._arrived.append, self.notices.append)
+            self._watched.hear(message)
 
     def _is_over(self) -> bool:
         return False  # the server says why it ends, which is an error

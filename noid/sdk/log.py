@@ -22,7 +22,7 @@ class Log(Stream[tuple[int, bytes]]):
         self._link, self._vm, self._log = link, vm, log
         self._offset, self._follow = offset, follow
         self._protocol = LogProtocol(
-            lambda channel, data: self._arrived.append((channel, data)),
+            lambda _, channel, data: self._arrived.append((channel, data)),
             lambda start, end: self.gaps.append(Gap(start=start, end=end)),
         )
         self._ws: WebSocket | None = None

@@ -26,7 +26,7 @@ from noid.server.schemas.failures import GUEST, UPGRADE_REQUIRED
 from noid.server.schemas.logs import CONSOLE
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
-from noid.server.websockets import GONE_CHECK_SECS, WebSockets, flag, watch_peer, whole_number
+from noid.server.websockets import GONE_CHECK_SECS, WebSockets, flag, same_life, watch_peer, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,14 @@ class ConsoleRoutes:
         """Attach to the console. What can be refused is refused before the upgrade, as plain HTTP."""
         user = current_user()
         console = self._agent.guests.console(user, checked_name(name))
+        lineage = same_life(self._agent.vm(user, name))
         history = whole_number("history", websocket.args.get("history"), HISTORY_BYTES)
+        offset = whole_number("offset", websocket.args.get("offset"), -1, least=0)
         writes = not flag(websocket.args.get("readonly"))
         session = _Session(self._agent, user, name, console)
         attached_at = (await console.log.extent()).end  # before the upgrade: whoever sees that has missed nothing since
-        await self._websockets.hold(lambda: session.run(attached_at, history, writes=writes))
+        start = min(offset, attached_at) if offset >= 0 else max(0, attached_at - history)
+        await self._websockets.hold(lambda: session.run(start, attached_at, lineage, writes=writes))
 
 
 class _Session:
@@ -86,15 +89,18 @@ class _Session:
         self._size: TerminalSize | None = None
         self._resized = trio.Event()
 
-    async def run(self, attached_at: int, history: int, *, writes: bool) -> None:
+    async def run(self, start: int, attached_at: int, lineage: str | None, *, writes: bool) -> None:
         """Serve the client until it leaves, the machine ends, or nothing has happened for a while.
 
-        It is shown what is printed from *attached_at* on, and *history* bytes of what was before.
+        It is shown what was printed from *start* on, what is printed from *attached_at* on, and told *lineage* first
+        if that is not None.
         """
         log = self._console.log
         with log.changes() as changes:
-            reader = LogReader(log, max(0, attached_at - history), changes)
+            reader = LogReader(log, start, changes)
             self._touch()
+            if lineage is not None:
+                await websocket.send(wire.log_start_to_json(start, lineage))
             with self._idle:
                 async with plain_nursery() as nursery:
                     nursery.start_soon(self._relay_input, writes, nursery)

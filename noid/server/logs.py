@@ -31,7 +31,7 @@ from noid.server.schemas.logs import FOLLOW, INFOS, READ, READ_PART, STREAM
 from noid.server.schemas.vocabulary import text
 from noid.server.table import WS, Route
 from noid.server.visit import current_user
-from noid.server.websockets import WebSockets, flag, whole_number
+from noid.server.websockets import WebSockets, flag, same_life, whole_number
 
 GAP_HEADER = "Noid-Log-Gap"
 
@@ -119,11 +119,12 @@ class LogRoutes:
         await self._stream(name, log, follows=flag(websocket.args.get("follow")))
 
     async def _stream(self, name: str, log: str, *, follows: bool) -> None:
+        lineage = same_life(self._agent.vm(current_user(), checked_name(name)))
         found = await self._open(name, log)
         extent = await found.extent()
         offset = whole_number("offset", websocket.args.get("offset"), 0, least=-(1 << 60))
         start = max(0, extent.end + offset) if offset < 0 else min(offset, extent.end)
-        await self._websockets.hold(lambda: _stream(found, start, follows=follows))
+        await self._websockets.hold(lambda: _stream(found, start, lineage, follows=follows))
 
     async def _open(self, name: str, log: str) -> Log:
         return await self._agent.logs.open(self._agent.vm(current_user(), checked_name(name)), log)
@@ -136,10 +137,10 @@ def log_fields(info: LogInfo) -> dict[str, Any]:
     return {"name": info.name, "bytes": extent.end, "gaps": gaps, "growing": extent.growing}
 
 
-async def _stream(log: Log, start: int, *, follows: bool) -> None:
+async def _stream(log: Log, start: int, lineage: str | None, *, follows: bool) -> None:
     with contextlib.ExitStack() as stack:
         reader = LogReader(log, start, stack.enter_context(log.changes()) if follows else None)
-        await websocket.send(wire.log_start_to_json(start))
+        await websocket.send(wire.log_start_to_json(start, lineage))
         while (found := await reader.next()) is not None:
             if isinstance(found, Gap):
                 await websocket.send(wire.reply_to_json(found))

@@ -10,8 +10,9 @@ from quart import websocket
 
 from noid.core import wire
 from noid.core.agent import Agent
+from noid.core.model import Vm
 from noid.core.waiting import plain_nursery
-from noid.errors import DependencyDown, InvalidRequest, NoidError, TooManyRequests
+from noid.errors import DependencyDown, InvalidRequest, LineageEnded, NoidError, TooManyRequests
 from noid.server.answers import Answers
 from noid.server.hardening import Transport, hold_websocket
 from noid.server.open_streams import OpenStreams
@@ -105,6 +106,18 @@ def whole_number(name: str, text: str | None, default: int, *, least: int = 0) -
             f"{name} is {text[:40]!r}; it must be a whole number{f' from {least} on' if least >= 0 else ''}."
         )
     return int(text)
+
+
+def same_life(vm: Vm) -> str | None:
+    """Return which life of *vm* a log is of if the client wants to know, to go on in it over another connection.
+
+    Raises:
+        LineageEnded: the client means another one.
+    """
+    lineage = websocket.args.get("lineage")
+    if lineage is not None and lineage != vm.instance:
+        raise LineageEnded("and the log that was read with it. There is a new one, which begins with that.")
+    return vm.instance if flag(websocket.args.get("resume")) else None
 
 
 def flag(text: str | None) -> bool:

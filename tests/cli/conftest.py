@@ -106,6 +106,7 @@ class ScriptedAgent:
     _answers: dict[tuple[str, str], bytes] = field(default_factory=dict)
     _exec: Callable[[Exchange], None] | None = None
     _raw: bytes | None = None
+    _refused: set[str] = field(default_factory=set)
 
     @property
     def url(self) -> str:
@@ -125,6 +126,10 @@ class ScriptedAgent:
     def runs(self, script: Callable[[Exchange], None]) -> None:
         """Let *script* play the agent's part in every exec."""
         self._exec = script
+
+    def refuses(self, path: str) -> None:
+        """Answer a WebSocket to *path* as what it `answers` to GET."""
+        self._refused.add(path)
 
     def serve(self) -> None:
         while True:
@@ -159,7 +164,7 @@ class ScriptedAgent:
         self.requests.append(Request(method, path, headers, body))
         if self._raw is not None:
             sock.sendall(self._raw)
-        elif headers.get("upgrade") == "websocket" and self._exec is not None:
+        elif headers.get("upgrade") == "websocket" and self._exec is not None and path not in self._refused:
             key = headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
             accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
             lines = ["HTTP/1.1 101 ", "Upgrade: websocket", "Connection: upgrade", f"Sec-WebSocket-Accept: {accept}"]

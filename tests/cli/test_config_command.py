@@ -48,7 +48,7 @@ def test_settings_are_shown_and_taken_back(offline_noid: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("colour", "green", b"There are: kernel, rootfs, update.url"),
+        ("colour", "green", b"There are: kernel, rootfs, console.detach, update.url"),
         ("kernel", "/no/such/file", b"there is no file /no/such/file"),
         ("update.url", "http://host/noid.pyz", b"without TLS anybody on the way could send another"),
         ("update.url", "ftp://host/noid.pyz", b"is not a URL to download noid from"),

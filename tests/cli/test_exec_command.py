@@ -131,10 +131,17 @@ def test_an_agent_that_lost_the_guest_does_not_know_the_result_either(noid: Any,
 
 def test_the_command_is_only_what_comes_after_two_dashes(noid: Any, agent: Any) -> None:
     assert noid("exec", "web", "ls").returncode == 2
-    done = noid("exec", "web")
+    done = noid("exec", "web", "-u", "root")
     assert done.returncode == 2
     assert b"noid exec web -- " in done.stderr
     assert agent.requests == []
+
+
+def test_without_a_command_it_is_the_console(noid: Any, agent: Any) -> None:
+    agent.runs(lambda exchange: (exchange.send(1, b"login: "), exchange.receive()))
+    done = noid("exec", "web")
+    assert (done.returncode, done.stdout) == (0, b"login: ")
+    assert agent.requests[0].path == "/v1/vms/web/console?resume=1"
 
 
 def echo(exchange: Any) -> None:

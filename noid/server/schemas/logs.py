@@ -22,9 +22,15 @@ _HEADERS = {
     "Noid-Log-Gap?": text(about="Gaps in what follows: `65536-262143`, both included."),
 }
 
+RESUME = {
+    "resume?": flag(about="Say first at which offset it begins, and in which life of the VM."),
+    "lineage?": text(about="Refuse (409) if the VM has been put back to a checkpoint since that life of it."),
+}
 CONSOLE = {
     "history?": integer(0, default=512, about="How many bytes that were printed before are shown first."),
+    "offset?": integer(0, about="From which byte of the console's log on, in place of `history`."),
     "readonly?": flag(about="Ignore what the client types."),
+    **RESUME,
 }
 """The query of a console."""
 
@@ -34,7 +40,7 @@ INFOS = Content(
     headers={**listed(LOG).headers, **{f"{name.removesuffix('?')}?": said for name, said in _HEADERS.items()}},
     text="The logs, or with `follow` the console's.",
 )
-STREAM = {"offset?": integer(default=0, about="From where on; negative counts from the end."), **FOLLOW}
+STREAM = {"offset?": integer(default=0, about="From where on; negative counts from the end."), **FOLLOW, **RESUME}
 
 READ = Content(media={BYTES: {}}, headers=_HEADERS, text="All that is kept, without gaps.")
 READ_PART = Content(media={BYTES: {}}, headers={**_HEADERS, "Content-Range?": text()}, text="The part `Range` names.")
