@@ -119,7 +119,10 @@ def test_the_same_sources_make_the_same_bytes(built: Path, tmp_path: Path) -> No
 
 
 def test_what_is_not_in_it_is_told_in_a_line(noid: Run) -> None:
-    for words, said in (("bench", "'bench' is not part of this noid (single file)"), ("list", "noid auth setup")):
+    for words, said in (
+        ("bench", "'bench' is not part of this noid (single file)"),
+        ("list", "Install noid[server] as a package"),
+    ):
         done = noid(words)
         assert (done.returncode, done.stdout) == (1, "")
         assert said in done.stderr

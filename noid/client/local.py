@@ -166,9 +166,20 @@ def server_program() -> list[str]:
     if program is None or Path(program).parent == Path(sys.executable).parent:  # or it would be this one
         raise ConfigError(
             f"only the client is installed here ({', '.join(missing)} missing), so no local agent can be started."
-            " Run: pip install 'noid[server]', or use a server: noid auth setup"
+            f" {_how_to_install()}, or use a server: noid auth setup"
         )
     return [program]
+
+
+def _how_to_install() -> str:
+    from noid.client.installation import find
+
+    kind = find().kind
+    if kind == "single file":
+        return "Install noid[server] as a package, whose noid-server is used when it is on PATH"
+    if kind in ("uv tool", "uvx", "pipx", "pipx run"):
+        return f"Install it by {kind} as noid[server], from where this one came"
+    return "Run: pip install 'noid[server]'"
 
 
 def _last_lines(log_path: Path, offset: int) -> str:
