@@ -55,7 +55,7 @@ def endure(data_dir: Path, execs: int, at_once: int) -> int:
     server_pid = int((data_dir / "agent.lock").read_text())
     (vmm_pid,) = {found.pid for found in processes.find(data_dir)} - {server_pid}
     endurance = Endurance(
-        endpoint=Endpoint(socket_path=paths.socket_path(data_dir)),
+        endpoint=Endpoint(socket_path=str(paths.socket_path(data_dir))),
         vm="endurance",
         server_pid=server_pid,
         vmm_pid=vmm_pid,

@@ -29,7 +29,7 @@ GUEST_FILE = "/tmp/noid-bench"  # noqa: S108  # in a guest that has no other use
 
 def main() -> None:
     """Serve until stdin ends. The argument is the server's socket."""
-    endpoint = Endpoint(socket_path=Path(sys.argv[1]))
+    endpoint = Endpoint(socket_path=sys.argv[1])
     for line in sys.stdin:
         task = json.loads(line)
         for answer in _copy(endpoint, task) if "copy" in task else (_run(endpoint, task),):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from noid.cli.checkpoint_choice import Checkpoints, Chosen
-from noid.cli.labels import labelled, with_labels
+from noid.cli.labels import labelled
 from noid.cli.options import (
     call,
     chosen_name,
@@ -13,6 +13,7 @@ from noid.cli.options import (
     confirmed,
     for_each,
     resolved_vm,
+    with_labels,
     with_name_option,
     with_vm,
     with_yes,

@@ -11,8 +11,8 @@ import click
 
 from noid.cli.finishing import Work, one_interruption
 from noid.cli.friendly_names import is_taken
-from noid.cli.labels import given, with_labels
-from noid.cli.options import Call, call, chosen_name, command, resolved_vm, with_name_option
+from noid.cli.labels import given
+from noid.cli.options import Call, call, chosen_name, command, resolved_vm, with_labels, with_name_option
 from noid.cli.output import progress, show
 from noid.cli.receipts import lacking_lines
 from noid.client.answers import CheckpointInfo, VmInfo

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import click
 
-from noid.cli.options import CommandT, call, command, resolved_vm, with_name_option
+from noid.cli.options import call, command, resolved_vm, with_name_option
 from noid.cli.output import printable, show
 from noid.client.answers import CheckpointInfo, VmInfo
 from noid.client.calls import checkpoints, vms
 from noid.errors import NoidError
 
 LabelledT = TypeVar("LabelledT", VmInfo, CheckpointInfo)
-
-
-def with_labels(help_text: str, metavar: str = "KEY=VALUE") -> Callable[[CommandT], CommandT]:
-    """Return the option ``--label``, which may be repeated. The command gets *labels*, the texts."""
-    return click.option("--label", "labels", multiple=True, metavar=metavar, help=help_text)
 
 
 def given(texts: Sequence[str]) -> dict[str, str]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SECTIONS = {
     "Machines": {
         "create": "noid.cli.vms:create",
-        "list": "noid.cli.vms:list_",
+        "list": "noid.cli.listing:list_",
         "info": "noid.cli.vms:info",
         "stop": "noid.cli.power:stop",
         "start": "noid.cli.power:start",

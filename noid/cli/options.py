@@ -274,6 +274,11 @@ def with_vms(command: CommandT) -> CommandT:
     return click.argument("names", nargs=-1, metavar="[NAME]...")(with_name_option(command))
 
 
+def with_labels(help_text: str, metavar: str = "KEY=VALUE") -> Callable[[CommandT], CommandT]:
+    """Return the option ``--label``, which may be repeated. The command gets *labels*, the texts."""
+    return click.option("--label", "labels", multiple=True, metavar=metavar, help=help_text)
+
+
 def chosen_name(name: str | None, name_option: str | None) -> str | None:
     """Return the VM the caller named, or None.
 

@@ -7,7 +7,7 @@ import sys
 import click
 
 from noid.cli import colours
-from noid.cli.labels import given, labelled, warn_unless_kept, with_labels
+from noid.cli.labels import given, warn_unless_kept
 from noid.cli.new_vm import NewVm, with_shape
 from noid.cli.options import (
     call,
@@ -17,12 +17,13 @@ from noid.cli.options import (
     for_each,
     resolved_vm,
     resolved_vms,
+    with_labels,
     with_name_option,
     with_vm,
     with_vms,
     with_yes,
 )
-from noid.cli.output import printable, show, table
+from noid.cli.output import printable, show
 from noid.cli.receipts import lacking_lines, summary
 from noid.client.answers import VmInfo
 from noid.client.calls import vms
@@ -82,18 +83,6 @@ def create(
     show(vm, "\n".join(lines), brief=vm["name"])
 
 
-@command("list", examples="noid list\nnoid list --label tier=front\nnoid list -q --label noid.run")
-@with_labels("Only those with this label; may be repeated.", "KEY[=VALUE]")
-def list_(labels: tuple[str, ...]) -> None:
-    """Show your VMs."""
-    found = call().perform(vms.every(labels))
-    if labels:
-        found = labelled(found)
-    header = ("name", "state", "cpus", "mem (MiB)", "created")
-    rows = [[vm["name"], _shown_state(vm), str(vm["cpus"]), str(vm["mem_mib"]), vm["created_at"]] for vm in found]
-    show(found, table(header, rows) if rows else "No VMs found.", brief="\n".join(vm["name"] for vm in found))
-
-
 @command(examples="noid info web")
 @with_vm
 def info(name: str | None, name_option: str | None) -> None:
@@ -114,10 +103,6 @@ def info(name: str | None, name_option: str | None) -> None:
     lines = [f"{label:<9}{printable(str(value))}" for label, value in fields]
     lines[1] = f"{'State:':<9}{colours.state(printable(vm['state']), sys.stdout)}"
     show(vm, "\n".join([*lines, *lacking_lines(vm)]), brief=vm["name"])
-
-
-def _shown_state(vm: VmInfo) -> str:
-    return f"{vm['state']} (silent)" if vm.get("responding") is False else vm["state"]
 
 
 @command(examples="noid rename web www")

@@ -8,7 +8,6 @@ import os
 import socket
 import time
 from functools import partial
-from pathlib import Path
 
 from noid.client.errors import ConnectionFailed
 from noid.client.settings import Endpoint
@@ -102,8 +101,9 @@ async def connect(endpoint: Endpoint, waiting: Waiting) -> Connection:
         sock = await _connect_local(endpoint.data_dir, waiting)
     elif endpoint.socket_path is not None:
         try:
-            at_once = _connect_unix_now(str(endpoint.socket_path))
-            sock = await waiting.in_thread(partial(connect_unix, endpoint.socket_path)) if at_once is None else at_once
+            path = str(endpoint.socket_path)
+            at_once = _connect_unix_now(path)
+            sock = await waiting.in_thread(partial(connect_unix, path)) if at_once is None else at_once
         except OSError as error:
             raise ConnectionFailed(f"cannot connect to {endpoint.address}: {error.strerror or error}.") from error
     else:
@@ -112,16 +112,18 @@ async def connect(endpoint: Endpoint, waiting: Waiting) -> Connection:
     return Connection(sock, waiting)
 
 
-async def _connect_local(data_dir: Path, waiting: Waiting) -> socket.socket:
-    path = paths.socket_path(data_dir)
+async def _connect_local(data_dir: str, waiting: Waiting) -> socket.socket:
+    path = paths.socket_path_text(data_dir)
     with contextlib.suppress(OSError):  # whatever it is, the agent's starter finds it too, and says so
-        paths.check_private(path.parent)
-        at_once = _connect_unix_now(str(path))
+        paths.check_private(os.path.dirname(path))  # noqa: PTH120  # without pathlib, which costs more than asking
+        at_once = _connect_unix_now(path)
         if at_once is not None:
             return at_once
+    from pathlib import Path
+
     from noid.client import local
 
-    return await waiting.in_thread(partial(local.connect, data_dir))
+    return await waiting.in_thread(partial(local.connect, Path(data_dir)))
 
 
 def _connect_unix_now(path: str) -> socket.socket | None:

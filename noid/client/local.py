@@ -71,7 +71,7 @@ def _connected(data_dir: Path) -> socket.socket | None:
     path = paths.socket_path(data_dir)
     try:
         paths.check_private(path.parent)
-        return connect_unix(path)
+        return connect_unix(str(path))
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         return None
     except OSError as error:

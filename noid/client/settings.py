@@ -1,18 +1,20 @@
 """Which agent to talk to and which VM is meant: options, environment, ``config.toml``, the marker file, in that order.
 
-`choose_endpoint` is the whole rule.
+`choose_endpoint` is the whole rule. Where nothing is configured it reads no file and imports next to nothing: that is
+asked by every command.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from noid.client import servers
-from noid.client.servers import checked_token, normalised_url
 from noid.core import paths
 from noid.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MARKERS = (".noid-vm", ".noid")
 """Files that name a directory's VM. The second is what old versions wrote; ``~/.noid`` is a directory and not meant."""
@@ -27,8 +29,8 @@ class Endpoint:
 
     url: str | None = None
     token: str | None = field(default=None, repr=False)
-    socket_path: Path | None = None
-    data_dir: Path | None = None
+    socket_path: str | None = None
+    data_dir: str | None = None
 
     @property
     def address(self) -> str:
@@ -48,16 +50,19 @@ def choose_endpoint(*, local: bool = False, server: str | None = None) -> Endpoi
         InvalidRequest: a URL is none.
         NotFound: there is no server of that name.
     """
-    if local:
+    asked_for = server or os.environ.get("NOID_SERVER") or os.environ.get("NOID_URL")
+    if local or (not asked_for and not os.environ.get("NOID_TOKEN") and _nothing_is_configured()):
         return _local()
+    from noid.client import servers
+    from noid.client.servers import checked_token, normalised_url
+
     given = os.environ.get("NOID_TOKEN") or None
     token = None if given is None else checked_token(given)
-    asked_for = server or os.environ.get("NOID_SERVER") or os.environ.get("NOID_URL")
     if not asked_for:
         current = servers.in_use()
         return _local() if current is None else Endpoint(url=current.url, token=token or current.token)
     if asked_for.startswith("unix://"):
-        return Endpoint(socket_path=Path(asked_for.removeprefix("unix://")), token=token)
+        return Endpoint(socket_path=asked_for.removeprefix("unix://"), token=token)
     if asked_for == servers.LOCAL:
         return _local()
     if "://" not in asked_for and asked_for != os.environ.get("NOID_URL"):
@@ -71,8 +76,18 @@ def choose_endpoint(*, local: bool = False, server: str | None = None) -> Endpoi
 
 
 def _local() -> Endpoint:
-    data_dir = paths.data_dir()
-    return Endpoint(socket_path=paths.socket_path(data_dir), data_dir=data_dir)
+    data_dir = paths.data_dir_text()
+    return Endpoint(socket_path=paths.socket_path_text(data_dir), data_dir=data_dir)
+
+
+def _nothing_is_configured() -> bool:
+    try:
+        os.stat(os.path.join(paths.data_dir_text(), "config.toml"))  # noqa: PTH116, PTH118  # as in noid.core.paths
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # whoever reads it says what is wrong
+        return False
+    return False
 
 
 # --- the directory's VM -----------------------------------------------------------------------------------------------
@@ -84,6 +99,8 @@ def active_vm(directory: Path | None = None) -> tuple[str, Path] | None:
     Raises:
         ConfigError: the file is there and cannot be read.
     """
+    from pathlib import Path
+
     for marker in MARKERS:
         path = (directory or Path()) / marker
         try:
@@ -103,6 +120,8 @@ def set_active_vm(name: str, directory: Path | None = None) -> Path:
     Raises:
         ConfigError: it cannot be written.
     """
+    from pathlib import Path
+
     path = (directory or Path()) / MARKERS[0]
     try:
         path.write_text(f"{name}\n", encoding="utf-8")

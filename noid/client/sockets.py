@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import socket
 import struct
-from pathlib import Path
 
 CONNECT_SECS = 5.0
 
 
-def connect_unix(path: Path) -> socket.socket:
+def connect_unix(path: str) -> socket.socket:
     """Return a socket connected to *path*, waiting for a place in a full queue for at most `CONNECT_SECS`.
 
     Raises:
@@ -19,7 +18,7 @@ def connect_unix(path: Path) -> socket.socket:
     try:
         # Not settimeout(): that makes the socket non-blocking, and then a full queue fails at once.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CONNECT_SECS), 0))
-        sock.connect(str(path))
+        sock.connect(path)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 0))
     except BaseException:
         sock.close()

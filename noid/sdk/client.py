@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -183,7 +182,7 @@ def endpoint_of(url: str | None, token: str | None, socket: str | os.PathLike[st
     if socket is not None:
         if url is not None:
             raise TypeError("either a url or a socket says which agent is meant, not both.")
-        return Endpoint(socket_path=Path(socket), token=token)
+        return Endpoint(socket_path=os.fsdecode(socket), token=token)
     if token is None:
         return choose_endpoint(server=url)
     if url is None:
