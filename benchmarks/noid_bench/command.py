@@ -36,7 +36,7 @@ def _with_choices(command: CommandT) -> CommandT:
 @click.group(
     cls=Group,
     invoke_without_command=True,
-    epilog="noid bench\nnoid bench --json --rounds 20 > before.json\nnoid bench server",
+    epilog="noid bench\nnoid bench --json --rounds 20 > before.json\nnoid bench server\nnoid bench cli",
 )
 @_with_choices
 @click.option("--image", metavar="IMAGE", help="The image to measure. [default, else a tiny one]")
@@ -71,6 +71,18 @@ def bench_server(as_json: bool, rounds: int, directory: Path | None) -> int:
     with _needs_a_server():
         from noid_bench.http_server import measure_server
     return _show(measure_server(rounds, directory or paths.data_dir()), as_json)
+
+
+@bench.command(name="cli", cls=Command, epilog="noid bench cli\nnoid bench cli --json --rounds 20 > before.json")
+@_with_choices
+def bench_cli(as_json: bool, rounds: int, directory: Path | None) -> int:
+    """Measure what a command costs beside Python that does nothing and a bare click program.
+
+    The server's machines are simulated. No image is needed.
+    """
+    with _needs_a_server():
+        from noid_bench.command_line import measure_command_line
+    return _show(measure_command_line(rounds, directory or paths.data_dir()), as_json)
 
 
 @contextlib.contextmanager

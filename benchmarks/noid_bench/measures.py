@@ -164,7 +164,7 @@ async def exec_command(rig: Rig, rounds: int, environment: dict[str, str]) -> Fi
         inside = time.perf_counter() - started
         samples.append(await _command(("exec", vm.name, "--", "true"), environment) - inside)
     await rig.agent.destroy_vm(rig.user, vm.name)
-    return Figure(name="noid exec VM -- true, beyond the API", unit="ms", samples=in_ms(samples), must=250.0, aim=100.0)
+    return Figure(name="noid exec VM -- true, beyond the API", unit="ms", samples=in_ms(samples), must=120.0, aim=80.0)
 
 
 async def list_command(rounds: int, environment: dict[str, str]) -> Figure:

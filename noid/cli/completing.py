@@ -163,7 +163,7 @@ def _images(ctx: click.Context) -> Iterable[Choice]:
     if endpoint.data_dir is None:
         return ()
     try:
-        return [(entry.name, "") for entry in sorted((endpoint.data_dir / "images").iterdir()) if entry.is_dir()]
+        return [(entry.name, "") for entry in sorted((Path(endpoint.data_dir) / "images").iterdir()) if entry.is_dir()]
     except OSError:
         return ()
 
@@ -248,7 +248,8 @@ def _answered(
     from noid.core.paths import check_private
 
     if endpoint.data_dir is not None and endpoint.socket_path is not None:
-        check_private(endpoint.socket_path.parent)  # as who may start an agent does; but none is started for a Tab
+        # As who may start an agent does; but none is started for a Tab.
+        check_private(Path(endpoint.socket_path).parent)
     found = finished(Link(replace(endpoint, data_dir=None), Blocking()).perform(request))
     return [choice for item in found for choice in choices(item)]
 

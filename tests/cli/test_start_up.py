@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 from typing import Any
+
+import pytest
 
 HEAVY = {"trio", "trio_websocket", "httpx", "rich", "importlib.metadata", "http.client", "ssl", "asyncio", "pluggy"}
 PROGRAM = """
@@ -16,12 +20,12 @@ print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
 """
 
 
-def imported(noid: Any, *args: str) -> set[str]:
+def imported(noid: Any, *args: str, code: int = 0) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *args], env=noid.env, cwd=noid.cwd, capture_output=True, check=True, timeout=20
     )
-    code, modules = json.loads(done.stderr)
-    assert code == 0
+    ended, modules = json.loads(done.stderr.splitlines()[-1])
+    assert ended == code
     return set(modules)
 
 
@@ -30,6 +34,52 @@ def test_listing_imports_no_concurrency_framework_no_http_library_and_no_websock
     modules = imported(noid, "list")
     assert modules & (HEAVY | {"wsproto", "h11", "subprocess", "tomllib", "noid.core.model", "noid.core.wire"}) == set()
     assert "noid.client.calls.vms" in modules  # it did run
+
+
+def test_listing_what_one_s_own_agent_has_imports_only_what_that_needs(offline_noid: Any, data_dir: Any) -> None:
+    offline_noid.env["NOID_DATA_DIR"] = str(data_dir)
+    run = data_dir / "run"
+    run.mkdir(mode=0o700, parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(run / "agent.sock"))
+        listener.listen()
+        listener.settimeout(20)
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+
+        agent = threading.Thread(target=answer)
+        agent.start()
+        modules = imported(offline_noid, "list")
+        agent.join(20)
+    unneeded = {"pathlib", "urllib.parse", "noid.client.servers", "noid.client.local", "noid.cli.labels", "noid.sdk"}
+    assert modules & (HEAVY | unneeded) == set()
+    assert "noid.client.settings" in modules  # it did ask
+
+
+@pytest.mark.parametrize("args", [["--help"], ["help", "list"], ["list", "--help"], ["no-such-command"]])
+def test_help_and_mistakes_import_no_command_but_the_one_meant(offline_noid: Any, args: list[str]) -> None:
+    modules = imported(offline_noid, *args, code=2 if args == ["no-such-command"] else 0)
+    assert modules & ((HEAVY - {"importlib.metadata"}) | {"wsproto", "noid.cli.vms", "noid.client.link"}) == set()
+
+
+def test_completing_a_command_s_name_imports_none(offline_noid: Any) -> None:
+    program = (
+        "import sys, json, click\n"
+        "from click.shell_completion import ShellComplete\n"
+        "from noid.cli.main import cli\n"
+        "found = ShellComplete(cli, {}, 'noid', '').get_completions([], 'check')\n"
+        "print(json.dumps([[item.value for item in found], sorted(sys.modules)]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=offline_noid.env, capture_output=True, check=True, timeout=20
+    )
+    found, modules = json.loads(done.stdout)
+    assert found == ["checkpoint", "checkpoints"]
+    assert set(modules) & (HEAVY | {"noid.cli.checkpoints"}) == set()
 
 
 def test_the_version_imports_no_command(offline_noid: Any) -> None:

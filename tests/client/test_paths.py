@@ -52,7 +52,7 @@ def test_a_run_directory_is_made_for_its_owner_alone_and_again(tmp_path: Path) -
 
 
 def test_a_short_run_directory_has_a_private_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(paths, "_short_parent", lambda: tmp_path / "noid-0")
+    monkeypatch.setattr(paths, "_short_parent", lambda: str(tmp_path / "noid-0"))
     directory = paths.private_directory(tmp_path / "noid-0" / "0123456789abcdef")
     assert stat.S_IMODE(directory.parent.stat().st_mode) == 0o700
     paths.check_private(directory)

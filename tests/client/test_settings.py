@@ -22,7 +22,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_with_nothing_configured_it_is_the_local_agent(home: Path) -> None:
     endpoint = settings.choose_endpoint()
-    assert endpoint.data_dir == home / ".noid"
+    assert endpoint.data_dir == str(home / ".noid")
     assert endpoint.address == f"unix://{endpoint.socket_path}"
 
 
@@ -32,7 +32,7 @@ def test_options_win_over_environment_over_file(home: Path, monkeypatch: pytest.
     monkeypatch.setenv("NOID_URL", OTHER)
     assert settings.choose_endpoint().url == OTHER
     assert settings.choose_endpoint(server="http://three.example/").url == "http://three.example"
-    assert settings.choose_endpoint(local=True).data_dir == home / ".noid"
+    assert settings.choose_endpoint(local=True).data_dir == str(home / ".noid")
 
 
 def test_a_saved_token_never_goes_to_another_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_a_server_is_meant_by_its_name_or_its_url(home: Path, monkeypatch: pytes
         monkeypatch.setenv("NOID_SERVER", name)
         endpoint = settings.choose_endpoint()
         assert (endpoint.url, endpoint.token) == meant
-    assert settings.choose_endpoint(server="local").data_dir == home / ".noid"
+    assert settings.choose_endpoint(server="local").data_dir == str(home / ".noid")
     with pytest.raises(NotFound, match=r"no server is called 'wrok'\. There are: one\.example, work, local"):
         settings.choose_endpoint(server="wrok")
 
