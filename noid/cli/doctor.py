@@ -75,7 +75,7 @@ def _findings() -> Iterator[Finding]:
         yield Finding(check="settings", status="fail", text=str(error))
         return
     if endpoint.data_dir is not None:
-        yield from _this_machine(endpoint, endpoint.data_dir)
+        yield from _this_machine(endpoint, Path(endpoint.data_dir))
     else:
         yield from _server(endpoint)
 
@@ -262,8 +262,7 @@ def _this_machine(endpoint: Endpoint, data_dir: Path) -> Iterator[Finding]:
 
 def _agent(endpoint: Endpoint, data_dir: Path) -> Finding:
     """Ask the agent if it runs, without starting one."""
-    path = endpoint.socket_path
-    assert path is not None  # noqa: S101  # an agent of this user has one
+    path = paths.socket_path(data_dir)
     try:
         paths.check_private(path.parent)
         if not path.exists():
