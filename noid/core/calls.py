@@ -21,22 +21,32 @@ class Call:
         opening: What the transaction that opens the operation's page holds as well, given the operation's id.
         operation: The id of its operation, once that is in the journal.
         begun: Set then.
+        is_carried_out: Whether its operation goes on without whoever made it, and is what tells that it is settled.
     """
 
     def __init__(
-        self, opening: Callable[[Tx, str], None] | None = None, on_begin: Callable[[], None] | None = None
+        self, opening: Callable[[Tx, str], None] | None = None, on_settled: Callable[[], None] | None = None
     ) -> None:
+        """Call *on_settled* when the journal knows its operation, or it is over without that; perhaps more than once.
+
+        That is while it is carried out; before, whoever makes the call knows what has become of it.
+        """
         self.opening = opening
-        self._on_begin = on_begin
+        self._on_settled = on_settled
         self.operation: str | None = None
         self.begun = trio.Event()
+        self.is_carried_out = False
 
     def begin(self, operation: str) -> None:
         """Let whoever asked know that *operation* is in the journal."""
         self.operation = operation
         self.begun.set()
-        if self._on_begin is not None:
-            self._on_begin()
+        self.settle()
+
+    def settle(self) -> None:
+        """Let those who wait for what has become of it look."""
+        if self._on_settled is not None:
+            self._on_settled()
 
 
 CURRENT: ContextVar[Call | None] = ContextVar("noid.call", default=None)

@@ -159,11 +159,16 @@ class Performer:
             on_open=self._opened,
         )
 
+        def settle() -> None:
+            if performance.call is not None:
+                performance.call.settle()
+
         async def job() -> Outcome:
             calls.CURRENT.set(None)  # this task's own: what it starts is not what was asked for
             try:
                 return await self._perform(performance, what, after)
             finally:
+                settle()
                 if performance.undo_again is None:
                     self._ended(performance)
 
@@ -174,10 +179,15 @@ class Performer:
                 finally:
                     self._ended(performance)
 
+        if performance.call is not None:
+            performance.call.is_carried_out = True  # also if whoever made it leaves before the job begins
         try:
             return await self._operations.run(what, user.id, vm_names, job, performance.scope, leftover)
         except OperationCancelled as error:
             raise performance.cancelled or error from None  # in the words that are in the journal
+        except NoidError:
+            settle()  # there was no job, or it has ended
+            raise
 
     async def _perform(
         self, performance: Performance, what: str, after: Callable[[], Awaitable[None]] | None

@@ -66,12 +66,20 @@ class Calls:
         body = await request.get_data()
         assert isinstance(body, bytes)  # noqa: S101  # as_text is off
         what = fingerprint(request.method.encode(), target.encode(), body)
-        async with still_working():
-            earlier = await self._agent.keys.take(current_user(), key, what)
-        if isinstance(earlier, Held):
-            try:
-                return await (self._operate_once(earlier, handler) if operates else self._act_once(earlier, handler))
-            finally:
+        earlier: Held | Operation | Answer | None = None
+        call = Call()
+        try:
+            async with still_working():
+                earlier = await self._agent.keys.take(current_user(), key, what)
+            if isinstance(earlier, Held):
+                call = Call(earlier.written_with, functools.partial(self._agent.keys.release, earlier))
+                return await (
+                    self._operate_once(earlier, call, handler) if operates else self._act_once(earlier, handler)
+                )
+        finally:
+            # Also for a client that leaves just when the key is taken: nobody would get it any more. An operation that
+            # goes on without its client keeps the key until it is in the journal: nobody may begin another one.
+            if isinstance(earlier, Held) and not call.is_carried_out:
                 self._agent.keys.release(earlier)
         visit().reply_headers[REPLAYED_HEADER] = "true"
         if isinstance(earlier, Operation):
@@ -83,9 +91,8 @@ class Calls:
             )
         return Response(earlier.body, earlier.status, content_type=JSON if earlier.body else None)
 
-    async def _operate_once(self, held: Held, handler: Handler) -> Response:
+    async def _operate_once(self, held: Held, call: Call, handler: Handler) -> Response:
         """Carry out an operation whose page in the journal has the key."""
-        call = Call(held.written_with, functools.partial(self._agent.keys.release, held))
         reply = await self._operate(handler, call)
         if call.operation is None:  # there was nothing to do
             await self._agent.keys.answered(held, await _answer_of(reply))

@@ -99,6 +99,20 @@ async def test_who_asks_while_it_runs_joins_it(web: Server) -> None:
     assert len((await web.ask("GET", "/v1/vms/web/checkpoints")).json()) == 1
 
 
+async def test_who_leaves_at_any_moment_and_asks_again_is_answered_as_if_it_had_stayed(server: Server) -> None:
+    """Before the operation is in the journal, its key is held by nobody's request, and by nobody for ever."""
+    await server.create("first")  # which makes the template
+    for number in range(12):
+        body, key = NEW | {"name": f"vm-{number}"}, {"idempotency-key": f"key-{number}"}
+        client = await server.unix()
+        await client.send("POST", "/v1/vms", body, headers=key)
+        await trio.sleep(number * 0.002)
+        await client.stream.aclose()
+        with trio.fail_after(10):
+            answer = await server.ask("POST", "/v1/vms", body, headers=key)
+        assert (answer.status, answer.json()["name"]) == (201, f"vm-{number}")
+
+
 async def test_a_key_is_forgotten_after_a_day(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     await server.ask("POST", "/v1/vms", NEW, headers=KEY)
     later = keys.now() + keys.KEPT
