@@ -36,7 +36,7 @@ class EventParser:
         self._rest += piece
         *lines, rest = self._rest.split(b"\n")
         self._rest = rest
-        if len(rest) + sum(map(len, self._data)) > EVENT_BYTES_MAX:
+        if len(rest) > EVENT_BYTES_MAX:
             raise ValueError("an endless event")
         for line in lines:
             text = line.removesuffix(b"\r").decode("utf-8", "replace")
@@ -53,6 +53,8 @@ class EventParser:
         value = value.removeprefix(" ")
         if name == "data":
             self._data.append(value)
+            if sum(map(len, self._data)) > EVENT_BYTES_MAX:
+                raise ValueError("an endless event")
         elif name == "event":
             self._kind = value
         elif name == "id" and "\0" not in value:

@@ -56,7 +56,7 @@ class Link:
         """
         if call.method not in CHANGES:
             return await http.request(self.endpoint, self.waiting, call)
-        call = replace(call, headers={KEY_HEADER: os.urandom(16).hex(), **call.headers})
+        call = keyed(call)
         try:
             return await http.request(self.endpoint, self.waiting, call)
         except ConnectionLost:
@@ -85,6 +85,11 @@ class Link:
                 if time.monotonic() >= until:
                     return False
             await self.waiting.sleep(RETRY_SECS)
+
+
+def keyed(call: Call[AnswerT]) -> Call[AnswerT]:
+    """Return *call* with a key, by which a server knows it when it is repeated."""
+    return replace(call, headers={KEY_HEADER: os.urandom(16).hex(), **call.headers})
 
 
 def _version(reply: Reply) -> tuple[int, ...]:

@@ -136,7 +136,7 @@ class Client:
         from noid.sdk.temporary import Temporary
 
         chosen = name or f"temporary-{os.urandom(6).hex()}"
-        return Temporary(self._link, chosen, vms.create(chosen, cpus=cpus, mem_mib=mem_mib, image=image, labels=labels))
+        return Temporary(self._link, vms.create(chosen, cpus=cpus, mem_mib=mem_mib, image=image, labels=labels))
 
     async def vms(self, *, labels: Sequence[str] = ()) -> list[Vm]:
         """Return the caller's VMs, oldest first; those that have all *labels*, ``KEY`` or ``KEY=VALUE``."""

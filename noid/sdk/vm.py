@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from noid.client.calls import checkpoints as checkpoint_calls
 from noid.client.calls import vms as calls
 from noid.client.link import Link
+from noid.sdk.making import UNDO_SECS, made
 
 if TYPE_CHECKING:
     from noid.client.answers import ProcessInfo, VmInfo
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 GRACE_SECS = 30.0
 OUTPUT_BYTES_MAX = 64 << 20
 FILE_BYTES_MAX = 64 << 20
-UNDO_SECS = 60.0
 
 
 class Vm:
@@ -117,20 +117,22 @@ class Vm:
             names = [f"{self.name[:50]}-{os.urandom(4).hex()}" for _ in range(names)]
         if not names:
             return []
-        origin = await self.checkpoint(label="fork")
-        made: list[Vm] = []
+        link, copies = self._link, list[Vm]()
+        take = checkpoint_calls.take(self.name, "fork")
+        origin = await made(link, take, lambda taken: checkpoint_calls.remove(taken["vm_name"], taken["id"]))
         try:
             for name in names:
-                made.append(await origin.fork(name, labels=labels))  # noqa: PERF401  # made must have what there is
+                copy = checkpoint_calls.restore(self.name, origin["id"], name, labels=labels)
+                copies.append(Vm(link, await made(link, copy, lambda vm: calls.destroy(vm["name"]))))
         except BaseException:
-            with self._link.waiting.shielded(UNDO_SECS):
-                for vm in made:
+            with link.waiting.shielded(UNDO_SECS):
+                for vm in copies:
                     await vm.destroy()
             raise
         finally:
-            with self._link.waiting.shielded(UNDO_SECS):
-                await origin.remove()
-        return made
+            with link.waiting.shielded(UNDO_SECS):
+                await link.perform(checkpoint_calls.remove(origin["vm_name"], origin["id"]))
+        return copies
 
     # --- commands ---------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -16,35 +19,36 @@ import noid
 import noid.sync
 from noid.sync.face import Face
 from noid.testing.reaper import clean
-from noid.testing.served import PATIENCE_SECS, SIMULATED, Served
+from noid.testing.served import PATIENCE_SECS, PROGRAM, SIMULATED
 from noid.testing.simulated_agent import give_default_image
 
 
 class LiveServer:
-    """A server's process, which can be killed and started again."""
+    """A server's process, which can be killed and started again. It logs into a file: a pipe would fill up."""
 
     def __init__(self, data_dir: Path) -> None:
         (data_dir / "server.toml").write_text(SIMULATED)
         give_default_image(data_dir)
-        self._served = Served(data_dir)
+        self._data_dir = data_dir
         self.socket = data_dir / "run" / "agent.sock"
-        self.process = self._served.start("--local")
-        assert self._served.said.strip() == "ready"
+        self.start()
+
+    def start(self) -> None:
+        reading, writing = os.pipe()
+        words = ["serve", "--local", "--data-dir", str(self._data_dir), "--ready-fd", str(writing)]
+        with (self._data_dir / "agent.log").open("ab") as log:
+            self.process = subprocess.Popen([sys.executable, "-c", PROGRAM, *words], pass_fds=[writing], stderr=log)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            assert pipe.read() == "ready\n", (self._data_dir / "agent.log").read_text()
 
     def kill(self) -> None:
         self.process.kill()
-        self._served.end(self.process)
-
-    def start(self) -> None:
-        self.process = self._served.start("--local")
+        self.process.wait(PATIENCE_SECS)
 
     def close(self) -> None:
-        for process in self._served.processes:
-            if process.poll() is None:
-                process.terminate()
-                process.communicate(timeout=PATIENCE_SECS)
-            assert process.stderr is not None
-            process.stderr.close()
+        self.process.terminate()
+        self.process.wait(PATIENCE_SECS)
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,7 @@ async def test_a_process_runs_on_and_is_gone_back_to(vm: Any) -> None:
     async with process.attach() as attached:
         first = await anext(attached)
     async with process.attach(readonly=True) as attached:
-        assert await anext(attached) == first
+        assert (await anext(attached))[1].startswith(first[1])
     async with vm.exec(["ticker"]) as running:
         await anext(running)
         await running.leave()
