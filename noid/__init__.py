@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from noid.client.completed import Completed
     from noid.client.errors import CommandFailed, ConnectionFailed, ConnectionLost, ServerError
+    from noid.client.event_stream import Event
     from noid.errors import NoidError
     from noid.sdk.checkpoint import Checkpoint
     from noid.sdk.client import Client
     from noid.sdk.console import Console
-    from noid.sdk.events import Event, Events
+    from noid.sdk.events import Events
     from noid.sdk.log import Log
     from noid.sdk.process import Process
     from noid.sdk.running import RunningProcess
@@ -43,12 +44,13 @@ __all__ = [
 
 _WHERE = {
     "noid.client.completed": ("Completed",),
+    "noid.client.event_stream": ("Event",),
     "noid.client.errors": ("CommandFailed", "ConnectionFailed", "ConnectionLost", "ServerError"),
     "noid.errors": ("NoidError",),
     "noid.sdk.checkpoint": ("Checkpoint",),
     "noid.sdk.client": ("Client",),
     "noid.sdk.console": ("Console",),
-    "noid.sdk.events": ("Event", "Events"),
+    "noid.sdk.events": ("Events",),
     "noid.sdk.log": ("Log",),
     "noid.sdk.process": ("Process",),
     "noid.sdk.running": ("RunningProcess",),

@@ -20,7 +20,8 @@ LONG_FILES: dict[str, str] = {
 
 #: What the modules of a layer may import of noid: names of packages or modules. Layers are matched from the top.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "noid/__init__.py": ("noid.client.completed", "noid.client.errors", "noid.errors", "noid.sdk"),
+    "noid/__init__.py": ("noid.client.completed", "noid.client.errors", "noid.client.event_stream", "noid.errors",
+                         "noid.sdk"),
     "noid/__main__.py": ("noid.cli.start",),
     "noid/errors.py": (),
     "noid/hostfs.py": ("noid.errors",),

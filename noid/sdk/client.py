@@ -160,11 +160,16 @@ class Client:
         found = await self._link.perform(checkpoints.every(vm=vm, labels=labels))
         return [Checkpoint(self._link, info) for info in found]
 
-    def events(self, *, vms: Sequence[str] = (), kinds: Sequence[str] = (), after: str | None = None) -> Events:
-        """Return what happens from when it is entered, or behind the event *after*: to *vms*, of *kinds*, or all."""
+    def events(
+        self, *, vm: str | None = None, kinds: Sequence[str] = (), after: str | None = None, follow: bool = True
+    ) -> Events:
+        """Return what happens from when it is entered, or behind the event *after*: to *vm*, of *kinds*, or all.
+
+        With *follow* it does not end; else behind what has happened.
+        """
         from noid.sdk.events import Events
 
-        return Events(self._link, vms, kinds, after)
+        return Events(self._link, vm, tuple(kinds), after, follow=follow)
 
 
 def endpoint_of(url: str | None, token: str | None, socket: str | os.PathLike[str] | None) -> Endpoint:

@@ -165,13 +165,7 @@ class Client(Face[client.Client]):
         socket: str | os.PathLike[str] | None = None,
         link: Link | None = None,
     ) -> None:
-        """Choose the server at *url*, or of that name, with *token* or the one known for it; or the agent at *socket*.
-
-        *link* is a way to talk to one already, in place of all that.
-
-        Raises:
-            InvalidRequest: that is no URL, or no token. ConfigError: the config file is broken.
-        """
+        """Choose a server as `noid.Client` does."""
         super().__init__(client.Client(link=link or Link(client.endpoint_of(url, token, socket), Blocking())))
 
     @classmethod

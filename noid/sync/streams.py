@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from noid.client.answers import ProcessInfo
+from noid.client.event_stream import Event
 from noid.client.waiting import finished
 from noid.core.model import Gap
 from noid.sdk import console, events, log, process, running
@@ -99,14 +100,8 @@ class Log(Stream[log.Log, tuple[int, bytes]]):
     read = waited(log.Log.read)
 
 
-class Events(Stream[events.Events, events.Event]):
+class Events(Stream[events.Events, Event]):
     """See `noid.Events`."""
-
-    @property
-    def last_id(self) -> str | None:
-        """The id of the last event: what to go on behind."""
-        found: str | None = self._it.last_id
-        return found
 
 
 class Process(Face[process.Process]):

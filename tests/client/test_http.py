@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noid.client.errors import ConnectionFailed, ConnectionLost
-from noid.client.eventstream import EventParser
 from noid.client.http import BODY_BYTES_MAX, HEAD_BYTES_MAX, Incoming
 from noid.client.settings import Endpoint
 from noid.client.waiting import finished
@@ -141,25 +140,3 @@ def test_a_silence_is_said() -> None:
     with pytest.raises(ConnectionFailed, match="no answer for 30 s") as failed:
         finished(Incoming(silence, ENDPOINT, 30.0).head())
     assert not isinstance(failed.value, ConnectionLost)  # it is there, and may be carrying it out
-
-
-STREAM = b"retry: 1000\nid: a-1\n\nevent: vm.stop\nid: a-2\ndata: {\ndata: }\n\n: a comment\n\ndata:x\r\n\r\n"
-
-
-@given(cuts)
-def test_events_are_the_same_however_they_are_cut(cuts: list[int]) -> None:
-    places = sorted({0, len(STREAM), *(cut % len(STREAM) for cut in cuts)})
-    parser = EventParser()
-    found = [each for a, b in itertools.pairwise(places) for each in parser.feed(STREAM[a:b])]
-    assert [(each.id, each.kind, each.data) for each in found] == [
-        ("a-1", "message", None),
-        ("a-2", "vm.stop", "{\n}"),
-        ("a-2", "message", "x"),
-    ]
-
-
-def test_an_endless_event_is_refused() -> None:
-    with pytest.raises(ValueError, match="endless"):
-        list(EventParser().feed(b"data: " + b"x" * (1 << 20) + b"\ndata: more\n"))
-    with pytest.raises(ValueError, match="endless"):
-        list(EventParser().feed(b"x" * (2 << 20)))

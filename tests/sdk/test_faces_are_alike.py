@@ -19,7 +19,7 @@ PAIRS = [
     for name in ("Checkpoint", "Client", "Console", "Events", "Log", "Process", "RunningProcess", "Vm")
 ]
 COUNTERPARTS = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__aiter__": "__iter__", "__anext__": "__next__"}
-SET_BY_CONSTRUCTORS = {"vm", "info", "notices", "gaps", "last_id"}
+SET_BY_CONSTRUCTORS = {"vm", "info", "notices", "gaps"}
 
 
 def public(kind: type[Any]) -> set[str]:
