@@ -611,12 +611,15 @@ def checked_host(text: str) -> str:
     if text == LOCALHOST:
         return text
     try:
-        return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
+        address = ipaddress.ip_address(text[1:-1] if text[:1] + text[-1:] == "[]" else text)
+        if "%" in text:
+            raise ValueError("an address with a zone, which is the guest's to name")
     except ValueError as error:
         raise InvalidRequest(
             f"{text[:80]!r} is no IP address. Give one that the guest can reach, or {LOCALHOST!r}: names are not "
             "looked up."
         ) from error
+    return str(address)
 
 
 def now() -> datetime:

@@ -23,7 +23,7 @@ import trio
 
 CALLS = frozenset(
     {"launch", "restore", "adopt", "prepare_pause", "pause", "capture", "capture.finish", "resume", "pivot_disk",
-     "disk_path", "channel", "kill", "connect", "start", "attach", "processes",
+     "disk_path", "channel", "kill", "connect", "connect_port", "start", "attach", "processes",
      "release", "wake", "ping", "power_off", "reboot", "press_power_button"}
 )  # fmt: skip
 

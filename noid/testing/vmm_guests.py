@@ -13,9 +13,10 @@ import pytest
 import trio
 import trio.testing
 
+from noid.core.backends import Guest, GuestConnection
 from noid.core.console import open_console
-from noid.core.model import ExecRequest, OutputChunk, ProcessExit
-from noid.errors import DependencyDown, InvalidRequest, NoidError
+from noid.core.model import ConnectRequest, ExecRequest, OutputChunk, ProcessExit
+from noid.errors import DependencyDown, InvalidRequest, NoidError, Unreachable
 from noid.testing.vmm_rig import ANSWER_SECS, VmmRig, read_count, run
 
 BOUND_SECS = 10.0
@@ -105,6 +106,74 @@ class GuestSpecification:
                 assert set(said.data) <= set(b"y\n")
             await guest.release(flood)
             assert (await run(guest, "true")).status == 0
+
+    async def test_a_connection_carries_bytes_both_ways_to_their_ends(self, rig: VmmRig) -> None:
+        sent = os.urandom(300_000)
+        async with rig.guest(await rig.fresh()) as guest:
+            connection = await self._echo(rig, guest)
+            received = bytearray()
+            async with trio.open_nursery() as nursery:
+
+                async def send() -> None:
+                    await connection.send_all(sent)
+                    await connection.send_eof()
+
+                nursery.start_soon(send)
+                while data := await connection.receive_some():
+                    received += data
+            assert bytes(received) == sent
+            await connection.wait_closed()
+            assert await connection.receive_some() == b""
+            await connection.aclose()
+            await connection.aclose()
+
+    async def test_where_nothing_listens_is_unreachable_and_costs_nobody_anything(self, rig: VmmRig) -> None:
+        async with rig.guest(await rig.fresh()) as guest:
+            self._require_ports(guest)
+            with pytest.raises(Unreachable):
+                await guest.connect(ConnectRequest(port=1))
+            assert (await run(guest, "true")).status == 0
+
+    async def test_connections_end_with_the_machine_and_with_who_holds_them(self, rig: VmmRig) -> None:
+        running = await rig.fresh()
+        async with rig.guest(running) as guest:
+            left, held = await self._echo(rig, guest), await self._echo(rig, guest)
+            await left.send_all(b"?")
+            await left.aclose()
+            assert all(not process.label for process in await guest.processes())
+            await held.send_all(b"!")
+            assert await held.receive_some() == b"!"
+            await running.machine.kill()
+            with trio.fail_after(BOUND_SECS), pytest.raises(DependencyDown):
+                await held.receive_some()
+            await held.aclose()
+
+    async def test_a_connection_that_nobody_reads_stops_its_server_and_no_other(self, rig: VmmRig) -> None:
+        async with rig.guest(await rig.fresh()) as guest:
+            connection = await self._echo(rig, guest)
+            with trio.move_on_after(0.4) as scope:
+                await connection.send_all(bytes(32 << 20))
+            assert scope.cancelled_caught, "everything was taken, and nothing of it received"
+            assert (await run(guest, "echo", "through")).stdout == b"through\n"
+            await connection.aclose()
+            assert (await run(guest, "true")).status == 0
+
+    async def _echo(self, rig: VmmRig, guest: Guest) -> GuestConnection:
+        """Connect to the guest's port 7, once something listens there."""
+        self._require_ports(guest)
+        if not any(process.running for process in await guest.processes()):
+            await guest.start(ExecRequest(argv=rig.echo))
+        with trio.fail_after(ANSWER_SECS):
+            while True:
+                try:
+                    return await guest.connect(ConnectRequest(port=7))
+                except Unreachable:
+                    await run(guest, "sleep", "0.05")
+
+    @staticmethod
+    def _require_ports(guest: Guest) -> None:
+        if "ports" not in guest.features:
+            pytest.skip("this way into a guest makes no connections")
 
     async def test_processes_go_on_when_the_connection_ends(self, rig: VmmRig) -> None:
         running = await rig.fresh()

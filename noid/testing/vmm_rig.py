@@ -86,10 +86,12 @@ class VmmRig:
 
     Attributes:
         image: What boots. Its guest has ``sh``, ``cat``, ``tee``, ``sleep``, ``echo``, ``env``, ``pwd``, ``id``,
-            ``yes`` and ``date``, the users ``root`` and ``noid``, and memory file systems at ``/dev/shm`` and ``/run``.
+            ``yes``, ``date`` and ``nc``, the users ``root`` and ``noid``, and memory file systems at ``/dev/shm`` and
+            ``/run``.
         data_dir: New for each test.
         shared: Survives the test: the first one that wants a machine puts a capture there, the others clone it.
         counter: The command that counts, given a path and whether it shall ignore SIGTERM.
+        echo: The command that serves TCP port 7, which gives back what it hears until that ends.
     """
 
     vmm: VmmBackend
@@ -100,6 +102,7 @@ class VmmRig:
     shared: Path
     mem_mib: int = 128
     counter: Callable[[str, bool], Argv] = shell_counter
+    echo: Argv = ("nc", "-ll", "-p", "7", "-e", "cat")
     _machines: list[Machine] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 

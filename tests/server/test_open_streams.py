@@ -19,7 +19,7 @@ from noid.testing.raw_http import RawClient, open_ws
 
 Server = Any  # see conftest.py
 
-WEBSOCKETS = ("/v1/vms/web/console", "/v1/vms/web/exec", "/v1/vms/web/logs/console?follow")
+WEBSOCKETS = ("/v1/vms/web/console", "/v1/vms/web/exec", "/v1/vms/web/logs/console?follow", "/v1/vms/web/ports/7")
 STREAMS = ("/v1/events", "/v1/vms/web/logs/console?follow")
 
 
