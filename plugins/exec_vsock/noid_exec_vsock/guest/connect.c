@@ -21,7 +21,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { BUFFER_BYTES = 64 * 1024, HEADER_BYTES = 4 };
+// A pipe holds all the input that the agent grants: it would have to keep, and move, what a smaller one does not take.
+enum { BUFFER_BYTES = 64 * 1024, HEADER_BYTES = 4, PIPE_BYTES = 256 * 1024 };
 
 struct buffer {
     uint8_t bytes[BUFFER_BYTES];
@@ -251,8 +252,10 @@ int connect_out(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);
     int error = connect_host(argv[1], (uint16_t)port);
     if (error) return fail(error, argv[1]);
-    for (int fd = 0; fd < 2; fd++)
+    for (int fd = 0; fd < 2; fd++) {
+        fcntl(fd, F_SETPIPE_SZ, PIPE_BYTES); // refused: it stays at 64 KiB and is slower
         if (fcntl(fd, F_SETFL, O_NONBLOCK)) return fail(errno, "connect");
+    }
     dprintf(2, "connected\n");
     return relay();
 }
