@@ -83,7 +83,7 @@ class Scene:
 
     def set(self, wanted: set[str]) -> dict[str, str]:
         """Make what there is not, and return what the names in paths that are *wanted* shall be."""
-        there = {"name": "web", "log": "console", "token": "spare", "user": "nobody"}
+        there = {"name": "web", "log": "console", "token": "spare", "user": "nobody", "port": "80"}
         for running in self.ask("GET", "/v1/operations?state=running").json():  # nobody has waited for it
             self.ask("GET", f"/v1/operations/{running['id']}?wait={PATIENCE_SECS:g}")
         if wanted & {"name", "operation"}:
