@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from noid.errors import NoidError
     from noid.sdk.checkpoint import Checkpoint
     from noid.sdk.client import Client
+    from noid.sdk.connection import Connection
     from noid.sdk.console import Console
     from noid.sdk.events import Events
     from noid.sdk.log import Log
@@ -28,6 +29,7 @@ __all__ = [
     "Client",
     "CommandFailed",
     "Completed",
+    "Connection",
     "ConnectionFailed",
     "ConnectionLost",
     "Console",
@@ -49,6 +51,7 @@ _WHERE = {
     "noid.errors": ("NoidError",),
     "noid.sdk.checkpoint": ("Checkpoint",),
     "noid.sdk.client": ("Client",),
+    "noid.sdk.connection": ("Connection",),
     "noid.sdk.console": ("Console",),
     "noid.sdk.events": ("Events",),
     "noid.sdk.log": ("Log",),

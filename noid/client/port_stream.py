@@ -79,6 +79,15 @@ class PortStream:
             self._sends = False
             self._ws.channels.send(0, b"")
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something is not on its way yet."""
+        return bool(self._ws.channels.unsent)
+
+    def flush(self) -> None:
+        """Send what can be sent at once."""
+        self._ws.flush()
+
     async def step(
         self, readers: Sequence[Source] = (), *, writers: Sequence[Source] = (), listening: bool = True
     ) -> Sequence[Source]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from noid.client.calls import checkpoints as checkpoint_calls
 from noid.client.calls import vms as calls
 from noid.client.link import Link
+from noid.core.model import LOCALHOST
 from noid.sdk.making import UNDO_SECS, made
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from noid.client.copying import Copied
     from noid.client.waiting import Waiting
     from noid.sdk.checkpoint import Checkpoint
+    from noid.sdk.connection import Connection
     from noid.sdk.console import Console
     from noid.sdk.log import Log
     from noid.sdk.process import Process
@@ -234,6 +236,17 @@ class Vm:
         from noid.sdk.log import Log
 
         return Log(self._link, self.name, log, offset=offset, follow=follow)
+
+    # --- ports ------------------------------------------------------------------------------------------------------
+
+    def connect(self, port: int, *, host: str = LOCALHOST) -> Connection:
+        """Return a TCP connection to a port of it, made when it is entered, from inside: it needs no network for that.
+
+        *host* is another IP address, which its guest can reach.
+        """
+        from noid.sdk.connection import Connection
+
+        return Connection(self._link, self.name, port, host)
 
     # --- files ------------------------------------------------------------------------------------------------------
 

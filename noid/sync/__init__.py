@@ -18,11 +18,22 @@ from noid.sync.face import Face, each, waited, wrapped
 if TYPE_CHECKING:
     from noid.client.answers import CheckpointInfo, VmInfo
     from noid.client.settings import Endpoint
-    from noid.sdk import console, events, log, process, running
-    from noid.sync.streams import Console, Events, Log, Process, RunningProcess
+    from noid.sdk import connection, console, events, log, process, running
+    from noid.sync.streams import Connection, Console, Events, Log, Process, RunningProcess
 
-__all__ = ["Checkpoint", "Client", "Console", "Events", "Log", "Process", "RunningProcess", "Temporary", "Vm"]
-_STREAMS = ("Console", "Events", "Log", "Process", "RunningProcess")
+__all__ = [
+    "Checkpoint",
+    "Client",
+    "Connection",
+    "Console",
+    "Events",
+    "Log",
+    "Process",
+    "RunningProcess",
+    "Temporary",
+    "Vm",
+]
+_STREAMS = ("Connection", "Console", "Events", "Log", "Process", "RunningProcess")
 
 
 def __getattr__(name: str) -> Any:
@@ -44,6 +55,12 @@ def _process(it: process.Process) -> Process:
     from noid.sync.streams import Process
 
     return Process(it)
+
+
+def _connection(it: connection.Connection) -> Connection:
+    from noid.sync.streams import Connection
+
+    return Connection(it)
 
 
 def _console(it: console.Console) -> Console:
@@ -134,6 +151,7 @@ class Vm(Face[vm.Vm]):
     processes = waited(vm.Vm.processes, each(_process))
     console = wrapped(vm.Vm.console, _console)
     logs = wrapped(vm.Vm.logs, _log)
+    connect = wrapped(vm.Vm.connect, _connection)
     read_file = waited(vm.Vm.read_file)
     write_file = waited(vm.Vm.write_file)
     copy_in = waited(vm.Vm.copy_in)

@@ -10,7 +10,7 @@ from noid.client.answers import ProcessInfo
 from noid.client.event_stream import Event
 from noid.client.waiting import finished
 from noid.core.model import Gap
-from noid.sdk import console, events, log, process, running
+from noid.sdk import connection, console, events, log, process, running
 from noid.sync.face import Face, waited, wrapped
 
 StreamT = TypeVar("StreamT")
@@ -74,6 +74,13 @@ class Console(Stream[console.Console, bytes]):
 
     send = waited(console.Console.send)
     resize = waited(console.Console.resize)
+
+
+class Connection(Stream[connection.Connection, bytes]):
+    """See `noid.Connection`."""
+
+    send = waited(connection.Connection.send)
+    send_eof = waited(connection.Connection.send_eof)
 
 
 class Log(Stream[log.Log, tuple[int, bytes]]):

@@ -292,6 +292,7 @@ class SimulatedConnection:
         self._link = link
         self._process = process
         self._exit: ProcessExit | None = None
+        self._sent_all = trio.Event()
 
     async def send_all(self, data: bytes) -> None:
         """Send *data*."""
@@ -299,6 +300,7 @@ class SimulatedConnection:
 
     async def send_eof(self) -> None:
         """Tell the service that no more comes."""
+        self._sent_all.set()
         await self._process.close_stdin()
 
     async def receive_some(self) -> bytes:
@@ -314,9 +316,10 @@ class SimulatedConnection:
         return b""
 
     async def wait_closed(self) -> None:
-        """Return once the service has ended."""
+        """Return once the service has ended, and who uses it too."""
         while await self.receive_some():
             pass
+        await self._sent_all.wait()
 
     async def aclose(self) -> None:
         """Let go of it."""

@@ -65,7 +65,11 @@ class NativeAgent:
         return int(status.split("VmRSS:")[1].split()[0])
 
     def cpu_ticks(self) -> int:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return self.cpu_ticks_of(self.pid)
+
+    @staticmethod
+    def cpu_ticks_of(pid: int) -> int:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[11]) + int(fields[12])
 
     def open_files(self) -> int:

@@ -17,7 +17,7 @@ from noid_exec_vsock.guest import AgentGuest, connect
 from noid_exec_vsock.tunnel import Tunnel
 
 from noid.core.backends import GuestConnection
-from noid.core.model import ConnectRequest
+from noid.core.model import ConnectRequest, ExecRequest, ProcessExit
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, Unreachable, Unsupported
 
 from .conftest import ANSWER_SECS, NativeAgent, to, until
@@ -110,6 +110,39 @@ async def test_what_is_let_go_before_its_end_is_reset_in_the_guest(guest: AgentG
         assert await served.receive_some() == b"half an upl"
         await connection.aclose()
         assert await is_reset(served)
+
+
+async def test_an_input_that_ends_without_its_mark_is_no_end(guest: AgentGuest) -> None:
+    with listening() as listener:
+        argv = ("connect", "127.0.0.1", str(port_of(listener)))
+        process = await guest.start_builtin(ExecRequest(argv=argv, stdin=True))
+        accepted, _ = listener.accept()
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(accepted)) as served:
+            await process.send_stdin(struct.pack("<I", 10) + b"half")
+            assert await served.receive_some() == b"half"
+            await process.close_stdin()
+            assert await is_reset(served)
+        while not isinstance(ended := await process.receive(), ProcessExit):
+            pass
+        assert ended.code == 2
+        await guest.release(process)
+
+
+async def test_a_connection_that_broke_costs_nothing_while_what_came_is_not_read(
+    guest: AgentGuest, agent: NativeAgent
+) -> None:
+    async with connected(guest) as (connection, served):
+        with trio.move_on_after(0.2):
+            while True:
+                await served.send_all(bytes(65536))
+        served.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await served.aclose()
+        [child] = agent.children()
+        before = NativeAgent.cpu_ticks_of(child)
+        await trio.sleep(0.3)
+        assert NativeAgent.cpu_ticks_of(child) - before <= 1
+        with pytest.raises(Unreachable, match="broke"):
+            await everything(connection)
 
 
 async def test_a_host_that_is_gone_leaves_connections_reset(agent: NativeAgent) -> None:

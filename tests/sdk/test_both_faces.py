@@ -166,6 +166,27 @@ async def test_the_console_is_watched_and_typed_at(vm: Any) -> None:
                 seen += await anext(console)
 
 
+async def test_a_port_is_connected_to_and_both_sides_end(vm: Any) -> None:
+    async with vm.connect(7) as connection:  # which gives back what it hears
+        await connection.send("hello ")
+        assert await anext(connection) == b"hello "
+        await connection.send(b"x" * 300_000)
+        await connection.send_eof()
+        with trio.fail_after(10):
+            assert b"".join([data async for data in connection]) == b"x" * 300_000
+    async with vm.connect(13, host="127.0.0.1") as connection:
+        assert b"".join([data async for data in connection]) == b"the time is now\n"
+        await connection.send_eof()
+    async with vm.connect(104) as connection:
+        assert await anext(connection) == b"half\n"
+        with pytest.raises(noid.ServerError) as broken:
+            await anext(connection)
+    assert broken.value.code == "unreachable"
+    with pytest.raises(noid.ServerError) as refused:
+        await vm.connect(80).__aenter__()
+    assert (refused.value.status, refused.value.code) == (502, "unreachable")
+
+
 async def test_a_log_is_read_and_followed(vm: Any) -> None:
     async with vm.logs() as log:
         whole = await log.read()

@@ -16,7 +16,7 @@ from noid.sync.face import Face
 
 PAIRS = [
     (getattr(noid, name), getattr(noid.sync, name))
-    for name in ("Checkpoint", "Client", "Console", "Events", "Log", "Process", "RunningProcess", "Vm")
+    for name in ("Checkpoint", "Client", "Connection", "Console", "Events", "Log", "Process", "RunningProcess", "Vm")
 ]
 COUNTERPARTS = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__aiter__": "__iter__", "__anext__": "__next__"}
 SET_BY_CONSTRUCTORS = {"vm", "info", "notices", "gaps"}
@@ -59,7 +59,14 @@ def test_everything_the_sdk_exports_is_there_and_nothing_else_is() -> None:
             assert getattr(module, name) is not None
         with pytest.raises(AttributeError, match="has no attribute 'Elephant'"):
             module.Elephant  # noqa: B018
-        assert set(module.__all__) <= set(dir(module)) | {"Console", "Events", "Log", "Process", "RunningProcess"}
+        assert set(module.__all__) <= set(dir(module)) | {
+            "Connection",
+            "Console",
+            "Events",
+            "Log",
+            "Process",
+            "RunningProcess",
+        }
 
 
 PROGRAM = """
