@@ -29,6 +29,7 @@ PACKAGES = {
     "noid_storage_btrfs",
     "noid_storage_copy",
     "noid_storage_overlay",
+    "noid_vmm_firecracker",
     "noid_vmm_qemu",
 }
 #: Files as a checkout collects them that nobody shall be sent.

@@ -10,8 +10,9 @@ import base64
 import fcntl
 import os
 import selectors
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from noid.testing import simulated_ring as ring
 from noid.testing.simulated_guest import CONSOLE_ID, Refused, SimulatedGuest
@@ -32,9 +33,18 @@ class SimulatedConsole:
         os.mkfifo(line, 0o600)
         self._line = os.open(line, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         fcntl.fcntl(self._line, fcntl.F_SETPIPE_SZ, _UNREAD_BYTES)
-        self._log = log.open("ab", buffering=0)
+        self._log: BinaryIO | FileIO = log.open("ab", buffering=0)
         self._selector = selector
         self._guest: SimulatedGuest | None = None
+
+    @classmethod
+    def on_standard_streams(cls, selector: selectors.BaseSelector) -> SimulatedConsole:
+        """Return one whose line are this process' standard input and output."""
+        console = cls.__new__(cls)
+        console._line, console._log = 0, FileIO(1, "w", closefd=False)
+        os.set_blocking(0, False)
+        console._selector, console._guest = selector, None
+        return console
 
     def start(self, guest: SimulatedGuest) -> None:
         """Begin with *guest*: one that has just booted is greeted, another goes on where it was."""
@@ -120,6 +130,10 @@ class SimulatedConsole:
             self._guest.begin(pid)
         except (Refused, ValueError) as error:
             self._say(f"sh: {error}\r\n".encode() + PROMPT)
+
+    def say(self, data: bytes) -> None:
+        """Print what the kernel says."""
+        self._say(data)
 
     def _say(self, data: bytes) -> None:
         self._log.write(data)

@@ -28,17 +28,19 @@ _DELETED = None
 class SimulatedDisk:
     """Files by absolute path, on a chain of layers of which the first is written. Open files are locked as QEMU does.
 
+    Not *locked*, they are as Firecracker leaves them: whoever opens them must see to it.
+
     Raises:
         OSError: a layer is missing, unreadable, or locked by another machine.
         ValueError: a layer's document is damaged.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, locked: bool = True) -> None:
         self.path = path
         self._layers: list[_Layer] = []
         name: str | None = path
         while name is not None:
-            layer = _Layer(name, writable=not self._layers)
+            layer = _Layer(name, writable=not self._layers, locked=locked)
             self._layers.append(layer)
             name = layer.backing
 
@@ -87,11 +89,12 @@ class SimulatedDisk:
 class _Layer:
     """One file of the chain. *sequence* is None while nothing was ever written to it."""
 
-    def __init__(self, path: str, *, writable: bool) -> None:
+    def __init__(self, path: str, *, writable: bool, locked: bool = True) -> None:
         self.path = path
         self.fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
-            fcntl.flock(self.fd, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if locked:
+                fcntl.flock(self.fd, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             self.backing = self._backing()
             self.sequence: int | None = None
             self.files: dict[str, str | None] = {}

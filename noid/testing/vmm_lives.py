@@ -6,6 +6,7 @@ Part of `noid.testing.vmm_conformance`.
 # ruff: noqa: D102, S108  # the names are the documentation; paths are the guest's
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 
-from noid.errors import DependencyDown, NoidError, NotFound
+from noid.errors import DependencyDown, NoidError, NotFound, Unsupported
 from noid.testing.vmm_rig import ANSWER_SECS, VmmRig, ticks_within
 
 PAUSE_SECS = 0.5
@@ -85,7 +86,8 @@ class LifeSpecification:
     async def test_the_power_button_hurts_no_guest_that_does_not_listen(self, rig: VmmRig) -> None:
         running = await rig.fresh()
 
-        await running.machine.press_power_button()
+        with contextlib.suppress(Unsupported):  # to have no button is as good as one that nobody hears
+            await running.machine.press_power_button()
 
         with trio.fail_after(ANSWER_SECS):
             try:

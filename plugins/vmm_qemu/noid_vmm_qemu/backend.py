@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
-import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from noid.core.model import ProcessRef
 from noid.errors import BackendError, ConfigError, DependencyDown, NoidError, NoSpace
 from noid.hostfs import free_bytes, os_errors
 from noid.vmmhost import console_line
+from noid.vmmhost.facts import FINGERPRINT_VARIABLE, difference, host_cpu, make_sparse, said_since
 from noid.vmmhost.process import VmmProcess
 from noid_vmm_qemu.capture import MEMORY_NAME
 from noid_vmm_qemu.command_line import (
@@ -45,10 +44,7 @@ _ACCELERATORS = ("auto", "kvm", "tcg")
 _ADOPT_SECS = 5.0
 _CLEANUP_SECS = 5.0
 _FULL_BYTES = 4 << 20
-_LOG_TAIL_BYTES = 2000
-_FINGERPRINT_VARIABLE = "NOID_VMM_FINGERPRINT"
 _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "TMPDIR")
-_CPU_FACTS = ("vendor_id", "cpu family", "model", "stepping", "flags")
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +115,7 @@ class QemuBackend:
             "version": version_text(host.version),
             "accelerator": host.accelerator,
             "machine": host.machine,
-            "cpu": cpu_model(host.accelerator) + (f" {_host_cpu()}" if host.accelerator == "kvm" else ""),
+            "cpu": cpu_model(host.accelerator) + (f" {host_cpu()}" if host.accelerator == "kvm" else ""),
             "devices": DEVICE_SETS[host.machine],
         }
 
@@ -131,7 +127,7 @@ class QemuBackend:
         """See `VmmBackend.launch`. Makes ``directory/memory``, sparse: the parent of its captures."""
         memory = plan.directory / MEMORY_NAME
         with os_errors("making the memory file of a VM"):
-            _make_sparse(memory, plan.mem_mib << 20)
+            make_sparse(memory, plan.mem_mib << 20)
 
         async def boot(qmp: Qmp, _: MachineEvents) -> None:
             status = (await qmp.execute("query-status"))["status"]
@@ -173,7 +169,7 @@ class QemuBackend:
                 await qmp.negotiate()
                 status = (await qmp.execute("query-status"))["status"]
                 events.adopt(paused=status != "running")
-                return self._machine(plan, process, qmp, events, memory, _difference(self._fingerprint, ref.pid))
+                return self._machine(plan, process, qmp, events, memory, difference(self._fingerprint, ref.pid))
             raise DependencyDown(
                 f"VM process {ref.pid} is alive but did not answer within {_ADOPT_SECS:.0f} s; it may be stuck, or "
                 "another noid-server holds it."
@@ -228,7 +224,7 @@ class QemuBackend:
             await set_off(qmp, events)
         except NoidError as error:
             await _end(process, qmp)
-            said = _said_since(log_path, logged_bytes)
+            said = said_since(log_path, logged_bytes)
             if free_bytes(plan.directory) < _FULL_BYTES:  # writing to mapped memory is then SIGBUS, without a word
                 raise NoSpace(
                     f"VM {plan.instance} did not start: the disk of {plan.directory} is full. Free space there and "
@@ -246,7 +242,7 @@ class QemuBackend:
             "LC_ALL": "C",
             "NOID_INSTANCE": plan.instance,
             "NOID_DATA_DIR": str(plan.data_dir),
-            _FINGERPRINT_VARIABLE: json.dumps(self._fingerprint),
+            FINGERPRINT_VARIABLE: json.dumps(self._fingerprint),
         }
 
     def _machine(
@@ -289,49 +285,6 @@ def _listening(run_dir: Path) -> Iterator[Descriptors]:
             listener.listen(1)
             numbers.append(listener.fileno())
         yield Descriptors(qmp=numbers[0], channel=numbers[1])
-
-
-def _make_sparse(path: Path, size_bytes: int) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(fd, size_bytes)
-    finally:
-        os.close(fd)
-
-
-def _said_since(log_path: Path, offset: int) -> str:
-    """Return the end of what QEMU wrote to its log, on one line."""
-    try:
-        with log_path.open("rb") as file:
-            file.seek(max(offset, log_path.stat().st_size - _LOG_TAIL_BYTES))
-            said = file.read().decode(errors="replace")
-    except OSError as error:
-        return f"(its log cannot be read: {error})"
-    return " / ".join(line.strip() for line in said.splitlines() if line.strip()) or "(none)"
-
-
-def _difference(fingerprint: Mapping[str, str], pid: int) -> str:
-    """Return in what the process *pid* was started differs from how it would be started now; empty when in nothing."""
-    prefix = f"{_FINGERPRINT_VARIABLE}=".encode()
-    try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        started = json.loads(next(entry for entry in entries if entry.startswith(prefix))[len(prefix) :])
-    except (OSError, StopIteration, ValueError):
-        return "settings that are not known"
-    names = sorted(fingerprint.keys() | started.keys())
-    return ", ".join(
-        f"{name} {started.get(name)!r} (now {fingerprint.get(name)!r})"
-        for name in names
-        if started.get(name) != fingerprint.get(name)
-    )
-
-
-def _host_cpu() -> str:
-    """Return a digest of what kind of CPU this host has: under KVM the guest sees just that."""
-    text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    facts = dict(re.findall(r"^(.+?)\s*: (.*)$", text, re.MULTILINE))
-    wanted = "\n".join(" ".join(sorted(facts.get(name, "").split())) for name in _CPU_FACTS)
-    return hashlib.sha256(wanted.encode()).hexdigest()[:16]
 
 
 def _listed(names: tuple[str, ...]) -> str:

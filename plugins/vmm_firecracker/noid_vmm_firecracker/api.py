@@ -1,0 +1,240 @@
+"""Firecracker's API: typed calls over one kept-alive connection to its unix socket.
+
+A call that is cancelled, or not answered in time, costs the connection: what would be answered next is not known to
+belong to the next request. The one after makes a new connection.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h11
+import trio
+
+from noid.errors import BackendError, DependencyDown, NoSpace
+
+BODY_BYTES_MAX = 1 << 20
+DEADLINE_SECS = 10.0
+"""For every call but those below: each takes Firecracker milliseconds."""
+SNAPSHOT_SECS = 120.0
+"""For writing a snapshot, which takes as long as the disk does, and for loading one."""
+
+_READ_BYTES = 65536
+_NO_SPACE = re.compile(r"\(os error (?:28|122)\)")  # ENOSPC, EDQUOT
+_WORDS_MAX = 2000
+
+
+class Refused(BackendError):
+    """Firecracker understood a call, or at least heard it, and refused. *words* are its own."""
+
+    def __init__(self, call: str, status: int, words: str) -> None:
+        super().__init__(f"Firecracker refused {call} ({status}): {words}")
+        self.words = words
+
+
+class FirecrackerApi:
+    """One Firecracker process' API at the unix socket *path*. Calls queue up, one at a time.
+
+    Every call raises `Refused` when Firecracker refuses, `NoSpace` when it does so for want of room, and
+    `DependencyDown` when it has ended or does not answer in time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._turn = trio.Lock()
+        self._stream: trio.SocketStream | None = None
+        self._http: h11.Connection | None = None
+        self._closed = False
+
+    # --- before the start ------------------------------------------------------------------------------------------
+
+    async def machine_config(self, *, cpus: int, mem_mib: int, track_dirty_pages: bool) -> None:
+        """Say how large the machine is."""
+        shape = {"vcpu_count": cpus, "mem_size_mib": mem_mib, "smt": False, "track_dirty_pages": track_dirty_pages}
+        await self.call("PUT", "/machine-config", shape)
+
+    async def boot_source(self, *, kernel: Path, initrd: Path, arguments: str) -> None:
+        """Say what boots."""
+        source = {"kernel_image_path": str(kernel), "initrd_path": str(initrd), "boot_args": arguments}
+        await self.call("PUT", "/boot-source", source)
+
+    async def drive(self, name: str, path: str, *, is_root: bool) -> None:
+        """Add a disk, whose flushes reach the host's."""
+        drive = {"drive_id": name, "path_on_host": path, "is_root_device": is_root, "is_read_only": False}
+        await self.call("PUT", f"/drives/{name}", drive | {"cache_type": "Writeback"})
+
+    async def network_interface(self, name: str, tap: str, mac: str | None) -> None:
+        """Add a network card that is connected to the TAP device *tap*."""
+        card = {"iface_id": name, "host_dev_name": tap} | ({} if mac is None else {"guest_mac": mac})
+        await self.call("PUT", f"/network-interfaces/{name}", card)
+
+    async def vsock(self, path: str, *, guest_cid: int) -> None:
+        """Add the socket device, reached at the unix socket *path*, which is made."""
+        await self.call("PUT", "/vsock", {"guest_cid": guest_cid, "uds_path": path})
+
+    async def entropy(self) -> None:
+        """Add a source of randomness."""
+        await self.call("PUT", "/entropy", {})
+
+    async def start(self) -> None:
+        """Let it boot."""
+        await self.call("PUT", "/actions", {"action_type": "InstanceStart"})
+
+    async def load_snapshot(
+        self, *, state: Path, memory: Path, track_dirty_pages: bool, taps: Mapping[str, str], clock_realtime: bool
+    ) -> None:
+        """Continue a snapshot, running. *taps* are those of its network cards, by the cards' names.
+
+        After a refusal Firecracker ends.
+        """
+        wanted: dict[str, Any] = {
+            "snapshot_path": str(state),
+            "mem_backend": {"backend_type": "File", "backend_path": str(memory)},
+            "track_dirty_pages": track_dirty_pages,
+            "resume_vm": True,
+        }
+        if taps:
+            wanted["network_overrides"] = [{"iface_id": card, "host_dev_name": tap} for card, tap in taps.items()]
+        if clock_realtime:
+            wanted["clock_realtime"] = True
+        await self.call("PUT", "/snapshot/load", wanted, deadline_secs=SNAPSHOT_SECS)
+
+    # --- while it runs ---------------------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """Stop the vCPUs. Twice does nothing."""
+        await self.call("PATCH", "/vm", {"state": "Paused"})
+
+    async def resume(self) -> None:
+        """Let the vCPUs run. Twice does nothing."""
+        await self.call("PATCH", "/vm", {"state": "Resumed"})
+
+    async def create_snapshot(self, *, state: Path, memory: Path, diff: bool) -> None:
+        """Write device state and memory; with *diff* only what changed since the last snapshot or load.
+
+        *memory* keeps its other bytes if it has the size of the machine's memory, and is made anew if not.
+        """
+        kind = "Diff" if diff else "Full"
+        wanted = {"snapshot_type": kind, "snapshot_path": str(state), "mem_file_path": str(memory)}
+        await self.call("PUT", "/snapshot/create", wanted, deadline_secs=SNAPSHOT_SECS)
+
+    async def state(self) -> str:
+        """Return ``Not started``, ``Running`` or ``Paused``."""
+        return str((await self.call("GET", "/"))["state"])
+
+    async def version(self) -> str:
+        """Return the version as ``--version`` has it, with what follows the numbers."""
+        return str((await self.call("GET", "/version"))["firecracker_version"])
+
+    # --- the wire --------------------------------------------------------------------------------------------------
+
+    async def call(
+        self, method: str, path: str, content: Mapping[str, Any] | None = None, deadline_secs: float | None = None
+    ) -> Any:  # JSON of any shape
+        """Make one request and return what is answered, None when that is nothing."""
+        secs = DEADLINE_SECS if deadline_secs is None else deadline_secs
+        name = f"{method} {path}"
+        async with self._turn:
+            answer: tuple[int, bytes] | None = None
+            try:
+                with trio.move_on_after(secs):
+                    answer = await self._exchange(method, path, content)
+            except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+                raise DependencyDown(f"Firecracker ended, or was let go, at {name}.") from error
+            except h11.RemoteProtocolError as error:
+                raise BackendError(f"what answers to {name} is not Firecracker: {error}.") from error
+            finally:
+                if answer is None:
+                    self._drop()
+        if answer is None:
+            raise DependencyDown(f"Firecracker did not answer {name} within {secs:g} s; it may be stuck.")
+        status, body = answer
+        if status >= 300:
+            words = words_of(body)
+            if _NO_SPACE.search(words):
+                raise NoSpace(f"Firecracker has no room for {name}: {words}")
+            raise Refused(name, status, words)
+        try:
+            return json.loads(body) if body else None
+        except ValueError as error:
+            raise BackendError(f"what Firecracker answered to {name} is no JSON: {body[:200]!r}.") from error
+
+    async def connect(self) -> None:
+        """Connect now instead of at the first call.
+
+        Raises:
+            OSError: nobody listens there (yet).
+        """
+        if self._closed:
+            raise trio.ClosedResourceError("noid has let go of this VM")
+        socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        try:
+            await socket.connect(str(self._path))
+        except BaseException:
+            socket.close()
+            raise
+        self._stream, self._http = trio.SocketStream(socket), h11.Connection(h11.CLIENT)
+
+    async def aclose(self) -> None:
+        """Close the connection; Firecracker goes on."""
+        self._closed = True
+        self._drop()
+        await trio.lowlevel.checkpoint()
+
+    def _drop(self) -> None:
+        if self._stream is not None:
+            self._stream.socket.close()
+        self._stream = self._http = None
+
+    async def _exchange(self, method: str, path: str, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
+        if self._stream is None:
+            await self.connect()
+        stream, http = self._stream, self._http
+        assert stream is not None  # noqa: S101  connected above
+        assert http is not None  # noqa: S101  made with it
+        headers = [("Host", "localhost"), ("Accept", "application/json")]
+        body = b"" if content is None else json.dumps(content).encode()
+        if content is not None:
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        data = http.send(h11.Request(method=method, target=path, headers=headers)) or b""
+        if body:
+            data += http.send(h11.Data(data=body)) or b""
+        data += http.send(h11.EndOfMessage()) or b""
+        await stream.send_all(data)
+        status, answer = 0, bytearray()
+        while True:
+            event = http.next_event()
+            if event is h11.NEED_DATA:
+                received = await stream.receive_some(_READ_BYTES)
+                if not received:
+                    raise trio.BrokenResourceError("the connection has ended")
+                http.receive_data(received)
+            elif isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                answer += event.data
+                if len(answer) > BODY_BYTES_MAX:
+                    raise BackendError(f"Firecracker answered {method} {path} with over {BODY_BYTES_MAX} bytes.")
+            elif isinstance(event, h11.EndOfMessage):
+                break
+        if http.our_state is h11.DONE and http.their_state is h11.DONE:
+            http.start_next_cycle()
+        else:  # it says that it closes
+            self._drop()
+        return status, bytes(answer)
+
+
+def words_of(body: bytes) -> str:
+    """Return what an error's body says, on one line: some of them are no JSON, having a raw line break inside."""
+    text = body.decode(errors="replace")
+    try:
+        content = json.loads(text, strict=False)
+    except ValueError:
+        content = None
+    if isinstance(content, dict):
+        text = str(content.get("fault_message") or content.get("error") or text)
+    return " ".join(text.split())[:_WORDS_MAX] or "(without a word)"

@@ -1,0 +1,293 @@
+"""Starts Firecracker, continues snapshots with it, and takes hold of what an earlier agent started.
+
+Each machine's Firecracker works in a directory of its own, the run directory, and knows its disk, its sockets and
+nothing else by names relative to it: ``disk``, ``v.sock``. The names are in the snapshot, and mean the clone's own
+things wherever it is continued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePlan, VmmFeatures
+from noid.core.model import ProcessRef
+from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, NoSpace, Unsupported
+from noid.hostfs import free_bytes, os_errors
+from noid.vmmhost import console_line
+from noid.vmmhost.facts import FINGERPRINT_VARIABLE, difference, host_cpu, make_sparse, said_since
+from noid.vmmhost.process import VmmProcess
+from noid_vmm_firecracker.api import FirecrackerApi
+from noid_vmm_firecracker.machine import API_SOCKET, VSOCK_SOCKET, FirecrackerMachine, Places
+from noid_vmm_firecracker.memory import MEMORY_NAME, Lineage
+from noid_vmm_firecracker.probe import Found, probe
+from noid_vmm_firecracker.versions import abilities, shown
+
+DEVICE_SET = "1"
+"""Of what a guest sees: whoever changes that raises it, and checkpoints of before are refused."""
+DISK_NAME = "disk"
+CARD_NAME = "net0"
+GUEST_CID = 3
+KERNEL_ARGUMENTS = (
+    "console=ttyS0 quiet reboot=k panic=-1 mitigations=off cryptomgr.notests random.trust_cpu=on tsc=reliable "
+    "i8042.noaux i8042.nomux i8042.dumbkbd"
+)
+START_SECS = 10.0
+ADOPT_SECS = 5.0
+
+_LISTEN_LOOK_SECS = 0.001
+_CLEANUP_SECS = 5.0
+_FULL_BYTES = 4 << 20
+_PASSED_ON = ("PATH", "TMPDIR")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirecrackerConfig:
+    """``[plugins.vmm_firecracker]``.
+
+    Attributes:
+        binary: Firecracker's program, by name or path.
+        track_dirty_pages: Let KVM note which pages a guest writes. Checkpoints then hold what changed since the last
+            one; without, every page that was ever touched, and the guest writes a little faster.
+    """
+
+    binary: str = "firecracker"
+    track_dirty_pages: bool = True
+
+
+@contextlib.asynccontextmanager
+async def open_backend(config: FirecrackerConfig, context: AgentContext) -> AsyncIterator[FirecrackerBackend]:
+    """Find out whether Firecracker can run a guest here, and offer it. Closing it leaves every VM running.
+
+    Raises:
+        DependencyDown: Firecracker is missing, broken or too old, or KVM does not work.
+    """
+    found = await probe(config.binary, context.run_dir)
+    if found.kvm_refusal:
+        raise DependencyDown(
+            f"Firecracker cannot run a guest here, because KVM does not work: {found.kvm_refusal}. "
+            'QEMU can, without KVM: [backends] vmm = "qemu".'
+        )
+    yield FirecrackerBackend(found, track_dirty_pages=config.track_dirty_pages)
+
+
+class FirecrackerBackend:
+    """`noid.core.backends.VmmBackend` on Firecracker."""
+
+    name = "firecracker"
+
+    def __init__(self, found: Found, *, track_dirty_pages: bool = True) -> None:
+        self.features = VmmFeatures(
+            accelerator="kvm",
+            disk_formats=frozenset({"raw"}),
+            disk_pivot=False,
+            network_kinds=frozenset({"none", "tap"}),
+            vm_generation_id=True,
+        )
+        self._found = found
+        self._abilities = abilities(found.version)
+        self._track = track_dirty_pages
+        self._fingerprint = {
+            "vmm": "firecracker",
+            "version": shown(found.version),
+            "accelerator": "kvm",
+            "cpu": host_cpu(),
+            "devices": DEVICE_SET,
+        }
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """See `VmmBackend.fingerprint`."""
+        return dict(self._fingerprint)
+
+    async def launch(self, plan: LaunchPlan) -> FirecrackerMachine:
+        """See `VmmBackend.launch`. Makes ``directory/memory``, sparse: the image its first checkpoint lies over."""
+        if "\n" in plan.cmdline or "\0" in plan.cmdline:
+            raise InvalidRequest("the kernel command line contains a line break or a NUL byte.")
+        memory = plan.directory / MEMORY_NAME
+        with os_errors("making the memory file of a VM"):
+            make_sparse(memory, plan.mem_mib << 20)
+
+        async def boot(api: FirecrackerApi) -> None:
+            arguments = f"{KERNEL_ARGUMENTS} {plan.cmdline}".strip()
+            await api.machine_config(cpus=plan.cpus, mem_mib=plan.mem_mib, track_dirty_pages=self._track)
+            await api.boot_source(kernel=plan.kernel, initrd=plan.initrd, arguments=arguments)
+            await api.drive(DISK_NAME, DISK_NAME, is_root=True)
+            for card, tap in _taps(plan).items():
+                await api.network_interface(card, tap, plan.lease.mac if plan.lease else None)
+            await api.vsock(VSOCK_SOCKET, guest_cid=GUEST_CID)
+            await api.entropy()
+            await api.start()
+
+        return await self._start(plan, memory, boot)
+
+    async def restore(self, plan: RestorePlan) -> FirecrackerMachine:
+        """See `VmmBackend.restore`."""
+
+        async def load(api: FirecrackerApi) -> None:
+            await api.load_snapshot(
+                state=plan.state,
+                memory=plan.memory,
+                track_dirty_pages=self._track,
+                taps=_taps(plan),
+                clock_realtime=self._abilities.clock_realtime,
+            )
+
+        return await self._start(plan, plan.memory, load)
+
+    async def adopt(self, ref: ProcessRef, plan: MachinePlan, memory: Path) -> FirecrackerMachine:
+        """See `VmmBackend.adopt`."""
+        del memory  # what its next checkpoint lies over, the VM's directory says
+        process = VmmProcess.adopt(ref)
+        api = FirecrackerApi(plan.run_dir / API_SOCKET)
+        lineage = Lineage(plan.directory, plan.mem_mib << 20)
+        try:
+            with trio.move_on_after(ADOPT_SECS):
+                paused = await api.state() == "Paused"
+                with os_errors("opening the memory image of a VM"):
+                    lineage.adopt()
+                foreign = difference(self._fingerprint, ref.pid)
+                return FirecrackerMachine(
+                    process=process, api=api, places=_places(plan), memory=lineage, paused=paused, foreign=foreign
+                )
+            raise DependencyDown(
+                f"VM process {ref.pid} is alive but did not answer within {ADOPT_SECS:.0f} s; it may be stuck."
+            )
+        except BaseException:
+            process.close()
+            lineage.close()
+            with trio.move_on_after(_CLEANUP_SECS, shield=True):
+                await api.aclose()
+            raise
+
+    async def _start(
+        self, plan: MachinePlan, memory: Path, set_off: Callable[[FirecrackerApi], Awaitable[None]]
+    ) -> FirecrackerMachine:
+        """Spawn Firecracker and let *set_off* bring it to run. Whatever fails or is cancelled: no process is left."""
+        if plan.volume.format not in self.features.disk_formats:
+            raise Unsupported(self.name, f"open {plan.volume.format} disks")
+        places = _places(plan)
+        logged_bytes = places.vmm_log.stat().st_size if places.vmm_log.exists() else 0
+        with (
+            os_errors("starting Firecracker"),
+            _locked(plan.volume.path) as disk_fd,
+            console_line.opened(places.console_log, plan.run_dir / console_line.CONSOLE_INPUT) as line,
+        ):
+            _clear(plan)
+            try:
+                process = VmmProcess.spawn(
+                    self._argv(plan, places.vmm_log),
+                    environment=self._environment(plan),
+                    stdin=line.stdin,
+                    stdout=line.stdout,
+                    log_path=places.vmm_log,
+                    pass_fds=(disk_fd,),
+                    directory=plan.run_dir,
+                )
+            except FileNotFoundError as error:
+                raise DependencyDown(f"{self._found.path} is not there any more. Install Firecracker again.") from error
+        api = FirecrackerApi(plan.run_dir / API_SOCKET)
+        lineage = Lineage(plan.directory, plan.mem_mib << 20)
+        try:
+            await _answering(process, api)
+            await set_off(api)
+            with os_errors("keeping the memory image of a VM"):
+                lineage.begin(memory)
+        except NoidError as error:
+            await _end(process, api, lineage)
+            said = said_since(places.vmm_log, logged_bytes)
+            if isinstance(error, NoSpace) or free_bytes(plan.directory) < _FULL_BYTES:
+                raise NoSpace(
+                    f"VM {plan.instance} did not start: the disk of {plan.directory} is full. Free space there and "
+                    f"try again. ({error} Firecracker's log: {said})"
+                ) from error
+            raise BackendError(f"VM {plan.instance} did not start: {error} Firecracker's log: {said}") from error
+        except BaseException:
+            await _end(process, api, lineage)  # noqa: ASYNC102  # shields itself
+            raise
+        return FirecrackerMachine(process=process, api=api, places=places, memory=lineage)
+
+    def _argv(self, plan: MachinePlan, log_path: Path) -> list[str]:
+        return [
+            self._found.path,
+            *("--id", plan.instance),
+            *("--api-sock", API_SOCKET),
+            *("--log-path", str(log_path), "--level", "Warn"),
+        ]
+
+    def _environment(self, plan: MachinePlan) -> dict[str, str]:
+        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        return environment | {
+            "LC_ALL": "C",
+            "NOID_INSTANCE": plan.instance,
+            "NOID_DATA_DIR": str(plan.data_dir),
+            FINGERPRINT_VARIABLE: json.dumps(self._fingerprint),
+        }
+
+
+def _places(plan: MachinePlan) -> Places:
+    return Places(directory=plan.directory, run_dir=plan.run_dir, disk=plan.volume.path)
+
+
+def _taps(plan: MachinePlan) -> dict[str, str]:
+    """Return the TAP devices of the plan's network cards by their names."""
+    lease = plan.lease
+    if lease is None or lease.kind == "none":
+        return {}
+    if lease.kind != "tap" or lease.tap_name is None:
+        raise Unsupported("firecracker", f"connect a VM by a {lease.kind!r} lease")
+    return {CARD_NAME: lease.tap_name}
+
+
+def _clear(plan: MachinePlan) -> None:
+    """Make the run directory what Firecracker expects: no sockets of a process before, and the disk by its name."""
+    for name in (API_SOCKET, VSOCK_SOCKET, DISK_NAME):
+        (plan.run_dir / name).unlink(missing_ok=True)
+    (plan.run_dir / DISK_NAME).symlink_to(plan.volume.path)
+
+
+@contextlib.contextmanager
+def _locked(disk: Path) -> Iterator[int]:
+    """Yield a descriptor to inherit that locks *disk* for as long as anybody has it: Firecracker locks nothing."""
+    fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BackendError(f"the disk {disk} is in use by another VM's process.") from error
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def _answering(process: VmmProcess, api: FirecrackerApi) -> None:
+    """Return once Firecracker listens, which takes it some milliseconds and which nothing else tells.
+
+    Raises:
+        DependencyDown: it has ended before, or does not listen in time.
+    """
+    with trio.move_on_after(START_SECS):
+        while not process.has_ended():
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                await api.connect()
+                return
+            await trio.sleep(_LISTEN_LOOK_SECS)
+        await process.wait()
+        raise DependencyDown(f"Firecracker ended before it listened to its API ({process.exit_text}).")
+    raise DependencyDown(f"Firecracker did not listen to its API within {START_SECS:g} s; it may be stuck.")
+
+
+async def _end(process: VmmProcess, api: FirecrackerApi, lineage: Lineage) -> None:
+    """Kill a process that nobody has yet, and let go of it. Shielded and bounded."""
+    process.send_kill()
+    lineage.close()
+    with trio.move_on_after(_CLEANUP_SECS, shield=True):
+        await api.aclose()
+        await process.wait()
+    process.close()

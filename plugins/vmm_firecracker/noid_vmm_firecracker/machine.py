@@ -1,0 +1,282 @@
+"""One running Firecracker, as noid holds it: `noid.core.backends.Machine`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from noid.core.backends import Capture, MachineExit
+from noid.core.model import ProcessRef
+from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoidError, Unsupported
+from noid.hostfs import os_errors, write_out
+from noid.vmmhost import console_line
+from noid.vmmhost.console_log import is_long, shorten
+from noid.vmmhost.process import VmmProcess
+from noid_vmm_firecracker.api import FirecrackerApi
+from noid_vmm_firecracker.endings import ending, says_halted, tail, vcpu_runtime_ns
+from noid_vmm_firecracker.memory import STATE_NAME, Layer, Lineage
+
+AGENT_PORT = 5005
+API_SOCKET = "api.sock"
+VSOCK_SOCKET = "v.sock"
+LOG_NAME = "vmm.log"
+
+_LOOK_SECS = 1.0
+_KNOCK_SECS = (0.005, 0.01, 0.02, 0.05, 0.1)
+_ANSWER_BYTES_MAX = 32
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where the files of one machine are: *directory* lasts, *run_dir* is where Firecracker works."""
+
+    directory: Path
+    run_dir: Path
+    disk: Path
+
+    @property
+    def console_log(self) -> Path:
+        """What the guest has printed."""
+        return self.directory / console_line.CONSOLE_LOG
+
+    @property
+    def vmm_log(self) -> Path:
+        """What Firecracker has to say."""
+        return self.directory / LOG_NAME
+
+
+class FirecrackerMachine:
+    """See `noid.core.backends.Machine`. Made by `FirecrackerBackend` only.
+
+    *foreign* says what differs when the process was started by a noid with other settings or another Firecracker:
+    everything works but `capture`, because its checkpoint could be continued by nobody here.
+    """
+
+    def __init__(
+        self,
+        *,
+        process: VmmProcess,
+        api: FirecrackerApi,
+        places: Places,
+        memory: Lineage,
+        paused: bool = False,
+        foreign: str = "",
+    ) -> None:
+        self.ref: ProcessRef = process.ref
+        self._process = process
+        self._api = api
+        self._places = places
+        self._memory = memory
+        self._paused = paused
+        self._foreign = foreign
+        self._channel: trio.SocketStream | None = None
+        self._is_connecting = False
+        self._killed = False
+        self._exit: MachineExit | None = None
+        self._watcher: object | None = None
+
+    async def prepare_pause(self, new_top: Path | None) -> None:
+        """See `Machine.prepare_pause`. Writes out the disk, so that its freeze finds little to do."""
+        del new_top  # this VMM does not move disks
+        with os_errors("writing out the disk of a VM before its pause"):
+            await trio.to_thread.run_sync(write_out, self._places.disk)
+
+    async def pause(self) -> None:
+        """See `Machine.pause`. Firecracker's disks are written by the thread that answers, so they are settled."""
+        await self._api.pause()
+        self._paused = True
+
+    async def resume(self) -> None:
+        """See `Machine.resume`."""
+        await self._api.resume()
+        self._paused = False
+
+    async def capture(self, into: Path) -> Capture:
+        """See `Machine.capture`. A snapshot cuts the guest's connections, so the channel is closed with it."""
+        if self._foreign:
+            raise Incompatible(
+                f"this VM was started with {self._foreign}, so nothing on this host could continue its checkpoint. "
+                "It goes on running; to make checkpoints again, restore or create it anew."
+            )
+        if not self._paused:
+            raise BackendError("this VM is not paused, so its memory and devices cannot be captured as of one instant.")
+        with os_errors("making room for the memory of a VM"):
+            layer = await trio.to_thread.run_sync(self._memory.next_layer, into)
+        try:
+            await self._api.create_snapshot(state=into / STATE_NAME, memory=layer.path, diff=not layer.whole)
+        except BaseException:
+            self._lose(layer)
+            raise
+        finally:
+            self._close_channel()
+        return self._memory.add(layer, into)
+
+    def _lose(self, layer: Layer) -> None:
+        """Firecracker may have forgotten what changed, so nothing but all of memory is sure to be right next time."""
+        layer.close()
+        self._memory.forget()
+
+    async def pivot_disk(self, new_top: Path, format: str) -> None:
+        """Firecracker cannot do it, and ``features`` says so.
+
+        Raises:
+            Unsupported: always.
+        """
+        del new_top, format
+        await trio.lowlevel.checkpoint()
+        raise Unsupported("firecracker", "move a disk while its VM runs")
+
+    async def disk_path(self) -> Path:
+        """See `Machine.disk_path`."""
+        await trio.lowlevel.checkpoint()
+        return self._places.disk
+
+    async def channel(self) -> trio.abc.Stream:
+        """See `Machine.channel`. Waits until the guest's agent listens, for as long as the machine lives.
+
+        Raises:
+            Conflict: there is a connection already; the guest would hang up on it for a second one.
+        """
+        taken = self._channel is not None and self._channel.socket.fileno() >= 0
+        if (taken or self._is_connecting) and not self._process.has_ended():
+            raise Conflict("the guest channel of this VM is in use; close the other connection first.")
+        self._is_connecting = True
+        try:
+            knocks = 0
+            while (stream := await self._knock()) is None:
+                # Nothing tells when a guest begins to listen: until then Firecracker hangs up on whoever knocks.
+                await trio.sleep(_KNOCK_SECS[min(knocks, len(_KNOCK_SECS) - 1)])
+                knocks += 1
+        finally:
+            self._is_connecting = False
+        self._channel = stream
+        return stream
+
+    async def _knock(self) -> trio.SocketStream | None:
+        """Connect to the guest's agent, or return None because it does not listen yet."""
+        path = self._places.run_dir / VSOCK_SOCKET
+        socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        stream = trio.SocketStream(socket)
+        answer = b""
+        try:
+            await socket.connect(str(path))
+            await stream.send_all(f"CONNECT {AGENT_PORT}\n".encode())
+            while not answer.endswith(b"\n"):  # byte by byte: what follows the line is the agent's
+                byte = await stream.receive_some(1)
+                if not byte or len(answer) >= _ANSWER_BYTES_MAX:
+                    break
+                answer += byte
+        except trio.BrokenResourceError:
+            answer = b""
+        except OSError as error:
+            socket.close()
+            text = f"the VM does not answer on {path}: {error.strerror}. Its process has ended."
+            raise DependencyDown(text) from error
+        except BaseException:
+            socket.close()
+            raise
+        if answer.startswith(b"OK ") and answer.endswith(b"\n"):
+            return stream
+        socket.close()
+        if self._process.has_ended():
+            raise DependencyDown("the guest's agent cannot be reached: the VM's process has ended.")
+        return None
+
+    async def console(self) -> trio.abc.SendStream:
+        """See `Machine.console`."""
+        await trio.lowlevel.checkpoint()
+        return console_line.connected(self._places.run_dir / console_line.CONSOLE_INPUT)
+
+    async def press_power_button(self) -> None:
+        """Firecracker has only Ctrl+Alt+Del, on which a Linux that does not listen restarts without writing its disk.
+
+        Raises:
+            Unsupported: always.
+        """
+        await trio.lowlevel.checkpoint()
+        raise Unsupported("firecracker", "press a power button")
+
+    async def wait(self) -> MachineExit:
+        """See `Machine.wait`. Whoever waits for the end looks after the logs, and after guests that only halt."""
+        me, looks = object(), _Looks(self._places.console_log, self.ref.pid)
+        while self._exit is None:
+            with trio.move_on_after(_LOOK_SECS) as scope:
+                await self._process.wait()
+            if not scope.cancelled_caught:
+                self._exit = self._exit or self._ending()
+                break
+            if self._watcher is None:
+                self._watcher = me
+            if self._watcher is me and self._exit is None:
+                await self._look(looks)
+        return self._exit
+
+    def _ending(self) -> MachineExit:
+        how = self._process.exit_text or "how is not known, because an earlier agent started it"
+        killed = self._killed or self._process.exit_signal in (signal.SIGKILL, signal.SIGTERM)
+        return ending(tail(self._places.console_log), killed=killed, how=how)
+
+    async def _look(self, looks: _Looks) -> None:
+        if not self._paused and looks.has_halted():
+            self._process.send_kill()
+            await self._process.wait()
+            self._exit = MachineExit(reason="shutdown", detail="the guest has switched itself off")
+            return
+        for path in (self._places.console_log, self._places.vmm_log):
+            if is_long(path):  # one stat: a thread for each machine every second would be dearer
+                try:
+                    await trio.to_thread.run_sync(shorten, path)
+                except NoidError as error:
+                    log.warning("%s It goes on growing.", error)
+
+    async def kill(self) -> None:
+        """See `Machine.kill`. After `aclose` it does nothing: the process belongs to somebody else."""
+        if self._process.is_let_go:
+            return
+        self._killed = True
+        self._process.send_kill()
+        await self._process.wait()
+
+    async def aclose(self) -> None:
+        """See `Machine.aclose`."""
+        self._close_channel()
+        self._process.close()
+        self._memory.close()
+        await self._api.aclose()
+
+    def _close_channel(self) -> None:
+        """Let whoever talks to the agent know that it hears nothing more: Firecracker keeps the socket open."""
+        if self._channel is not None:
+            self._channel.socket.close()
+            self._channel = None
+
+
+class _Looks:
+    """Tells, looked at every now and then, whether a guest has halted: it said so, and no vCPU has run since."""
+
+    def __init__(self, console_log: Path, pid: int) -> None:
+        self._console_log = console_log
+        self._pid = pid
+        self._size = -1
+        self._ran_ns: int | None = None
+
+    def has_halted(self) -> bool:
+        """Look once. Blocks for microseconds."""
+        try:
+            size = self._console_log.stat().st_size
+        except OSError:
+            return False
+        if size != self._size:
+            self._size = size
+            self._ran_ns = vcpu_runtime_ns(self._pid) if says_halted(tail(self._console_log)) else None
+            return False
+        if self._ran_ns is None:
+            return False
+        before, self._ran_ns = self._ran_ns, vcpu_runtime_ns(self._pid)
+        return self._ran_ns == before

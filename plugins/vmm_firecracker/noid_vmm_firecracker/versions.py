@@ -1,0 +1,47 @@
+"""Which Firecracker can do what, and the oldest one that is used at all."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+Version = tuple[int, int, int]
+
+VERSION_MIN: Version = (1, 15, 0)
+WHY_MIN = (
+    "older ones write diff snapshots of more than 3 GiB that are corrupt, and noid's checkpoints are diff snapshots"
+)
+_CLOCK_REALTIME_SINCE: Version = (1, 16, 0)
+_PAUSE_KEEPS_VSOCK_SINCE: Version = (1, 17, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abilities:
+    """What one version can do beyond `VERSION_MIN`.
+
+    Attributes:
+        clock_realtime: A load can set the guest's clock to the host's.
+        pause_keeps_vsock: A pause without a snapshot leaves the guest's channel intact; before, it may hang for ever.
+    """
+
+    clock_realtime: bool
+    pause_keeps_vsock: bool
+
+
+def abilities(version: Version) -> Abilities:
+    """Return what *version* can do."""
+    return Abilities(
+        clock_realtime=version >= _CLOCK_REALTIME_SINCE,
+        pause_keeps_vsock=version >= _PAUSE_KEEPS_VSOCK_SINCE,
+    )
+
+
+def parsed(text: str) -> Version | None:
+    """Return the version in what ``--version`` prints, or None. A development build counts as what it becomes."""
+    found = re.search(r"Firecracker v(\d+)\.(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2]), int(found[3])) if found else None
+
+
+def shown(version: Version) -> str:
+    """Return *version* as people write it."""
+    return ".".join(str(part) for part in version)

@@ -1,0 +1,212 @@
+"""Whatever goes wrong at any call: no process and no wait is left, a source lives on, and the error says at which."""
+
+from __future__ import annotations
+
+import noid_vmm_firecracker.api
+import noid_vmm_firecracker.backend
+import pytest
+import trio
+
+from noid.errors import BackendError, DependencyDown, NoidError, NoSpace
+from noid.testing.firecracker import SimulatedFirecracker
+from noid.testing.vmm_rig import VmmRig
+
+BOUND_SECS = 20.0
+LAUNCH = (
+    "PUT /machine-config",
+    "PUT /boot-source",
+    "PUT /drives/disk",
+    "PUT /vsock",
+    "PUT /entropy",
+    "PUT /actions",
+)
+WAYS = [("refuse", "before"), ("hang", "before"), ("cut", "after"), ("die", "before"), ("die", "after")]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits long for an answer that never comes. The real deadlines are of seconds."""
+    monkeypatch.setattr(noid_vmm_firecracker.api, "DEADLINE_SECS", 1.5)
+    monkeypatch.setattr(noid_vmm_firecracker.api, "SNAPSHOT_SECS", 1.5)
+    monkeypatch.setattr(noid_vmm_firecracker.backend, "START_SECS", 1.5)
+
+
+@pytest.mark.parametrize("call", LAUNCH)
+@pytest.mark.parametrize(("what", "when"), WAYS[:1] + WAYS[3:4])
+async def test_a_launch_that_fails_leaves_nothing_and_names_the_call(
+    rig: VmmRig, firecracker: SimulatedFirecracker, call: str, what: str, when: str
+) -> None:
+    firecracker.arm(call, what, when=when, text="no, because of the weather")
+
+    with trio.fail_after(BOUND_SECS), pytest.raises(BackendError, match=call) as caught:
+        await rig.launch()
+
+    assert firecracker.struck()
+    assert rig.processes() == {}
+    assert what != "refuse" or "because of the weather" in str(caught.value)
+
+
+@pytest.mark.parametrize(("what", "when"), WAYS)
+async def test_a_start_that_fails_in_any_way_leaves_nothing(
+    rig: VmmRig, firecracker: SimulatedFirecracker, what: str, when: str
+) -> None:
+    firecracker.arm("PUT /actions", what, when=when)
+
+    with trio.fail_after(BOUND_SECS), pytest.raises(BackendError, match="PUT /actions"):
+        await rig.launch()
+
+    assert rig.processes() == {}
+
+
+@pytest.mark.parametrize("what", ["die", "hang"])
+async def test_a_process_that_never_listens_is_not_waited_for(
+    rig: VmmRig, firecracker: SimulatedFirecracker, what: str
+) -> None:
+    firecracker.arm("start", what)
+
+    with trio.fail_after(BOUND_SECS), pytest.raises(BackendError, match="listen"):
+        await rig.launch()
+
+    assert rig.processes() == {}
+
+
+@pytest.mark.parametrize(("what", "when"), WAYS)
+async def test_a_restore_that_fails_leaves_nothing_but_its_source(
+    rig: VmmRig, firecracker: SimulatedFirecracker, what: str, when: str
+) -> None:
+    source = await rig.launch()
+    taken = await rig.checkpoint(source)
+    firecracker.arm("PUT /snapshot/load", what, when=when)
+
+    with trio.fail_after(BOUND_SECS), pytest.raises(BackendError, match="PUT /snapshot/load"):
+        await rig.clone(taken)
+
+    assert set(rig.processes()) == {source.machine.ref.pid}
+    assert (await rig.run(await rig.clone(taken), "true")).status == 0
+
+
+@pytest.mark.parametrize("call", ["PATCH /vm", "PUT /snapshot/create"])
+@pytest.mark.parametrize(("what", "when"), [("refuse", "before"), ("cut", "before"), ("cut", "after")])
+async def test_a_checkpoint_that_fails_leaves_its_source_as_it_was_and_the_next_one_succeeds(
+    rig: VmmRig, firecracker: SimulatedFirecracker, call: str, what: str, when: str
+) -> None:
+    source = await rig.fresh()
+    await rig.write(source, "/dev/shm/kept", "all of it")
+    firecracker.arm(call, what, when=when)
+    (into := rig.data_dir / "failed").mkdir()
+
+    async def attempt() -> None:
+        await source.machine.pause()
+        await source.machine.capture(into)
+
+    with trio.fail_after(BOUND_SECS), pytest.raises(NoidError, match=call):
+        await attempt()
+
+    await source.machine.resume()
+    assert firecracker.struck()
+    assert not (into / "memory").exists()
+    assert await rig.read(source, "/dev/shm/kept") == "all of it"
+    clone = await rig.clone(await rig.checkpoint(source))
+    assert await rig.read(clone, "/dev/shm/kept") == "all of it"
+
+
+async def test_a_capture_whose_process_dies_in_its_middle_says_so_and_the_machine_has_ended(
+    rig: VmmRig, firecracker: SimulatedFirecracker
+) -> None:
+    source = await rig.launch()
+    firecracker.arm("PUT /snapshot/create", "die", when="during")
+    (into := rig.data_dir / "failed").mkdir()
+    await source.machine.pause()
+
+    with trio.fail_after(BOUND_SECS), pytest.raises(DependencyDown, match="PUT /snapshot/create"):
+        await source.machine.capture(into)
+
+    with trio.fail_after(BOUND_SECS):
+        assert (await source.machine.wait()).reason == "killed"
+
+
+async def test_a_capture_that_hangs_ends_and_so_does_the_attempt_to_go_on(
+    rig: VmmRig, firecracker: SimulatedFirecracker
+) -> None:
+    source = await rig.launch()
+    firecracker.arm("PUT /snapshot/create", "hang")
+    await source.machine.pause()
+
+    with trio.fail_after(BOUND_SECS):
+        with pytest.raises(DependencyDown, match=r"did not answer PUT /snapshot/create within 1\.5 s"):
+            await source.machine.capture(rig.data_dir)
+        with pytest.raises(DependencyDown, match="PATCH /vm"):
+            await source.machine.resume()
+        await source.machine.kill()
+
+    assert rig.processes() == {}
+
+
+async def test_firecrackers_word_for_a_full_disk_is_no_space(rig: VmmRig, firecracker: SimulatedFirecracker) -> None:
+    source = await rig.launch()
+    words = "Create snapshot error: Cannot write memory file: No space left on device (os error 28)"
+    firecracker.arm("PUT /snapshot/create", "refuse", text=words)
+    await source.machine.pause()
+
+    with pytest.raises(NoSpace, match="os error 28"):
+        await source.machine.capture(rig.data_dir)
+
+
+async def test_an_answer_that_comes_late_is_waited_for(rig: VmmRig, firecracker: SimulatedFirecracker) -> None:
+    firecracker.arm("PUT /actions", "late", when="after", secs=0.5)
+
+    assert (await rig.run(await rig.launch(), "true")).status == 0
+
+
+async def test_what_a_discarded_capture_has_taken_is_in_the_next_one(rig: VmmRig) -> None:
+    source = await rig.fresh()
+    for number in range(6):  # more often than layers are kept
+        await rig.write(source, f"/dev/shm/{number}", f"{number}")
+        await source.machine.pause()
+        (await source.machine.capture(rig.data_dir)).discard()
+        await source.machine.resume()
+
+    clone = await rig.clone(await rig.checkpoint(source))
+
+    assert await rig.read(clone, *(f"/dev/shm/{number}" for number in range(6))) == "012345"
+
+
+async def test_captures_may_be_finished_late_and_in_any_order(rig: VmmRig) -> None:
+    source = await rig.fresh()
+    captures = []
+    for number in range(3):
+        await rig.write(source, f"/dev/shm/{number}", f"{number}")
+        (into := rig.data_dir / f"late{number}").mkdir()
+        await source.machine.pause()
+        captures.append(await source.machine.capture(into))
+        await source.machine.resume()
+    for capture in (captures[1], captures[0], captures[2]):
+        await capture.finish()
+
+    clone = await rig.clone(await rig.checkpoint(source))
+
+    assert await rig.read(clone, "/dev/shm/0", "/dev/shm/1", "/dev/shm/2") == "012"
+    for older, newer in (("late0", "late1"), ("late1", "late2")):
+        assert (rig.data_dir / older / "memory").read_bytes() != (rig.data_dir / newer / "memory").read_bytes()
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["after a finished capture", "in the middle of one"])
+async def test_the_next_agent_knows_what_it_may_build_on(
+    rig: VmmRig, firecracker: SimulatedFirecracker, finished: bool
+) -> None:
+    source = await rig.fresh()
+    await rig.write(source, "/dev/shm/before", "before ")
+    await source.machine.pause()
+    capture = await source.machine.capture(rig.data_dir)
+    await source.machine.resume()
+    if finished:
+        await capture.finish()
+        (rig.data_dir / "memory").unlink()  # its checkpoint may be deleted meanwhile
+    await rig.write(source, "/dev/shm/after", "after")
+
+    adopted = await rig.adopt(source)  # of an agent that was killed, nothing but files is left
+    clone = await rig.clone(await rig.checkpoint(adopted))
+
+    assert await rig.read(clone, "/dev/shm/before", "/dev/shm/after") == "before after"
+    capture.discard()
+    assert (source.plan.directory / "memory.base").exists()
