@@ -184,6 +184,14 @@ def test_the_client_alone_can_use_a_server(client: Run) -> None:
     assert (done.returncode, "connection error" in done.stderr) == (1, True), done.stderr
 
 
+@pytest.mark.parametrize("module", ["noid", "noid.sync"])
+def test_the_client_alone_is_the_sdk(client: Run, module: str) -> None:
+    wait = "trio.run(asked.vms)" if module == "noid" else "asked.vms()"
+    program = f"import noid, trio\nfrom {module} import Client\nasked = Client('http://127.0.0.1:9', token='t')\n{wait}"
+    done = client("python", "-c", program)
+    assert done.stderr.splitlines()[-1].startswith("noid.client.errors.ConnectionFailed: "), done.stderr
+
+
 def test_the_client_alone_installs_little(client: Run) -> None:
     done = client("python", "-c", "import importlib.metadata as m; print(*sorted(d.name for d in m.distributions()))")
     server_side = {"quart", "hypercorn", "quart-trio", "sqlite-utils", "trio-websocket", "pytest"}
