@@ -203,6 +203,8 @@ SOURCES: dict[tuple[str, str], Callable[[click.Context], Iterable[Choice]]] = {
     ("label", "checkpoint"): _checkpoints,
     ("label", "words"): _vm_and_then(_nothing),
     ("rename", "words"): _vm_and_then(_nothing),
+    ("port-forward", "words"): _vm_and_then(_nothing),
+    ("open", "words"): _vm_and_then(_nothing),
     ("restore", "words"): _vm_and_then(_checkpoints),
     ("rm", "texts"): _checkpoints,
     ("attach", "words"): _vm_and_then(_processes),
