@@ -77,6 +77,9 @@ class VmmFeatures:
 
     *vm_generation_id*: its machines have the device of that name, with a new id after every restore, so that a guest's
     kernel reseeds itself before anybody has told it.
+
+    *capture_cuts_channel*: the connection of `Machine.channel` does not survive `Machine.capture`, also one that
+    fails. A new one can be made at once.
     """
 
     accelerator: str
@@ -84,6 +87,7 @@ class VmmFeatures:
     disk_pivot: bool
     network_kinds: frozenset[str]
     vm_generation_id: bool = False
+    capture_cuts_channel: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,8 +61,18 @@ async def capture_machine(work: Work, facts: Facts) -> dict[str, Any]:
     """The pause. The guest runs again when this returns or raises, unless it was paused before: then it stays so."""
     machine, plan, into = given(work.machine), given(work.freeze_plan), _partial(work, facts)
     resume = given(work.vm).state is not VmState.PAUSED
-    work.frozen = await freezing.freeze(machine, work.services.storage, plan, into, resume=resume)
+    try:
+        work.frozen = await freezing.freeze(machine, work.services.storage, plan, into, resume=resume)
+    finally:
+        _let_go_of_guest(work)
     return {"pause_secs": work.frozen.pause_secs, "changed_bytes": work.frozen.capture.changed_bytes}
+
+
+def _let_go_of_guest(work: Work) -> None:
+    """If the capture has cut the connection to the guest, let nobody find out by using it: the next makes a new one."""
+    live = work.services.supervisor.find(given(work.vm).id)
+    if work.services.vmm.features.capture_cuts_channel and live is not None and live.machine is work.machine:
+        live.link.drop()
 
 
 async def finish_image(work: Work, facts: Facts) -> None:

@@ -90,6 +90,7 @@ class FirecrackerBackend:
             disk_pivot=False,
             network_kinds=frozenset({"none", "tap"}),
             vm_generation_id=True,
+            capture_cuts_channel=True,
         )
         self._found = found
         self._abilities = abilities(found.version)
