@@ -12,7 +12,6 @@ WHY_MIN = (
     "older ones write diff snapshots of more than 3 GiB that are corrupt, and noid's checkpoints are diff snapshots"
 )
 _CLOCK_REALTIME_SINCE: Version = (1, 16, 0)
-_PAUSE_KEEPS_VSOCK_SINCE: Version = (1, 17, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,19 +20,14 @@ class Abilities:
 
     Attributes:
         clock_realtime: A load can set the guest's clock to the host's.
-        pause_keeps_vsock: A pause without a snapshot leaves the guest's channel intact; before, it may hang for ever.
     """
 
     clock_realtime: bool
-    pause_keeps_vsock: bool
 
 
 def abilities(version: Version) -> Abilities:
     """Return what *version* can do."""
-    return Abilities(
-        clock_realtime=version >= _CLOCK_REALTIME_SINCE,
-        pause_keeps_vsock=version >= _PAUSE_KEEPS_VSOCK_SINCE,
-    )
+    return Abilities(clock_realtime=version >= _CLOCK_REALTIME_SINCE)
 
 
 def parsed(text: str) -> Version | None:
