@@ -44,3 +44,22 @@ async def test_a_guest_that_says_it_has_halted_and_runs_on_is_left_alone(rig: Vm
 
     assert scope.cancelled_caught
     assert (await rig.run(running, "true")).status == 0
+
+
+async def test_a_guest_that_switches_itself_off_is_found_by_whoever_still_waits(rig: VmmRig) -> None:
+    running = await rig.launch()
+    with trio.move_on_after(1.5):
+        await running.machine.wait()  # looked after it, and was cancelled
+    async with rig.guest(running) as guest:
+        await guest.power_off()
+    ends = []
+
+    async def wait() -> None:
+        ends.append((await running.machine.wait()).reason)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            nursery.start_soon(wait)
+
+    assert ends == ["shutdown", "shutdown"]

@@ -78,7 +78,7 @@ class FirecrackerMachine:
         self._channel: trio.SocketStream | None = None
         self._is_connecting = False
         self._killed = False
-        self._exit: MachineExit | None = None
+        self._halted = False
         self._watcher: object | None = None
 
     async def prepare_pause(self, new_top: Path | None) -> None:
@@ -205,28 +205,31 @@ class FirecrackerMachine:
     async def wait(self) -> MachineExit:
         """See `Machine.wait`. Whoever waits for the end looks after the logs, and after guests that only halt."""
         me, looks = object(), _Looks(self._places.console_log, self.ref.pid)
-        while self._exit is None:
-            with trio.move_on_after(_LOOK_SECS) as scope:
-                await self._process.wait()
-            if not scope.cancelled_caught:
-                self._exit = self._exit or self._ending()
-                break
-            if self._watcher is None:
-                self._watcher = me
-            if self._watcher is me and self._exit is None:
-                await self._look(looks)
-        return self._exit
+        try:
+            while True:
+                with trio.move_on_after(_LOOK_SECS) as scope:
+                    await self._process.wait()
+                if not scope.cancelled_caught:
+                    return self._ending()
+                if self._watcher is None:
+                    self._watcher = me
+                if self._watcher is me:
+                    await self._look(looks)
+        finally:
+            if self._watcher is me:  # of several who wait, another one takes over
+                self._watcher = None
 
     def _ending(self) -> MachineExit:
+        if self._halted:
+            return MachineExit(reason="shutdown", detail="the guest has switched itself off")
         how = self._process.exit_text or "how is not known, because an earlier agent started it"
         killed = self._killed or self._process.exit_signal in (signal.SIGKILL, signal.SIGTERM)
         return ending(tail(self._places.console_log), killed=killed, how=how)
 
     async def _look(self, looks: _Looks) -> None:
         if not self._paused and looks.has_halted():
+            self._halted = True
             self._process.send_kill()
-            await self._process.wait()
-            self._exit = MachineExit(reason="shutdown", detail="the guest has switched itself off")
             return
         for path in (self._places.console_log, self._places.vmm_log):
             if is_long(path):  # one stat: a thread for each machine every second would be dearer
