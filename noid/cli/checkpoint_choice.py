@@ -14,7 +14,7 @@ from noid.cli.output import printable
 from noid.client.answers import CheckpointInfo
 from noid.client.calls import checkpoints as calls
 from noid.client.calls import vms
-from noid.client.errors import ServerError
+from noid.client.errors import ServerError, ServerTooOld
 from noid.errors import InvalidRequest, NotFound
 
 PREFIX_DIGITS_MIN = 4
@@ -109,8 +109,6 @@ def _described(checkpoint: CheckpointInfo) -> str:
 def _all() -> list[CheckpointInfo]:
     try:
         return call().perform(calls.every())
-    except ServerError as error:
-        if error.status != _NOT_FOUND:
-            raise
-    # A server before 0.3.0, which can only be asked VM by VM.
+    except ServerTooOld:
+        pass  # it can only be asked VM by VM
     return [each for vm in call().perform(vms.every()) for each in call().perform(calls.of_vm(vm["name"]))]

@@ -20,8 +20,9 @@ from noid.cli.options import Command, call, command, resolved_vm, with_vm
 from noid.cli.output import show, show_timing
 from noid.cli.screen import Screen
 from noid.cli.streams import write
-from noid.client import exec_stream
+from noid.client import exec_stream, predecessor
 from noid.client.calls import processes
+from noid.client.errors import ServerTooOld
 from noid.client.terminal import Terminal
 from noid.core import wire
 from noid.core.model import ExecRequest, TerminalSize, checked_argv
@@ -209,6 +210,18 @@ def execute(
         click.ClickException: with 125: nobody knows how it fares.
         NoidError: it could not be run, or nobody knows how it fares.
     """
+    try:
+        return _execute(vm, request, options, on_detach)
+    except ServerTooOld as error:
+        if options.interactive or error.deed != predecessor.INPUT:
+            raise
+    # Nobody said that our input is the command's. That server gives it none, which scripts made for it rely on.
+    if standard_input.has_waiting() and not call().quiet:
+        click.echo("Standard input was left alone: that server cannot give a command input.", err=True)
+    return _execute(vm, dataclasses.replace(request, stdin=False), options, on_detach)
+
+
+def _execute(vm: str, request: ExecRequest, options: ExecOptions, on_detach: Callable[[], None]) -> int:
     as_json = call().json
     collected = {wire.STDOUT: bytearray(), wire.STDERR: bytearray()}
 

@@ -17,7 +17,7 @@ from noid.cli.output import progress, show
 from noid.cli.receipts import lacking_lines
 from noid.client.answers import CheckpointInfo, VmInfo
 from noid.client.calls import checkpoints, vms
-from noid.client.errors import ServerError
+from noid.client.errors import ServerError, ServerTooOld
 from noid.client.settings import active_vm
 from noid.core.model import NAME_LENGTH_MAX, checked_name
 from noid.errors import NoidError
@@ -189,10 +189,14 @@ def _frozen(source: str, *, kept: bool) -> Iterator[tuple[CheckpointInfo, Callab
 def _remove(invocation: Call, checkpoint: CheckpointInfo) -> None:
     try:
         invocation.perform(checkpoints.remove(checkpoint["vm_name"], checkpoint["id"]))
+    except ServerTooOld as error:
+        with contextlib.suppress(OSError):
+            click.echo(f"warning: checkpoint {checkpoint['id']} stays: {error}", err=True)
     except NoidError as error:
         with contextlib.suppress(OSError):
             click.echo(
-                f"warning: checkpoint {checkpoint['id']} is left: {error}. Remove it with: noid rm {checkpoint['id']}",
+                f"warning: checkpoint {checkpoint['id']} is left: {str(error).rstrip('.')}. Remove it with: noid rm "
+                f"{checkpoint['id']}",
                 err=True,
             )
 

@@ -13,6 +13,7 @@ import click
 from noid.cli.options import call, command, resolved_vm, with_name_option
 from noid.cli.output import printable, show
 from noid.client import forwarding
+from noid.client.answers import VmInfo
 from noid.client.calls import ports, vms
 from noid.client.calls.ports import GuestPort
 from noid.client.forwarding import Forward, Forwarder, Listening
@@ -79,6 +80,7 @@ def open_(words: tuple[str, ...], name_option: str | None, browser: bool) -> int
     Without PORT it is the one that something listens on; where there are several they are shown.
     """
     name, port = _name_and_port(words, name_option)
+    _found(name)
     wanted = _wanted_port(name, port)
     with _listening_like(wanted) as listeners:
         listener = listeners[0]
@@ -171,13 +173,25 @@ def _checked(addresses: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _found(name: str) -> VmInfo:
+    """Return the VM, whose server can forward.
+
+    Raises:
+        ServerError: there is none, or it cannot.
+    """
+    vm = call().perform(vms.get(name))
+    if "generation" not in vm:
+        finished(Link(call().endpoint, Blocking()).require("forward ports"))
+    return vm
+
+
 def _look_at(name: str) -> None:
     """Make sure that there is such a VM, and say so if it does not run yet: connections will be refused until it does.
 
     Raises:
         NoidError: there is none, or no agent.
     """
-    vm = call().client.perform(vms.get(name))
+    vm = _found(name)
     if vm["state"] != "running":
         click.echo(f"VM '{name}' is {vm['state']}; connections are refused until it runs.", err=True)
 

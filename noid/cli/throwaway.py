@@ -24,7 +24,7 @@ from noid.cli.options import Call, call
 from noid.cli.output import progress, show_timing
 from noid.client.answers import VmInfo
 from noid.client.calls import operations, vms
-from noid.client.errors import ServerError
+from noid.client.errors import ServerError, ServerTooOld
 from noid.errors import NoidError, NotFound
 
 LABEL = "noid.run"
@@ -107,8 +107,9 @@ class Throwaway:
         if self.is_kept:
             return
         failure = self._settled()
-        if not self._name or (isinstance(failure, ServerError) and failure.status < _BROKEN):
-            return  # refused: the server says that nothing was made
+        refused = isinstance(failure, ServerTooOld) or (isinstance(failure, ServerError) and failure.status < _BROKEN)
+        if not self._name or refused:
+            return  # the server says that nothing was made
         deadline, pause = time.monotonic() + REMOVAL_SECS, _RETRY_SECS
         while True:
             try:

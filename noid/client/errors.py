@@ -4,6 +4,7 @@
 
     NoidError
     ├── ServerError                   the agent answered, and the answer is an error; carries its status and code
+    │   └── ServerTooOld              ... it cannot do that, and nothing was done
     ├── CommandFailed                 a command in a guest did not end with 0, and its caller wanted that
     └── DependencyDown
         └── ConnectionFailed          the agent cannot be reached, is no agent, or went away
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from noid.errors import DependencyDown, NoidError
+from noid.errors import DependencyDown, NoidError, Unsupported
 
 if TYPE_CHECKING:
     from noid.client.completed import Completed
@@ -29,6 +30,16 @@ class ServerError(NoidError):
         super().__init__(f"server error ({status}): {text}" if status else text)
         self.status = status
         self.code = code or "internal"
+
+
+class ServerTooOld(ServerError):
+    """The server cannot do *deed*: its *version* is too old. Nothing was done."""
+
+    def __init__(self, address: str, version: str, deed: str, instead: str = "") -> None:
+        words = f"the server at {address} ({version}) cannot {deed} (501). Nothing was done."
+        super().__init__(f"{words} {instead or 'That needs noid-server 0.3.0 or newer.'}", status=0)
+        self.status, self.code = Unsupported.status, Unsupported.code
+        self.deed = deed
 
 
 class ConnectionFailed(DependencyDown):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from noid.client import http
-from noid.client.calls.call import refusal, with_query
+from noid.client.calls.call import with_query
 from noid.client.errors import ConnectionFailed, ServerError
 from noid.client.link import Link
 
@@ -134,7 +134,7 @@ class EventStream:
         answer = await http.exchange(link.endpoint, link.waiting, "GET", self._path, headers, silence_secs=SILENCE_SECS)
         try:
             if answer.status != 200:
-                raise refusal(link.endpoint.address, await answer.reply())
+                raise await link.refused("GET", self._path, await answer.reply())
             if "text/event-stream" not in answer.headers.get("content-type", ""):
                 raise link.nonsense()
         except BaseException:

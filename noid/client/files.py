@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from noid.client import http
-from noid.client.calls.call import Reply, refusal
+from noid.client.calls.call import Reply
 from noid.client.errors import ConnectionFailed
 from noid.client.link import Link
 
@@ -70,7 +70,7 @@ async def look(link: Link, place: GuestPath, *, with_sum: bool = False, length: 
     with closing(await http.exchange(link.endpoint, link.waiting, "GET", _url(place, query), {})) as answer:
         reply = await answer.reply()
     if reply.status != 200:
-        raise refusal(link.endpoint.address, reply)
+        raise await link.refused("GET", _url(place), reply)
     return _found(link, reply)
 
 
@@ -87,7 +87,7 @@ async def download(link: Link, place: GuestPath, *, tar: bool, offset: int = 0) 
     answer = await http.exchange(link.endpoint, link.waiting, "GET", _url(place), headers)
     try:
         if answer.status not in (200, 206) or (answer.status == 206) != (offset > 0):
-            raise refusal(link.endpoint.address, await answer.reply())
+            raise await link.refused("GET", _url(place), await answer.reply())
     except BaseException:
         answer.close()
         raise
@@ -137,7 +137,7 @@ async def _put(link: Link, url: str, headers: dict[str, str], content: Iterable[
     with closing(await http.exchange(link.endpoint, link.waiting, "PUT", url, headers, content)) as answer:
         reply = await answer.reply()
     if reply.status != 200:
-        raise refusal(link.endpoint.address, reply)
+        raise await link.refused("PUT", url, reply)
     match _decoded(link, reply):
         case {"size": int(size), "entries": int(entries), "sha256": str(sha256), "left_out": list(left_out)}:
             lines = tuple(str(line) for line in left_out)

@@ -23,6 +23,7 @@ from noid.client.waiting import Waiting
 from noid.errors import NoidError
 
 API_VERSION = 1
+VERSION_HEADER = "x-noid-api-version"
 ANSWER_SECS = 30.0
 HEAD_BYTES_MAX = 65536
 BODY_BYTES_MAX = 64 * 1024 * 1024
@@ -140,8 +141,10 @@ async def _sent_unless_answered(connection: Connection, data: bytes) -> bytes:
     return connection.receive_now() or b""
 
 
-async def upgrade(endpoint: Endpoint, waiting: Waiting, path: str) -> tuple[Connection, bytes] | Reply:
-    """Ask for a WebSocket. Return the connection and what the server sent already, or the answer that refuses it.
+async def upgrade(endpoint: Endpoint, waiting: Waiting, path: str) -> tuple[Connection, bytes, bool] | Reply:
+    """Ask for a WebSocket. Return the connection, what the server sent already and whether it told its version.
+
+    Where it refuses, return its answer.
 
     Raises:
         ConnectionFailed: there is no agent, or it is not one that follows RFC 6455.
@@ -175,7 +178,7 @@ async def upgrade(endpoint: Endpoint, waiting: Waiting, path: str) -> tuple[Conn
             return reply
         if headers.get("sec-websocket-accept") != wanted:
             raise ConnectionFailed(f"{endpoint.address} answered like a WebSocket server that is none.")
-        return connection, incoming.rest()
+        return connection, incoming.rest(), VERSION_HEADER in headers
     except BaseException:
         connection.close()
         raise
@@ -340,7 +343,7 @@ class Incoming:
 
 
 def _check_version(headers: Mapping[str, str], endpoint: Endpoint) -> None:
-    version = headers.get("x-noid-api-version")
+    version = headers.get(VERSION_HEADER)
     if version is None or version == str(API_VERSION):
         return
     raise NoidError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from noid.client import http
 from noid.client.calls.call import AnswerT, Call, NotNoid, Reply, refusal
-from noid.client.errors import ConnectionFailed, ConnectionLost
+from noid.client.errors import ConnectionFailed, ConnectionLost, ServerError, ServerTooOld
 from noid.client.settings import Endpoint
 from noid.client.waiting import Waiting
 
@@ -22,8 +22,11 @@ BACK_SECS = 10.0
 """How long an agent may be gone after it lost a connection: it is being started anew."""
 RETRY_SECS = 0.2
 KEY_HEADER = "Idempotency-Key"
-KEYS_SINCE = (0, 3)
+FIRST_VERSION = (0, 3)
+"""The first version of this noid-server; what is older is the predecessor's."""
+VERSION_CHARACTERS_MAX = 40
 CHANGES = ("POST", "PATCH", "DELETE")
+_WHICH: Call[Reply] = Call(method="GET", path="/version", understand=lambda reply: reply)
 
 
 class Link:
@@ -32,17 +35,20 @@ class Link:
     def __init__(self, endpoint: Endpoint, waiting: Waiting) -> None:
         self.endpoint = endpoint
         self.waiting = waiting
+        self._version: str | None = None
 
     async def perform(self, call: Call[AnswerT]) -> AnswerT:
         """Make *call* and return its answer.
 
         Raises:
-            ServerError: the agent refused or failed.
+            ServerError: the agent refused or failed. `ServerTooOld`: it cannot do that.
             ConnectionFailed: there is no agent, or it went away; what was asked for may or may not have happened.
         """
+        if call.unsafe_before is not None:
+            await self.require(*call.unsafe_before)
         reply = await self.reply(call)
         if not 200 <= reply.status < 300:
-            raise refusal(self.endpoint.address, reply)
+            raise await self.refused(call.method, call.path, reply)
         try:
             return call.understand(reply)
         except NotNoid as error:
@@ -64,6 +70,44 @@ class Link:
                 raise
             return await http.request(self.endpoint, self.waiting, call)
 
+    async def refused(self, method: str, path: str, reply: Reply) -> ServerError:
+        """Return the error that *reply*, whose status is none of success, stands for.
+
+        Whoever asks an old server for something new is not told that there is no such thing.
+        """
+        from noid.client import predecessor
+
+        deed = predecessor.cannot(method, path)
+        if deed is not None and predecessor.is_unknown_route(reply) and (version := await self.version()):
+            return ServerTooOld(self.endpoint.address, version, deed)
+        return refusal(self.endpoint.address, reply)
+
+    async def require(self, deed: str, instead: str = "") -> None:
+        """Make sure that this is no server before 0.3.0, which cannot *deed*; *instead* is what to do there.
+
+        Raises:
+            ServerTooOld: it is.
+        """
+        if (version := await self.old_version()) is not None:
+            raise ServerTooOld(self.endpoint.address, version, deed, instead)
+
+    async def old_version(self) -> str | None:
+        """Return the version of a server before 0.3.0; None for newer ones, and where nobody says."""
+        if self.endpoint.url is None:
+            return None  # those did not listen on unix sockets
+        version = await self.version()
+        return version if version is not None and _numbers(version) < FIRST_VERSION else None
+
+    async def version(self) -> str | None:
+        """Return which version the agent says it is, None if it does not say."""
+        if self._version is None:
+            try:
+                reply = await http.request(self.endpoint, self.waiting, _WHICH)
+            except ConnectionFailed:
+                return None
+            self._version = _version(reply)
+        return self._version
+
     def nonsense(self) -> ConnectionFailed:
         """Return the error that an answer stands for which no noid-server gives."""
         return ConnectionFailed(
@@ -74,11 +118,10 @@ class Link:
     async def _keeps_keys(self) -> bool:
         """Return whether an agent is there, again or still, that does nothing twice for one key."""
         until = time.monotonic() + BACK_SECS
-        question: Call[Reply] = Call(method="GET", path="/version", understand=lambda reply: reply)
         while True:
             try:
-                reply = await http.request(self.endpoint, self.waiting, question)
-                return reply.status == 200 and _version(reply) >= KEYS_SINCE
+                version = _version(await http.request(self.endpoint, self.waiting, _WHICH))
+                return version is not None and _numbers(version) >= FIRST_VERSION
             except ConnectionLost:
                 return False
             except ConnectionFailed:
@@ -92,10 +135,17 @@ def keyed(call: Call[AnswerT]) -> Call[AnswerT]:
     return replace(call, headers={KEY_HEADER: os.urandom(16).hex(), **call.headers})
 
 
-def _version(reply: Reply) -> tuple[int, ...]:
-    """Return the first two numbers of the version an agent says it has, or nothing."""
+def _version(reply: Reply) -> str | None:
+    """Return the version an agent says it has, if it is one."""
     try:
-        words = str(reply.json()["version"]).split(".")
-        return int(words[0]), int(words[1])
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return ()
+        version = str(reply.json()["version"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return version if reply.status == 200 and _numbers(version) else None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of *version*, or nothing if it is none."""
+    numbers = version.split(".")[:2]
+    is_one = len(version) <= VERSION_CHARACTERS_MAX and version.isascii() and version.isprintable()
+    return tuple(map(int, numbers)) if is_one and len(numbers) == 2 and all(map(str.isdigit, numbers)) else ()

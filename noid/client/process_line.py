@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from urllib.parse import urlencode
 
+from noid.client import predecessor
+from noid.client.calls import processes
 from noid.client.errors import ConnectionFailed, ConnectionLost, ServerError
 from noid.client.link import Link
 from noid.client.process_protocol import Broken, ProcessProtocol
 from noid.client.waiting import Source
-from noid.client.websocket import WebSocket
+from noid.client.websocket import NoWebSocket, WebSocket
 from noid.core import wire
 from noid.core.model import ExecRequest
 from noid.errors import DeadlineExceeded
@@ -48,15 +51,20 @@ class ProcessLine:
     async def run(self, request: ExecRequest) -> None:
         """Start *request*. A connection that is lost is made again for `REATTACH_SECS`.
 
+        Where there is no WebSocket to be had, and no input, it is run by a plain request: its output comes when it has
+        ended.
+
         Raises:
             ConnectionFailed: nothing was started.
-            ServerError: the agent refused.
+            ServerError: the agent refused. `ServerTooOld`: it cannot do all of that.
         """
         if request.timeout_secs is not None:
             self._result_by = time.monotonic() + request.timeout_secs + RESULT_GRACE_SECS
         first = wire.request_to_json(request, resume=True)
         try:
-            await self._open(f"/v1/vms/{self._name}/exec", first)
+            await self._open(f"/v1/vms/{self._name}/exec", first, request)
+        except NoWebSocket as error:
+            await self._run_plainly(request, error)
         except ConnectionLost as error:
             raise ConnectionFailed(str(error).removeprefix("connection error: ")) from error
         self._resumes = True
@@ -85,6 +93,8 @@ class ProcessLine:
             ServerError: the agent could not run it, or does not say that it runs on.
             ConnectionLost: the connection to the agent, or the agent's to the guest, ended, and cannot be made again.
         """
+        if self.protocol.is_over:
+            return ()
         if self._lost is not None:  # making it again was given up, or cancelled
             await self._resume(self._lost)
         ws = self._ws
@@ -133,9 +143,32 @@ class ProcessLine:
         limits = [limit - now for limit in (self._result_by, self._leave_by) if limit is not None]
         return min(limits) if limits else None
 
-    async def _open(self, path: str, first: str | None = None) -> None:
+    async def _open(self, path: str, first: str | None = None, request: ExecRequest | None = None) -> None:
         self._ws = await WebSocket.open(self._link, path, fate=_FATE, turns=self.turns)
+        if self._ws.old_version is not None and request is not None:
+            try:
+                self._heed_predecessor(request, self._ws.old_version)
+            except BaseException:
+                self.close()
+                raise
         self.protocol.connect(self._ws.channels, first)
+
+    async def _run_plainly(self, request: ExecRequest, why: NoWebSocket) -> None:
+        if (version := await self._link.old_version()) is not None:
+            self._heed_predecessor(request, version)
+            await predecessor.check_vm(self._link, self._name)
+        if request.stdin or request.tty is not None:
+            raise why
+        try:
+            answer = await self._link.perform(processes.run(self._name, wire.request_to_json(request)))
+        except ServerError as error:
+            raise error from why
+        self.protocol.handle((wire.STDOUT, answer["stdout"].encode("utf-8", "surrogateescape")))
+        self.protocol.handle(json.dumps({key: value for key, value in answer.items() if key != "stdout"}))
+
+    def _heed_predecessor(self, request: ExecRequest, version: str) -> None:
+        predecessor.check_request(request, self._link.endpoint.address, version)
+        self.protocol.expect_serial()
 
     async def _resume(self, lost: ConnectionLost) -> None:
         """Make the connection again, or raise *lost*."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from noid.client.channels import Channels, Closed, Message
 from noid.client.errors import ConnectionLost, ServerError
 from noid.client.kept_input import KeptInput
+from noid.client.serial_output import SerialOutput
 from noid.core import wire
 from noid.core.model import Gap
 from noid.errors import DependencyDown, LineageEnded
@@ -52,6 +53,7 @@ class ProcessProtocol:
         self._may_send = False
         self._end_sent = False
         self._size: tuple[int, int] | None = None
+        self._serial: SerialOutput | None = None
 
     @property
     def is_over(self) -> bool:
@@ -88,6 +90,10 @@ class ProcessProtocol:
             channels.send_text(first)
         if self._size is not None:
             channels.send_size(*self._size)
+
+    def expect_serial(self) -> None:
+        """Take what comes for output that came over a serial line, as that of servers before 0.3.0."""
+        self._serial = SerialOutput()
 
     def give(self, data: bytes) -> None:
         """Give the process *data* as input; nothing is its end."""
@@ -135,11 +141,18 @@ class ProcessProtocol:
                 self._handle_text(message)
             case channel, data if channel in (wire.STDOUT, wire.STDERR):
                 self.offset += len(data)
-                self._on_output(channel, data)
+                if self._serial is not None:
+                    data = self._serial.feed(data)
+                if data:
+                    self._on_output(channel, data)
 
     def _handle_text(self, text: str) -> None:
         match wire.reply_from_json(text):
             case wire.ExecResult() as result:
+                if self._serial is not None:
+                    rest, result = self._serial.end(result)
+                    if rest:
+                        self._on_output(wire.STDOUT, rest)
                 self.result = result
             case wire.Started() as started:
                 if self._may_send:

@@ -6,12 +6,19 @@ import contextlib
 from collections.abc import Sequence
 
 from noid.client import http
-from noid.client.calls.call import Reply, refusal
+from noid.client.calls.call import Reply
 from noid.client.channels import Channels, Malformed, Message
 from noid.client.connecting import RECEIVE_BYTES, Connection
-from noid.client.errors import ConnectionFailed, ConnectionLost
+from noid.client.errors import ConnectionFailed, ConnectionLost, ServerTooOld
 from noid.client.link import Link
 from noid.client.waiting import Source, Turns
+
+_UPGRADE_REQUIRED = 426
+_NOT_AS_A_WEBSOCKET = frozenset({400, _UPGRADE_REQUIRED, 500, 501, 502, 503})
+
+
+class NoWebSocket(ConnectionFailed):
+    """Something in between, or a server that has no session left, allows none. Plain requests may get through."""
 
 
 class WebSocket:
@@ -19,11 +26,13 @@ class WebSocket:
 
     Attributes:
         is_deaf: Whether sending failed. What the agent said last is still to be read, and reading finds its end.
+        old_version: That of a server before 0.3.0, see `noid.client.predecessor`; None for others.
     """
 
     def __init__(self, address: str, connection: Connection, channels: Channels, fate: str, turns: Turns) -> None:
         self.channels = channels
         self.is_deaf = False
+        self.old_version: str | None = None
         self._address = address
         self._connection = connection
         self._turns = turns
@@ -46,18 +55,40 @@ class WebSocket:
 
         Raises:
             ConnectionFailed: there is no agent.
-            ServerError: it refused.
+            ServerError: it refused. `ServerTooOld`: it cannot do that.
+            NoWebSocket: there is none to be had, though what is asked for may be.
         """
         upgraded = await http.upgrade(link.endpoint, link.waiting, path)
-        if not isinstance(upgraded, Reply):
-            connection, leftover = upgraded
-            channels = Channels(leftover, plain=plain)
-            return cls(link.endpoint.address, connection, channels, fate, turns or link.waiting.turns())
-        if 200 <= upgraded.status < 300:
-            raise ConnectionFailed(
-                f"{link.endpoint.address} ignored the wish for a WebSocket. Is there a proxy in between?"
-            )
-        raise refusal(link.endpoint.address, upgraded)
+        if isinstance(upgraded, Reply):
+            if 200 <= upgraded.status < 300:
+                raise NoWebSocket(
+                    f"{link.endpoint.address} ignored the wish for a WebSocket. Is there a proxy in between?"
+                )
+            error = await link.refused("GET", path, upgraded)
+            if upgraded.status in _NOT_AS_A_WEBSOCKET and not _is_coded(upgraded):
+                raise NoWebSocket(f"{link.endpoint.address} allows no WebSocket now: {error}") from error
+            raise error
+        connection, leftover, told_its_version = upgraded
+        channels = Channels(leftover, plain=plain)
+        ws = cls(link.endpoint.address, connection, channels, fate, turns or link.waiting.turns())
+        if not told_its_version:
+            try:
+                await ws._know_predecessor(link, path)
+            except BaseException:
+                ws.close()
+                raise
+        return ws
+
+    async def _know_predecessor(self, link: Link, path: str) -> None:
+        """Find out whether it is one, and whether there is anything behind *path* there: it upgrades in any case."""
+        from noid.client import predecessor
+
+        self.old_version = await link.old_version()
+        if self.old_version is None:
+            return
+        if (deed := predecessor.cannot("GET", path)) is not None:
+            raise ServerTooOld(self._address, self.old_version, deed)
+        await predecessor.check_vm(link, predecessor.vm_of(path))
 
     def flush(self) -> None:
         """Send what is unsent, as far as the socket takes it."""
@@ -129,3 +160,12 @@ class WebSocket:
             return list(self.channels.receive(data))
         except Malformed as error:
             raise self.lost(str(error)) from error
+
+
+def _is_coded(reply: Reply) -> bool:
+    """Return whether *reply* is a refusal of this noid-server, which means it."""
+    try:
+        fields = reply.json()
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "code" in fields and reply.status != _UPGRADE_REQUIRED

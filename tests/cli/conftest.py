@@ -31,6 +31,9 @@ PATIENCE_SECS = 20.0
 TOKEN = "noid_tok_" + "ab" * 32
 
 
+_VERSION = b'HTTP/1.1 200 \r\nContent-Length: 36\r\n\r\n{"version":"0.3.0","api_version":1} '
+
+
 @dataclass
 class Request:
     method: str
@@ -161,6 +164,9 @@ class ScriptedAgent:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         while len(body) < int(headers.get("content-length", 0)):
             body += sock.recv(65536)
+        if path == "/version" and ("GET", path) not in self._answers and self._raw is None:
+            sock.sendall(_VERSION)  # which nobody who writes a script wants to know
+            return
         self.requests.append(Request(method, path, headers, body))
         if self._raw is not None:
             sock.sendall(self._raw)
@@ -168,6 +174,7 @@ class ScriptedAgent:
             key = headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
             accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
             lines = ["HTTP/1.1 101 ", "Upgrade: websocket", "Connection: upgrade", f"Sec-WebSocket-Accept: {accept}"]
+            lines.append("X-Noid-Api-Version: 1")
             sock.sendall("\r\n".join([*lines, "", ""]).encode())
             self._exec(Exchange(sock))
         else:

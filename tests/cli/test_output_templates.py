@@ -55,9 +55,10 @@ def test_an_empty_list_is_a_sentence_and_with_json_an_empty_array(noid: Any, age
 
 def test_info_aligns_its_labels(noid: Any, agent: Any) -> None:
     agent.answers("GET", "/v1/vms/web", 200, VM)
-    assert noid("info", "web").stdout.decode() == (
-        "Name:    web\nState:   running\nCPUs:    2\nMemory:  512 MiB\nCreated: 2026-01-02 03:04:05\nReceipt: -\n"
-    )
+    those_of_0_2 = "Name:    web\nState:   running\nCPUs:    2\nMemory:  512 MiB\nCreated: 2026-01-02 03:04:05\n"
+    assert noid("info", "web").stdout.decode() == those_of_0_2
+    agent.answers("GET", "/v1/vms/web", 200, VM | {"receipt": None})
+    assert noid("info", "web").stdout.decode() == those_of_0_2 + "Receipt: -\n"
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ class Call(Generic[AnswerT]):
         body: What JSON can say, or None for no body.
         quick: Whether silence means that the agent is stuck. Work may take minutes.
         understand: Makes the answer of a successful reply; raises `NotNoid` for something noid-server would not say.
+        unsafe_before: What servers before 0.3.0 cannot do although they know the route, in words, and what to do
+            instead: they are not asked.
     """
 
     method: str
@@ -53,6 +55,7 @@ class Call(Generic[AnswerT]):
     understand: Callable[[Reply], AnswerT]
     body: object = None
     quick: bool = True
+    unsafe_before: tuple[str, str] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -8,6 +8,11 @@ from typing import Any
 from noid.client.answers import CheckpointInfo, VmInfo
 from noid.client.calls.call import Call, many, nothing, one, with_query
 
+_LOSES_IT = (
+    "put a VM back in place: it would lose the VM, and answer nobody until it is started anew",
+    "Make a new VM with --as NEW_NAME, and destroy the old one.",
+)
+
 
 def take(name: str, label: str | None = None, *, labels: Mapping[str, str] | None = None) -> Call[CheckpointInfo]:
     """Freeze the running VM *name*; answered when the checkpoint is on disk. *label* is a text, *labels* are words."""
@@ -59,4 +64,11 @@ def restore(
     body: dict[str, Any] = {"checkpoint_id": checkpoint_id} | ({} if new_name is None else {"new_name": new_name})
     if labels:
         body["labels"] = dict(labels)
-    return Call(method="POST", path=f"/v1/vms/{name}/restore", body=body, quick=False, understand=one(VmInfo))
+    return Call(
+        method="POST",
+        path=f"/v1/vms/{name}/restore",
+        body=body,
+        quick=False,
+        understand=one(VmInfo),
+        unsafe_before=_LOSES_IT if new_name is None else None,
+    )

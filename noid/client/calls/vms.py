@@ -21,7 +21,8 @@ def create(
         body["image"] = image
     if labels:
         body["labels"] = dict(labels)
-    return Call(method="POST", path="/v1/vms", body=body, quick=False, understand=one(VmInfo))
+    unsafe = None if image is None else ("choose images", "Its VMs are all made from its own one: leave --image away.")
+    return Call(method="POST", path="/v1/vms", body=body, quick=False, understand=one(VmInfo), unsafe_before=unsafe)
 
 
 def every(labels: Sequence[str] = ()) -> Call[list[VmInfo]]:
