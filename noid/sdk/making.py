@@ -28,9 +28,9 @@ async def made(link: Link, call: Call[AnswerT], unmake: Callable[[AnswerT], Call
     except BaseException:
         with link.waiting.shielded(UNDO_SECS):
             try:
-                there = await _what_became_of(link, call)
+                there = await _what_became_of(link, call)  # noqa: ASYNC102  # shielded and bounded above
                 if there is not None:
-                    await link.perform(unmake(there))
+                    await link.perform(unmake(there))  # noqa: ASYNC102  # shielded and bounded above
             except ConnectionFailed:
                 pass  # no more can be done without a server; why this was cut off is the error
         raise

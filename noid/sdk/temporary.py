@@ -35,7 +35,7 @@ class Temporary:
             return
         with self._link.waiting.shielded(UNDO_SECS):
             try:
-                await self._vm.destroy()
+                await self._vm.destroy()  # noqa: ASYNC102  # shielded and bounded above
             except ServerError as refused:
                 if refused.status != NotFound.status:
                     raise

@@ -129,11 +129,11 @@ class Vm:
         except BaseException:
             with link.waiting.shielded(UNDO_SECS):
                 for vm in copies:
-                    await vm.destroy()
+                    await vm.destroy()  # noqa: ASYNC102  # shielded and bounded above
             raise
         finally:
             with link.waiting.shielded(UNDO_SECS):
-                await link.perform(checkpoint_calls.remove(origin["vm_name"], origin["id"]))
+                await link.perform(checkpoint_calls.remove(origin["vm_name"], origin["id"]))  # noqa: ASYNC102  # the same
         return copies
 
     # --- commands ---------------------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ class Calls:
         visit().reply_headers[REPLAYED_HEADER] = "true"
         if isinstance(earlier, Operation):
             return await self._repeated(earlier)
+        assert isinstance(earlier, Answer)  # noqa: S101  # what else there is was dealt with above
         if earlier.body is None:
             raise Conflict(
                 f"the call with this Idempotency-Key was carried out and answered with {earlier.status}; the answer "
