@@ -8,7 +8,7 @@ import sys
 import click
 
 from noid.cli.options import Group, command, confirmed, with_yes
-from noid.cli.output import printable, show, table
+from noid.cli.output import printable, say, show, table
 from noid.client import servers
 from noid.client.answers import Identity
 from noid.client.settings import choose_endpoint
@@ -56,7 +56,7 @@ def setup(url: str | None, token: str | None, name: str | None) -> None:
     try:
         user = Client(server.url, token=server.token).whoami()
     except NoidError as error:
-        click.echo(f"Warning: could not verify connection to {url}: {error}", err=True)
+        say(f"Warning: could not verify connection to {url}: {error}")
         click.echo("Run `noid current` to see what is saved and `noid whoami` to try again.", err=True)
     text = f"Configuration saved to {path}.\nServer: {url}"
     if user is not None:

@@ -54,8 +54,10 @@ def tell(error: Exception, invocation: Call) -> int:
 
 def complain(text: str) -> None:
     """Write ``Error: `` and *text* to stderr."""
+    from noid.cli.output import harmless
+
     with contextlib.suppress(OSError):
-        click.echo(colours.painted("Error:", "bold red", sys.stderr) + f" {text}", err=True, color=True)
+        click.echo(f"{colours.painted('Error:', 'bold red', sys.stderr)} {harmless(text)}", err=True, color=True)
 
 
 def explained(error: NoidError, invocation: Call) -> str:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import click
 
 from noid.cli.options import call, command
-from noid.cli.output import printable
+from noid.cli.output import printable, say
 from noid.client.errors import ConnectionFailed, ServerError
 from noid.client.event_stream import GAP, Event, EventStream
 from noid.client.link import Link
@@ -114,4 +114,4 @@ def _tell_gap(event: Event) -> None:
 
 def _tell_lost(error: ConnectionFailed | ServerError) -> None:
     if not call().quiet:
-        click.echo(f"{error} Trying again, from where this was.", err=True)
+        say(f"{error} Trying again, from where this was.")

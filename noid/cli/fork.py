@@ -13,7 +13,7 @@ from noid.cli.finishing import Work, one_interruption
 from noid.cli.friendly_names import is_taken
 from noid.cli.labels import given
 from noid.cli.options import Call, call, chosen_name, command, resolved_vm, with_labels, with_name_option
-from noid.cli.output import progress, show
+from noid.cli.output import progress, say, show
 from noid.cli.receipts import lacking_lines
 from noid.client.answers import CheckpointInfo, VmInfo
 from noid.client.calls import checkpoints, vms
@@ -191,13 +191,12 @@ def _remove(invocation: Call, checkpoint: CheckpointInfo) -> None:
         invocation.perform(checkpoints.remove(checkpoint["vm_name"], checkpoint["id"]))
     except ServerTooOld as error:
         with contextlib.suppress(OSError):
-            click.echo(f"warning: checkpoint {checkpoint['id']} stays: {error}", err=True)
+            say(f"warning: checkpoint {checkpoint['id']} stays: {error}")
     except NoidError as error:
         with contextlib.suppress(OSError):
-            click.echo(
+            say(
                 f"warning: checkpoint {checkpoint['id']} is left: {str(error).rstrip('.')}. Remove it with: noid rm "
-                f"{checkpoint['id']}",
-                err=True,
+                f"{checkpoint['id']}"
             )
 
 
@@ -211,6 +210,6 @@ def _show(forks: Forks, source: str, checkpoint: CheckpointInfo | None) -> None:
     value = {"source": source, "vms": made, "failed": failed, "checkpoint": checkpoint}
     show(value, "\n".join(lines), brief="\n".join(vm["name"] for vm in made))
     for text in failed[:FAILURES_SHOWN]:
-        click.echo(f"Error: {text}", err=True)
+        say(f"Error: {text}")
     if len(failed) > FAILURES_SHOWN:
         click.echo(f"Error: {len(failed) - FAILURES_SHOWN} more could not be made.", err=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import click
 
 from noid.cli.options import call, command, resolved_vm, with_name_option
-from noid.cli.output import printable, show
+from noid.cli.output import printable, say, show
 from noid.client import forwarding
 from noid.client.answers import VmInfo
 from noid.client.calls import ports, vms
@@ -193,7 +193,7 @@ def _look_at(name: str) -> None:
     """
     vm = _found(name)
     if vm["state"] != "running":
-        click.echo(f"VM '{name}' is {vm['state']}; connections are refused until it runs.", err=True)
+        say(f"VM '{name}' is {vm['state']}; connections are refused until it runs.")
 
 
 def _tell(name: str, listener: Listening) -> None:

@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-import click
-
+from noid.cli.output import say
 from noid.errors import NoidError
 
 AGAIN_SECS = 2.0
@@ -34,7 +33,7 @@ def passed_on(send: Callable[[str], bool]) -> Iterator[None]:
             if send(signo.name.removeprefix("SIG")):
                 return
         except NoidError as error:
-            click.echo(f"Warning: the command could not be sent {signo.name}: {error}", err=True)
+            say(f"Warning: the command could not be sent {signo.name}: {error}")
         gave_up = True
         os.kill(os.getpid(), signo)
 

@@ -7,7 +7,7 @@ import codecs
 import click
 
 from noid.cli.options import call, command, resolved_vm, with_name_option
-from noid.cli.output import show
+from noid.cli.output import say, show
 from noid.cli.streams import write
 from noid.client import log_stream
 from noid.core import wire
@@ -46,7 +46,7 @@ def logs(name: str | None, log: str, name_option: str | None, follow: bool, tail
             follow=follow,
             on_output=shown.output,
             on_gap=shown.gap,
-            on_notice=lambda text: click.echo(f"\n[{text}]", err=True),
+            on_notice=lambda text: say(f"\n[{text}]"),
         )
     except KeyboardInterrupt:
         return INTERRUPTED

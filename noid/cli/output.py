@@ -32,7 +32,12 @@ def show(value: object, text: str, *, brief: str = "") -> None:
     invocation = call()
     printed = json.dumps(value) if invocation.json else brief if invocation.quiet else text
     if printed:
-        click.echo(printed, color=colours.wanted(sys.stdout))
+        click.echo(harmless(printed, colours_stay=True), color=colours.wanted(sys.stdout))
+
+
+def say(text: str) -> None:
+    """Print *text* on stderr, for people, whatever a server has put into it."""
+    click.echo(harmless(text), err=True)
 
 
 def show_timing(phases: Mapping[str, float], took_secs: float, what: str) -> None:
@@ -94,6 +99,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def harmless(text: str, *, colours_stay: bool = False) -> str:
+    """Return *text* with everything escaped that could do something to a terminal. Lines stay, and colours may."""
+    if text.isprintable():
+        return text
+    import re
+
+    parts = re.split(r"(\x1b\[[0-9;]*m|\n)" if colours_stay else r"(\n)", text)  # every second: what it is split at
+    return "".join(part if number % 2 else printable(part) for number, part in enumerate(parts))
 
 
 def _columns(text: str) -> int:

@@ -21,7 +21,7 @@ from noid.cli.finishing import Work, one_interruption
 from noid.cli.friendly_names import unused
 from noid.cli.new_vm import NewVm
 from noid.cli.options import Call, call
-from noid.cli.output import progress, show_timing
+from noid.cli.output import progress, say, show_timing
 from noid.client.answers import VmInfo
 from noid.client.calls import operations, vms
 from noid.client.errors import ServerError, ServerTooOld
@@ -188,4 +188,4 @@ def _remove(throwaway: Throwaway) -> None:
             problem = f"VM {throwaway.name!r} may still be there. Remove it with: noid destroy {throwaway.name}"
     if problem is not None:
         with contextlib.suppress(OSError):
-            click.echo(f"Error: {problem}", err=True)
+            say(f"Error: {problem}")

@@ -98,8 +98,13 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}. Repair or remove it, or use --local.") from error
+    except UnicodeDecodeError as error:
+        why = f"it is no text (byte {error.start + 1} is not UTF-8)"
+        raise ConfigError(f"cannot read {path}: {why}. Repair or remove it, or use --local.") from error
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror or error}. Repair or remove it, or use --local."
+        ) from error
 
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:

@@ -16,6 +16,13 @@ from noid.client.waiting import Waiting
 from noid.core import paths
 
 CONNECT_FALLBACK_SECS = 2.0
+_NOT_TLS = (
+    "WRONG_VERSION_NUMBER",
+    "UNKNOWN_PROTOCOL",
+    "HTTP_REQUEST",
+    "PACKET_LENGTH_TOO_LONG",
+    "RECORD_LAYER_FAILURE",
+)
 RECEIVE_BYTES = 1 << 17  # more than a TLS record holds: nothing that cannot be waited for stays inside the TLS layer
 
 
@@ -175,8 +182,7 @@ async def _connect_tcp(endpoint: Endpoint, waiting: Waiting) -> socket.socket:
         except OSError as error:  # TimeoutError and ssl.SSLError are among them
             sock.close()
             failures.append(f"{address[0]} port {port}: {_reason(error)}")
-            if getattr(error, "verify_message", None):
-                hint = "If that is its certificate, name a PEM file with it, or with who signed it, in SSL_CERT_FILE."
+            hint = _tls_hint(error) or hint
         except BaseException:
             sock.close()
             raise
@@ -200,7 +206,24 @@ async def _connect_to(sock: socket.socket, address: object, waiting: Waiting, un
 def _reason(error: OSError) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    return getattr(error, "verify_message", None) or error.strerror or str(error)
+    said = getattr(error, "verify_message", None) or getattr(error, "reason", None)  # of TLS
+    if isinstance(said, str) and said:
+        return said.rstrip(".") if " " in said else said.replace("_", " ").lower()
+    return error.strerror or str(error)
+
+
+def _tls_hint(error: OSError) -> str:
+    """Return what to try after *error* of a TLS handshake; nothing for others."""
+    match getattr(error, "verify_code", None):
+        case None:
+            if getattr(error, "reason", None) in _NOT_TLS:
+                return "What listens there does not speak TLS. Is the port right, or is its URL one with http://?"
+            return ""
+        case 9 | 10:  # not valid yet, expired
+            return "Whoever runs the server has to renew its certificate, unless the clock of this machine is wrong."
+        case 62 | 64:  # another name, another address
+            return "Use the name that its certificate is for; or somebody else answers there."
+    return "If that is its certificate, name a PEM file with it, or with who signed it, in SSL_CERT_FILE."
 
 
 def _keep_alive(sock: socket.socket) -> None:

@@ -28,6 +28,8 @@ ANSWER_SECS = 30.0
 HEAD_BYTES_MAX = 65536
 BODY_BYTES_MAX = 64 * 1024 * 1024
 PIECES_BYTES_MAX = 1 << 40
+_BEGINNING = b"HTTP/1."
+_TLS_ALERT = b"\x15\x03"
 
 
 async def request(endpoint: Endpoint, waiting: Waiting, call: Call[Any]) -> Reply:
@@ -197,8 +199,8 @@ def _head(endpoint: Endpoint, method: str, path: str, extra: Mapping[str, str]) 
     return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
 
 
-def _gone(endpoint: Endpoint, error: OSError) -> ConnectionLost:
-    return ConnectionLost(f"{endpoint.address} went away: {error.strerror or error}.")
+def _gone(endpoint: Endpoint, error: OSError, why: str = "") -> ConnectionLost:
+    return ConnectionLost(f"{endpoint.address} went away: {error.strerror or error}{why}.")
 
 
 class Incoming:
@@ -224,11 +226,12 @@ class Incoming:
 
     async def head(self) -> tuple[int, dict[str, str]]:
         """Return status and headers of the next answer that is final."""
+        await self._recognise()
         while True:
             first, *lines = (await self._until(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             version, _, rest = first.partition(" ")
             if not version.startswith("HTTP/1.") or not rest[:3].isdigit():
-                raise ConnectionFailed(f"{self._endpoint.address} does not speak HTTP. Is the port right?")
+                raise self._no_http()
             headers = {
                 name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
             }
@@ -236,6 +239,19 @@ class Incoming:
             status = int(rest[:3])
             if status == 101 or status >= 200:
                 return status, headers
+
+    async def _recognise(self) -> None:
+        """Look at what comes first: who greets in another protocol than HTTP may never end a line of ours."""
+        while (begun := bytes(self._buffer[: len(_BEGINNING)])) != _BEGINNING:
+            if not _BEGINNING.startswith(begun):
+                raise self._no_http()
+            if not await self._receive():
+                return  # whoever reads on finds the end
+
+    def _no_http(self) -> ConnectionFailed:
+        if self._buffer.startswith(_TLS_ALERT):
+            return ConnectionFailed(f"{self._endpoint.address} speaks TLS. Give noid its URL with https://.")
+        return ConnectionFailed(f"{self._endpoint.address} does not speak HTTP. Is the port right?")
 
     async def body(self, method: str, status: int, headers: Mapping[str, str]) -> bytes:
         """Return the body that belongs to that head."""
@@ -325,7 +341,7 @@ class Incoming:
                 f"no answer for {self._silence_secs or 0:.0f} s. Is the server overloaded or a proxy stuck?"
             ) from error
         except OSError as error:
-            raise _gone(self._endpoint, error) from error
+            raise _gone(self._endpoint, error, "" if self._buffer else self._maybe_tls()) from error
         if len(self._buffer) > BODY_BYTES_MAX:
             raise self._broken("an answer of unreasonable length")
         self._buffer += data
@@ -339,7 +355,7 @@ class Incoming:
         return ConnectionLost(f"{self._endpoint.address} sent {what}: it closed the connection{why}.")
 
     def _broken(self, what: str) -> ConnectionFailed:
-        return ConnectionFailed(f"{self._endpoint.address} sent {what}.")
+        return ConnectionFailed(f"{self._endpoint.address} sent {what}" + ("" if what.endswith("?") else "."))
 
 
 def _check_version(headers: Mapping[str, str], endpoint: Endpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from noid.client import connecting
 
 PATIENCE_SECS = 20.0
 
@@ -45,6 +48,47 @@ def tls_agent(agent: Any, certificate: tuple[Path, Path]) -> Iterator[Any]:
 
 def url(agent: Any) -> str:
     return f"https://localhost:{agent.listener.getsockname()[1]}"
+
+
+def made(directory: Path, name: str, *options: str) -> tuple[Path, Path]:
+    cert, key = directory / "cert.pem", directory / "key.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    subject = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    subprocess.run([*make, *subject, *options, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return cert, key
+
+
+def refused(agent: Any, noid: Any, certificate: tuple[Path, Path]) -> str:
+    """Return what is said of a server with that certificate, which is trusted as far as its signature goes."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            sock, _ = listener.accept()
+            with sock, contextlib.suppress(OSError), context.wrap_socket(sock, server_side=True) as secured:
+                secured.recv(1)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        address = f"https://localhost:{listener.getsockname()[1]}"
+        done = noid("--server", address, "list", SSL_CERT_FILE=str(certificate[0]))
+        thread.join(PATIENCE_SECS)
+    assert done.returncode == 1
+    assert done.stderr.count(b"\n") == 1
+    return str(done.stderr.decode())
+
+
+def test_a_certificate_that_is_over_or_for_another_name_is_told_from_one_nobody_vouches_for(
+    noid: Any, agent: Any, tmp_path: Path
+) -> None:
+    expired = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    expired.verify_code, expired.verify_message = 10, "certificate has expired"  # openssl makes none that has
+    assert connecting._reason(expired) == "certificate has expired"
+    assert "has to renew its certificate, unless the clock of this machine is wrong" in connecting._tls_hint(expired)
+    said = refused(agent, noid, made(tmp_path, "other.example", "-days", "2"))
+    assert "Hostname mismatch, certificate is not valid for 'localhost'" in said
+    assert "Use the name that its certificate is for" in said
 
 
 def test_a_trusted_server_is_used_for_requests_and_for_streams_in_both_directions(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from functools import cache
+from types import NoneType
+from typing import Any, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from noid.client.errors import ServerError
 
@@ -106,7 +108,7 @@ def refusal(address: str, reply: Reply) -> ServerError:
     status = reply.status
     try:
         fields = reply.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     match fields:
         case {"error": str(text), **rest}:
@@ -128,10 +130,34 @@ def refusal(address: str, reply: Reply) -> ServerError:
 
 
 def _checked(item: object, shape: type[ShapeT]) -> ShapeT:
-    required: frozenset[str] = getattr(shape, "__required_keys__")  # noqa: B009  # TypedDict's; unknown to type[ShapeT]
-    if not isinstance(item, dict) or not required <= item.keys():
+    if not _is_a(item, shape):
         raise NotNoid
     return cast("ShapeT", item)  # the line above is the check
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Return whether *value*, which JSON said, is what *hint* says: a type of those that TypedDicts of ours are of."""
+    if type(value) is hint or hint is Any:
+        return True
+    if (required := getattr(hint, "__required_keys__", None)) is not None:
+        if not isinstance(value, dict) or not required <= value.keys():
+            return False
+        hints = _hints_of(hint)
+        return all(_is_a(each, hints[key]) for key, each in value.items() if key in hints)
+    arguments = get_args(hint)
+    match get_origin(hint):
+        case origin if origin is list:
+            return isinstance(value, list) and all(_is_a(each, arguments[0]) for each in value)
+        case origin if origin is dict:
+            return isinstance(value, dict) and all(_is_a(each, arguments[1]) for each in value.values())
+        case None:
+            return value is None if hint is NoneType else hint is float and type(value) is int
+    return any(_is_a(value, each) for each in arguments)  # of a union
+
+
+@cache
+def _hints_of(shape: type) -> dict[str, Any]:
+    return get_type_hints(shape)
 
 
 def _decoded(reply: Reply) -> object:
