@@ -41,7 +41,7 @@ class AtTheConsole:
 
     def leaves(self) -> None:
         self.types(DETACH)
-        self.sees(b"Detached. The VM runs on.")
+        self.sees(b"--- Detached ---")
         assert self.running.wait(PATIENCE_SECS) == 0
 
 
@@ -59,7 +59,7 @@ def console(noid: Any, vm: str, *options: str) -> Iterator[AtTheConsole]:
 def test_what_is_typed_at_the_console_runs_and_is_there_when_one_comes_back(noid: Any) -> None:
     noid.create("web")
     with console(noid, "web") as someone:
-        someone.sees(b"Attached to the serial console of 'web'. Leave with Ctrl+].")
+        someone.sees(b"Attached to 'web' serial console.")
         someone.types(b"echo $((6 * 7))ish\r")
         someone.sees(b"\n42ish\r\n")
         someone.leaves()
