@@ -10,7 +10,7 @@ import click
 from noid.cli import terminal, ways_out
 from noid.cli.options import call, command, resolved_vm, with_vm
 from noid.cli.output import show
-from noid.cli.screen import Screen
+from noid.cli.screen import Screen, without_questions
 from noid.cli.streams import write
 from noid.client import console_stream
 from noid.client.leaving import Leaving, WaysOut
@@ -79,9 +79,13 @@ def open_console(
     def on_notice(text: str) -> None:
         _say(f"\n[{text}]", raw=is_terminal)
 
+    def on_history(data: bytes) -> None:
+        on_output(without_questions(data) if is_terminal else data)
+
     with terminal.raw(is_terminal, screen) as wakeup_fd:
         front = console_stream.Front(
             on_output=on_output,
+            on_history=on_history,
             on_notice=on_notice,
             input_fd=None if readonly else terminal.STDIN_FD,
             terminal=Terminal(size=terminal.size, wakeup_fd=wakeup_fd, keys=b"") if is_terminal else None,

@@ -1,4 +1,4 @@
-"""What a guest's program has switched on in the terminal, and what switches it off for whoever uses it next."""
+"""What a guest's program has switched on in the terminal, and what switches it off; and what it asks the terminal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ _ALTERNATE = frozenset((47, 1047, 1049))
 _ON_BY_DEFAULT = frozenset((7, 25))
 _KNOWN = _ALTERNATE | _ON_BY_DEFAULT | {1, 5, 66, 9, 1000, 1001, 1002, 1003, 1004, 1005, 1006, 1015, 1016, 2004, 2026}
 """Cursor keys, colours, keypad, mouse, focus, marks around what is pasted, held drawing."""
+
+
+_QUESTIONS = (
+    rb"\x05|\x1bZ",  # who are you?
+    rb"\x1b\[[?>=]?[0-9;]*[cn]|\x1b\[>[0-9;]*q",  # what are you, and where is the cursor?
+    rb"\x1b\[\??[0-9;]*\$p|\x1b\[[0-9;]*t|\x1b\[\?u",  # how are you set, and how large?
+    rb"\x1bP[$+]q[^\x1b\x07]{0,256}\x1b\\|\x1b\][0-9;]{1,16};\?(?:\x07|\x1b\\)",  # which colours?
+)
+_QUESTION = re.compile(b"|".join(_QUESTIONS))
+
+
+def without_questions(data: bytes) -> bytes:
+    """Return *data* without what a terminal answers: who asked has its answer, and would take another one for keys."""
+    return _QUESTION.sub(b"", data)
 
 
 class Screen:

@@ -39,12 +39,14 @@ class Front:
     Attributes:
         input_fd: Where typing is read; None only watches.
         terminal, leaving: None where there is no terminal.
+        on_history: Gets what was printed before one came, in place of *on_output*.
         on_notice: Gets what is said beside the guest's output.
         on_help: Called when ``~?`` asks for it.
         words_count: Returns whether a prompt may be there, see `Leaving.feed`.
     """
 
     on_output: Callable[[bytes], None]
+    on_history: Callable[[bytes], None]
     on_notice: Callable[[str], None]
     input_fd: int | None
     terminal: Terminal | None = None
@@ -71,10 +73,18 @@ class Watched:
     *lineage* is None where the agent does not tell: then nothing can go on after a loss.
     """
 
-    def __init__(self, on_output: Callable[[bytes], None], on_notice: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        on_output: Callable[[bytes], None],
+        on_notice: Callable[[str], None],
+        on_history: Callable[[bytes], None] | None = None,
+    ) -> None:
         self.lineage: str | None = None
         self.offset = 0
         self._on_output, self._on_notice = on_output, on_notice
+        self._on_history = on_history or on_output
+        self._history = bytearray()
+        self._news_from = 0
 
     def hear(self, message: Message) -> None:
         """Tell what *message* means.
@@ -87,19 +97,34 @@ class Watched:
             case Closed():
                 raise ConnectionLost("the agent ended the console without saying why. The VM is not affected.")
             case (wire.STDOUT, data):
+                old = max(0, min(len(data), self._news_from - self.offset))
                 self.offset += len(data)
-                self._on_output(data)
+                self._history += data[:old]
+                if self.offset >= self._news_from:
+                    self._show_history()
+                if data[old:]:
+                    self._on_output(data[old:])
             case str():
                 match json.loads(message):
-                    case {"log": {"offset": int(offset), "lineage": str(lineage)}}:
+                    case {"log": {"offset": int(offset), "lineage": str(lineage), **rest}}:
+                        if self.lineage is None:  # who comes back has seen nothing of what comes
+                            now = rest.get("now")
+                            self._news_from = now if isinstance(now, int) else 0
                         self.offset, self.lineage = offset, lineage
                     case {"gap": {"start": int(start), "end": int(end)}}:
+                        self._show_history()
                         self.offset = end
                         self._on_notice(f"{end - start} bytes of the console are no longer kept")
                     case {"dropped": {"why": str(why)}}:
                         self._on_notice(why)
                     case {"error": str(error), **rest}:
                         raise ServerError(error, status=0, code=str(rest.get("code", "internal")))
+
+    def _show_history(self) -> None:
+        """Show it in one piece: a control sequence is not cut then."""
+        history, self._history = bytes(self._history), bytearray()
+        if history:
+            self._on_history(history)
 
 
 async def opened(
@@ -148,7 +173,7 @@ def attach(
 class _Attached:
     def __init__(self, link: Link, name: str, front: Front) -> None:
         self._link, self._name, self._front = link, name, front
-        self._watched = Watched(self._show, front.on_notice)
+        self._watched = Watched(self._show, front.on_notice, self._show_history)
         self._ws: WebSocket | None = None
         self._input_fd = front.input_fd
         self._unsent_keys = bytearray()
@@ -276,6 +301,10 @@ class _Attached:
             self._unsent_keys += data[: UNSENT_KEYS_MAX - len(self._unsent_keys)]
         elif data:
             self._ws.channels.send(wire.STDIN, data)
+
+    def _show_history(self, data: bytes) -> None:
+        if self._prelude is None:
+            self._front.on_history(data)
 
     def _show(self, data: bytes) -> None:
         if self._prelude is not None:

@@ -1,7 +1,7 @@
 """Finds in what is typed at a console that its user wants to leave: keys, ``~.`` on a new line, a word like ``exit``.
 
 What is pasted is never taken for that. A terminal says what is pasted if the guest's program asked it to (ESC[200~);
-otherwise a piece that is longer than anybody types is.
+otherwise a piece is that is longer than anybody types between two looks, or goes on behind an Enter.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from enum import Enum, auto
 
 from noid.client.terminal import DetachKeys, parsed_keys
 
-TYPED_BYTES_MAX = 64
+TYPED_BYTES_MAX = 16
+SEQUENCE_BYTES_MAX = 64
 LINE_BYTES_MAX = 256
 _TILDE, _WORDS = "~.", ("exit",)
 _PASTE_BEGINS, _PASTE_ENDS = b"\x1b[200~", b"\x1b[201~"
 _ENTER = b"\r\n"
-_ESC, _CTRL_C, _CTRL_U, _BACKSPACE = 0x1B, 0x03, 0x15, (0x08, 0x7F)
+_ESC, _CTRL_D, _CTRL_U, _BACKSPACE = 0x1B, 0x04, 0x15, (0x08, 0x7F)
+_SIGNALS = (0x03, 0x1A, 0x1C)
+"""Ctrl+C, Ctrl+Z and Ctrl+\\, behind which there is a new prompt."""
 _ANSWER_ENDS = b"RcnxyItOMm"
 """What a control sequence ends with that nobody has typed: positions, states, focus, mouse."""
 
@@ -87,7 +90,10 @@ class Leaving:
         was_pasting = self._is_pasting
         if begins >= 0 or ends >= 0:
             self._is_pasting = begins > ends
-        return was_pasting or self._is_pasting or ends >= 0 or len(data) > TYPED_BYTES_MAX
+        if was_pasting or self._is_pasting or ends >= 0 or len(data) > TYPED_BYTES_MAX:
+            return True
+        goes_on = any(byte in _ENTER for byte in data[:-1])
+        return goes_on and not data.endswith((b"\r~.", b"\n~."))  # the last line of which is what one came for
 
     def _pass(self, data: bytes) -> bytes:
         """Return *data* behind what was held back, none of which was a way out."""
@@ -123,7 +129,7 @@ class _Sequences:
             return _Piece.INSIDE
         is_control = self._begun.startswith(b"[")
         if (not self._begun and byte in b"[O") or (
-            is_control and not 0x40 <= byte <= 0x7E and len(self._begun) < TYPED_BYTES_MAX
+            is_control and not 0x40 <= byte <= 0x7E and len(self._begun) < SEQUENCE_BYTES_MAX
         ):
             self._begun += bytes((byte,))
             return _Piece.INSIDE
@@ -194,9 +200,9 @@ class _Line:
                 self._line = bytearray()
                 if found and at == len(data) - 1:
                     return True
-            elif byte in (_CTRL_C, _CTRL_U):
+            elif byte in (*_SIGNALS, _CTRL_U):
                 self._line = bytearray()
-            elif self._line is None:
+            elif self._line is None or (byte == _CTRL_D and not self._line):
                 continue
             elif byte in _BACKSPACE:
                 del self._line[-1:]

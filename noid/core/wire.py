@@ -160,10 +160,15 @@ def dropped_to_json(count: int, why: str) -> str:
     return json.dumps({"dropped": {"bytes": count, "why": why}}, separators=(",", ":"))
 
 
-def log_start_to_json(offset: int, lineage: str | None = None) -> str:
-    """Return the message a log begins with: the offset of its first byte or gap, and in which life of the VM."""
-    fields = {"offset": offset} | ({} if lineage is None else {"lineage": lineage})
-    return json.dumps({"log": fields}, separators=(",", ":"))
+def log_start_to_json(offset: int, lineage: str | None = None, now: int | None = None) -> str:
+    """Return the message a log begins with: the offset of its first byte or gap, and in which life of the VM.
+
+    *now* is the offset behind the last byte when it was asked for: what comes before that is history.
+    """
+    said = {"offset": offset, "lineage": lineage, "now": now}
+    return json.dumps(
+        {"log": {name: value for name, value in said.items() if value is not None}}, separators=(",", ":")
+    )
 
 
 def log_end_to_json(offset: int) -> str:

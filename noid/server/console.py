@@ -100,7 +100,7 @@ class _Session:
             reader = LogReader(log, start, changes)
             self._touch()
             if lineage is not None:
-                await websocket.send(wire.log_start_to_json(start, lineage))
+                await websocket.send(wire.log_start_to_json(start, lineage, attached_at))
             with self._idle:
                 async with plain_nursery() as nursery:
                     nursery.start_soon(self._relay_input, writes, nursery)

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import pty
-import select
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +18,8 @@ from typing import Any
 import pytest
 from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, TextMessage
+
+from noid.testing.person import Person
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECS = 20.0
@@ -220,6 +215,11 @@ class Noid:
     def start(self, *args: str, **options: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(self.argv(*args), cwd=self.cwd, env=self.env, **options)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the person's shell has exported."""
+        return self.env
+
     def sh(self, script: str) -> subprocess.CompletedProcess[bytes]:
         """Run *script* by bash with ``noid`` in its path: no function, which would be a shell between the two."""
         program = self.home / "bin" / "noid"
@@ -270,52 +270,7 @@ def noid(offline_noid: Noid, agent: ScriptedAgent) -> Noid:
     return offline_noid
 
 
-class Person:
-    """Somebody at a terminal of 100 by 30 in which ``noid`` runs with *arguments*."""
-
-    def __init__(self, noid: Noid, *arguments: str) -> None:
-        self.terminal, self._theirs = pty.openpty()
-        self.resize(100, 30)
-        self.before = termios.tcgetattr(self._theirs)
-        fd = self._theirs
-        self.running = noid.start(*arguments, stdin=fd, stdout=fd, stderr=fd, start_new_session=True)
-        self.seen = b""
-
-    def sees(self, wanted: bytes) -> bytes:
-        """Wait for *wanted* and return everything up to it."""
-        deadline = time.monotonic() + PATIENCE_SECS
-        while wanted not in self.seen:
-            assert select.select([self.terminal], [], [], max(deadline - time.monotonic(), 0))[0], self.seen
-            self.seen += os.read(self.terminal, 4096)
-        found, _, self.seen = self.seen.partition(wanted)
-        return found
-
-    def types(self, keys: bytes) -> None:
-        os.write(self.terminal, keys)
-
-    def resize(self, columns: int, rows: int) -> None:
-        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
-
-    def has_the_terminal_back(self) -> bool:
-        return termios.tcgetattr(self._theirs) == self.before
-
-    def close(self) -> None:
-        self.running.kill()
-        self.running.wait(PATIENCE_SECS)
-        os.close(self._theirs)
-        os.close(self.terminal)
-
-
-@contextlib.contextmanager
-def _at_a_terminal(noid: Noid, *arguments: str) -> Iterator[Person]:
-    someone = Person(noid, *arguments)
-    try:
-        yield someone
-    finally:
-        someone.close()
-
-
 @pytest.fixture
-def person() -> Callable[..., contextlib.AbstractContextManager[Person]]:
+def person() -> Callable[..., Person]:
     """Put somebody in front of a terminal in which the command runs with the arguments given."""
-    return _at_a_terminal
+    return Person.typing
