@@ -67,9 +67,11 @@ def test_what_there_is_not_is_404_and_says_what_to_do(noid: House) -> None:
     for words in (["info"], ["destroy"], ["checkpoint"], ["checkpoints"]):
         assert noid(*words, "nobody").complaint == NOBODY
     assert noid("exec", "nobody", "--", "true").complaint == NOBODY
-    for checkpoint in ("0123456789abcdef", "nonsense", "../../etc"):
+    said = noid("restore", "web", "0123456789abcdef").complaint
+    assert said.startswith("server error (404): checkpoint"), said
+    for checkpoint in ("nonsense", "../../etc"):  # a label, or the beginning of an id
         said = noid("restore", "web", checkpoint).complaint
-        assert said.startswith("server error (404): checkpoint"), said
+        assert said.startswith(f"checkpoint '{checkpoint}' not found: VM 'web' has none with that id"), said
     said = noid("create", "x", "--mem", "96", "--image", "nope").complaint
     assert said.startswith("server error (404): there is no image 'nope' (there is: tiny). Make one with")
     assert noid.states() == {"web": "running"}
