@@ -82,7 +82,8 @@ def environment_with(wheel: Path, place: Path, extra: str) -> Run:
         pytest.skip(f"no package registry can be reached: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("NOID_", "PYTHON"))}
-    environment |= {"HOME": str(place), "NOID_DATA_DIR": str(place / "data")}
+    elsewhere = [part for part in os.get_exec_path() if not Path(part, "noid-server").exists()]  # it would be used
+    environment |= {"HOME": str(place), "NOID_DATA_DIR": str(place / "data"), "PATH": os.pathsep.join(elsewhere)}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         argv = [str(python.with_name(words[0])), *words[1:]]
