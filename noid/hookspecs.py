@@ -21,7 +21,8 @@ from noid.core.backends import (
     StorageBackend,
     VmmBackend,
 )
-from noid.core.model import NetLease, User, VmSpec
+from noid.core.model.users import User
+from noid.core.model.vms import NetLease, VmSpec
 
 hookspec = pluggy.HookspecMarker("noid")
 hookimpl = pluggy.HookimplMarker("noid")

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from noid.core.backends import FreezePlan, Machine, StorageFeatures
-from noid.core.model import DiskUsage, FrozenDisk, Volume
+from noid.core.model.storage import DiskUsage, FrozenDisk, Volume
 from noid.errors import BackendError, Damaged, Incompatible
 from noid.hostfs import clone_file, extent_bytes, os_errors, reflink, write_out
 

@@ -22,7 +22,7 @@ from noid.client import exec_stream
 from noid.client.copying import Copying
 from noid.client.files import GuestPath
 from noid.client.settings import Endpoint
-from noid.core.model import ExecRequest
+from noid.core.model.processes import ExecRequest
 
 GUEST_FILE = "/tmp/noid-bench"  # noqa: S108  # in a guest that has no other user
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from noid.client import exec_stream
 from noid.client.settings import Endpoint
-from noid.core.model import ExecRequest
+from noid.core.model.processes import ExecRequest
 from noid.errors import BackendError
 
 SERVER_GROWTH_KIB_MAX = 16 * 1024

@@ -16,7 +16,8 @@ from typing import Any
 
 import trio
 
-from noid.core.model import FrozenDisk, Vm
+from noid.core.model.storage import FrozenDisk
+from noid.core.model.vms import Vm
 from noid.core.outcomes import Outcome
 from noid_bench.floors import BareMachine, Pattern
 from noid_bench.report import Figure

@@ -17,7 +17,9 @@ from noid.core.agent import Agent
 from noid.core.config import Backends, Config
 from noid.core.images import Images
 from noid.core.layout import Layout
-from noid.core.model import ExecRequest, Gap, ProcessExit, User, Vm, VmSpec
+from noid.core.model.processes import ExecRequest, Gap, ProcessExit
+from noid.core.model.users import User
+from noid.core.model.vms import Vm, VmSpec
 from noid.core.opening import open_agent
 from noid.core.plugins import Plugins
 from noid.errors import BackendError, Conflict, NotFound

@@ -18,18 +18,9 @@ import click
 import trio
 
 from noid.core.backends import AgentContext, AuthBackend, BackendSpec, Event
-from noid.core.model import (
-    DEFAULT_TOKEN,
-    TOKEN_SCOPES,
-    Credentials,
-    Grant,
-    NetLease,
-    Scope,
-    TokenInfo,
-    User,
-    VmSpec,
-    now,
-)
+from noid.core.model.times import now
+from noid.core.model.users import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, TokenInfo, User
+from noid.core.model.vms import NetLease, VmSpec
 from noid.errors import Conflict, Damaged, InvalidRequest, NotFound, Unauthenticated
 from noid.hookspecs import hookimpl
 from noid.hostfs import os_errors

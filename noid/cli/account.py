@@ -8,7 +8,7 @@ from noid.cli.options import call, command
 from noid.cli.output import printable, show
 from noid.client.calls import account
 from noid.client.settings import active_vm, set_active_vm
-from noid.core.model import checked_name
+from noid.core.model.names import checked_name
 
 
 @command(examples="noid whoami")

@@ -24,7 +24,7 @@ from noid.client.answers import VmInfo
 from noid.client.calls import checkpoints as calls
 from noid.client.errors import ServerError
 from noid.client.settings import active_vm
-from noid.core.model import checked_name
+from noid.core.model.names import checked_name
 from noid.errors import Conflict, NoidError, NotFound
 
 

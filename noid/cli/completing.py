@@ -181,7 +181,7 @@ def _signals(_: click.Context) -> Iterable[Choice]:
 def _meant_vm(ctx: click.Context) -> str | None:
     """Return the VM that was named before the word, else the one of this directory, if it can be one."""
     from noid.client.settings import active_vm
-    from noid.core.model import checked_name
+    from noid.core.model.names import checked_name
 
     words = ctx.params.get("words") or ()
     name = ctx.params.get("name_option") or ctx.params.get("name") or (words[0] if words else None)

@@ -16,7 +16,7 @@ from noid.client import console_stream
 from noid.client.leaving import Leaving, WaysOut
 from noid.client.terminal import Terminal
 from noid.core import wire
-from noid.core.model import checked_env
+from noid.core.model.processes import checked_env
 from noid.errors import InvalidRequest
 
 INTERRUPTED = 130

@@ -15,7 +15,7 @@ from noid.cli.output import printable, show
 from noid.client.copying import Copying
 from noid.client.files import GuestPath
 from noid.client.unpacking import Limits
-from noid.core.model import checked_name
+from noid.core.model.names import checked_name
 
 STDIN_FD, STDOUT_FD = 0, 1
 PARTIAL = 1

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from noid.core.model import checked_env
+from noid.core.model.processes import checked_env
 from noid.errors import InvalidRequest
 
 FILE_BYTES_MAX = 4 << 20

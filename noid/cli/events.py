@@ -15,7 +15,7 @@ from noid.client.errors import ConnectionFailed, ServerError
 from noid.client.event_stream import GAP, Event, EventStream
 from noid.client.link import Link
 from noid.client.waiting import Blocking, finished
-from noid.core.model import checked_name
+from noid.core.model.names import checked_name
 
 INTERRUPTED = 130
 EVERYTHING = "0"

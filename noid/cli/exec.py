@@ -25,7 +25,7 @@ from noid.client.calls import processes
 from noid.client.errors import ServerTooOld
 from noid.client.terminal import Terminal
 from noid.core import wire
-from noid.core.model import ExecRequest, TerminalSize, checked_argv
+from noid.core.model.processes import ExecRequest, TerminalSize, checked_argv
 from noid.errors import InvalidRequest
 
 TIMED_OUT = 124

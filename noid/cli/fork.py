@@ -19,7 +19,7 @@ from noid.client.answers import CheckpointInfo, VmInfo
 from noid.client.calls import checkpoints, vms
 from noid.client.errors import ServerError, ServerTooOld
 from noid.client.settings import active_vm
-from noid.core.model import NAME_LENGTH_MAX, checked_name
+from noid.core.model.names import NAME_LENGTH_MAX, checked_name
 from noid.errors import NoidError
 
 LABEL = "noid.fork"

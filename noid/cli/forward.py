@@ -20,7 +20,7 @@ from noid.client.forwarding import Forward, Forwarder, Listening
 from noid.client.link import Link
 from noid.client.port_stream import LocalGone, PipeEnd, PortStream, relay
 from noid.client.waiting import Blocking, finished
-from noid.core.model import LOCALHOST, checked_port
+from noid.core.model.connections import LOCALHOST, checked_port
 from noid.errors import Conflict, InvalidRequest, NoidError, NotFound
 
 INTERRUPTED = 130

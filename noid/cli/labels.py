@@ -23,7 +23,7 @@ def given(texts: Sequence[str]) -> dict[str, str]:
         click.UsageError: one is something else.
         InvalidRequest: no thing can have them.
     """
-    from noid.core.model import checked_labels
+    from noid.core.model.names import checked_labels
 
     labels = {}
     for text in texts:

@@ -286,7 +286,7 @@ def chosen_name(name: str | None, name_option: str | None) -> str | None:
         click.UsageError: two different ones.
         InvalidRequest: it is no name.
     """
-    from noid.core.model import checked_name
+    from noid.core.model.names import checked_name
 
     if name is not None and name_option is not None and name != name_option:
         raise click.UsageError(f"two VMs are named: {name!r} and {name_option!r}.")
@@ -302,7 +302,7 @@ def resolved_vm(name: str | None, name_option: str | None) -> str:
         InvalidRequest: it is no name.
     """
     from noid.client.settings import active_vm
-    from noid.core.model import checked_name
+    from noid.core.model.names import checked_name
 
     chosen = chosen_name(name, name_option)
     if chosen is not None:

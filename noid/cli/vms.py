@@ -114,7 +114,7 @@ def rename(words: tuple[str, ...], name_option: str | None) -> None:
 
     Its guest is told when it starts the next time. A directory whose VM it is (`noid use`) goes on meaning it.
     """
-    from noid.core.model import checked_name
+    from noid.core.model.names import checked_name
 
     if not 1 <= len(words) <= 2:
         raise click.UsageError("Give the VM's new name, and before it the one it has: noid rename web www")

@@ -17,7 +17,7 @@ from noid.client.settings import Endpoint
 from noid.client.terminal import DetachKeys, Terminal
 from noid.client.waiting import Blocking, finished
 from noid.core import wire
-from noid.core.model import ExecRequest
+from noid.core.model.processes import ExecRequest
 
 
 @dataclass(slots=True, kw_only=True)

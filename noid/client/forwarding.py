@@ -15,7 +15,7 @@ from noid.client.link import Link
 from noid.client.port_stream import LocalGone, PortStream, SocketEnd, relay
 from noid.client.settings import Endpoint
 from noid.client.waiting import Blocking, finished
-from noid.core.model import LOCALHOST, checked_host, checked_port
+from noid.core.model.connections import LOCALHOST, checked_host, checked_port
 from noid.errors import Conflict, InvalidRequest, NoidError
 
 LOOPBACK = ("127.0.0.1", "::1")

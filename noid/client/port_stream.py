@@ -21,7 +21,7 @@ from noid.client.link import Link
 from noid.client.waiting import Source, Turns
 from noid.client.websocket import WebSocket
 from noid.core import wire
-from noid.core.model import LOCALHOST
+from noid.core.model.connections import LOCALHOST
 
 HELD_BYTES_MAX = 256 << 10
 _READ_BYTES = 60 << 10  # a little less than two frames of the guest's channel, with what that adds: never a tiny third

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from noid.client.calls import vms
 from noid.client.errors import ServerError, ServerTooOld
-from noid.core.model import LOG_BYTES, ExecRequest
+from noid.core.model.processes import LOG_BYTES, ExecRequest
 from noid.errors import Conflict
 
 if TYPE_CHECKING:

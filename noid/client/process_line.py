@@ -15,7 +15,7 @@ from noid.client.process_protocol import Broken, ProcessProtocol
 from noid.client.waiting import Source
 from noid.client.websocket import NoWebSocket, WebSocket
 from noid.core import wire
-from noid.core.model import ExecRequest
+from noid.core.model.processes import ExecRequest
 from noid.errors import DeadlineExceeded
 
 RESULT_GRACE_SECS = 10.0

@@ -13,7 +13,7 @@ from noid.client.errors import ConnectionLost, ServerError
 from noid.client.kept_input import KeptInput
 from noid.client.serial_output import SerialOutput
 from noid.core import wire
-from noid.core.model import Gap
+from noid.core.model.processes import Gap
 from noid.errors import DependencyDown, LineageEnded
 
 

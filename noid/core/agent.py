@@ -17,7 +17,10 @@ from noid.core.config import Config
 from noid.core.guests import Guests
 from noid.core.keys import Keys
 from noid.core.listing import ALL, Wanted
-from noid.core.model import Checkpoint, User, Vm, VmSpec, checked_labels, checked_name
+from noid.core.model.names import checked_labels, checked_name
+from noid.core.model.storage import Checkpoint
+from noid.core.model.users import User
+from noid.core.model.vms import Vm, VmSpec
 from noid.core.operations import Operations
 from noid.core.outcomes import Outcome
 from noid.core.performing import Performer

@@ -15,7 +15,8 @@ from datetime import datetime
 
 import trio
 
-from noid.core.model import Caller, now
+from noid.core.model.times import now
+from noid.core.model.users import Caller
 from noid.core.redaction import hidden
 from noid.core.store import Store, Tx
 from noid.errors import NoidError, NoSpace

@@ -16,30 +16,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
-from noid.core.model import (
-    DEFAULT_TOKEN,
-    TOKEN_SCOPES,
-    ConnectRequest,
-    Credentials,
-    DiskUsage,
-    ExecRequest,
-    FileTransfer,
-    FrozenDisk,
-    Gap,
-    Grant,
-    GuestProcessInfo,
-    Identity,
-    NetLease,
-    OutputChunk,
-    ProcessExit,
-    ProcessRef,
-    Receipt,
-    Scope,
-    TerminalSize,
-    TokenInfo,
-    User,
-    Volume,
-)
+from noid.core.model.connections import ConnectRequest
+from noid.core.model.files import FileTransfer
+from noid.core.model.processes import ExecRequest, Gap, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize
+from noid.core.model.storage import DiskUsage, FrozenDisk, Volume
+from noid.core.model.users import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, TokenInfo, User
+from noid.core.model.vms import Identity, NetLease, ProcessRef, Receipt
 
 B_co = TypeVar("B_co", covariant=True)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from noid.core.agent import Agent
-from noid.core.model import User, Vm
+from noid.core.model.users import User
+from noid.core.model.vms import Vm
 
 
 async def vm_after(agent: Agent, user: User, name: str, generation: int) -> Vm:

@@ -17,7 +17,9 @@ import trio
 from noid import hostfs
 from noid.core import deeds
 from noid.core import manifest as manifests
-from noid.core.model import Checkpoint, Vm, checked_label, checked_labels
+from noid.core.model.names import checked_label, checked_labels
+from noid.core.model.storage import Checkpoint
+from noid.core.model.vms import Vm
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.work import Work, given

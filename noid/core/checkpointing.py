@@ -16,7 +16,10 @@ from noid.core.backends import FreezePlan
 from noid.core.ids import new_checkpoint_id
 from noid.core.machines import GOLDEN
 from noid.core.manifest import Manifest
-from noid.core.model import Checkpoint, Vm, VmState, checked_label, checked_labels, now
+from noid.core.model.names import checked_label, checked_labels
+from noid.core.model.storage import Checkpoint
+from noid.core.model.times import now
+from noid.core.model.vms import Vm, VmState
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.work import Work, given

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from noid.core import changing, checkpointing, discarding, states
 from noid.core.changing import NO_LABELS
 from noid.core.listing import ALL, Wanted
-from noid.core.model import Checkpoint, User, checked_name
+from noid.core.model.names import checked_name
+from noid.core.model.storage import Checkpoint
+from noid.core.model.users import User
 from noid.core.outcomes import Outcome
 from noid.core.performing import Performer
 from noid.core.services import Services

@@ -16,7 +16,7 @@ import trio
 from noid.core.backends import Machine
 from noid.core.filewatch import FileWatches
 from noid.core.logs import FileLog, LogReader
-from noid.core.model import Gap
+from noid.core.model.processes import Gap
 from noid.core.waiting import plain_nursery
 from noid.errors import BackendError, DependencyDown
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from noid import hostfs
 from noid.core.layout import Layout
-from noid.core.model import NetLease, ProcessRef, Receipt, ReceiptItem, User, Vm, VmState
+from noid.core.model.users import User
+from noid.core.model.vms import NetLease, ProcessRef, Receipt, ReceiptItem, Vm, VmState
 from noid.core.store import Store, Tx
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import trio
 
 from noid import hostfs
 from noid.core.agent import Agent
-from noid.core.model import User
+from noid.core.model.users import User
 from noid.core.store import Tx
 from noid.errors import Busy, InvalidRequest, NotFound
 

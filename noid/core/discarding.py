@@ -17,7 +17,7 @@ import trio
 
 from noid import hostfs
 from noid.core import manifest as manifests
-from noid.core.model import Checkpoint
+from noid.core.model.storage import Checkpoint
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.work import Work, given

@@ -15,7 +15,7 @@ import trio
 
 from noid.core.backends import Event, MachineExit
 from noid.core.events import Events
-from noid.core.model import Vm, VmState
+from noid.core.model.vms import Vm, VmState
 from noid.core.operations import Operations
 from noid.core.store import Store, Tx
 from noid.errors import Busy, Conflict, NoidError

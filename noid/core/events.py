@@ -16,7 +16,7 @@ from datetime import datetime
 import trio
 
 from noid.core.backends import Event
-from noid.core.model import now
+from noid.core.model.times import now
 from noid.core.plugins import Plugins
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import trio
 
 from noid.core.backends import Guest, Process
-from noid.core.model import FileTransfer, Gap, OutputChunk, ProcessExit
+from noid.core.model.files import FileTransfer
+from noid.core.model.processes import Gap, OutputChunk, ProcessExit
 from noid.core.waiting import plain_nursery
 from noid.errors import BackendError, Conflict, Denied, DependencyDown, InvalidRequest, NoidError, NoSpace, NotFound
 

@@ -14,7 +14,7 @@ from noid import hostfs
 from noid.core import manifest as manifests
 from noid.core.backends import Capture, FreezePlan, Machine, StorageBackend
 from noid.core.manifest import Manifest
-from noid.core.model import FrozenDisk
+from noid.core.model.storage import FrozenDisk
 from noid.errors import DependencyDown
 
 RESUME_SECS = 10.0

@@ -11,7 +11,12 @@ import trio
 from noid.core import states, tunnels
 from noid.core.backends import Guest, GuestConnection
 from noid.core.console import Console
-from noid.core.model import ConnectRequest, ExecRequest, User, Vm, checked_name, wire_time
+from noid.core.model.connections import ConnectRequest
+from noid.core.model.names import checked_name
+from noid.core.model.processes import ExecRequest
+from noid.core.model.times import wire_time
+from noid.core.model.users import User
+from noid.core.model.vms import Vm
 from noid.core.services import Services
 from noid.core.session import Session
 from noid.core.sessions import Sessions

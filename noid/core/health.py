@@ -15,7 +15,7 @@ from typing import Protocol
 import trio
 
 from noid.core.backends import Guest
-from noid.core.model import now
+from noid.core.model.times import now
 from noid.errors import NoidError
 
 logger = logging.getLogger(__name__)

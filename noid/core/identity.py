@@ -6,7 +6,7 @@ import dataclasses
 import secrets
 import time
 
-from noid.core.model import Identity, NetLease, Receipt, ReceiptItem, WakeReason
+from noid.core.model.vms import Identity, NetLease, Receipt, ReceiptItem, WakeReason
 
 ENTROPY_BYTES = 64
 VM_GENERATION_ID = "vm-generation-id"

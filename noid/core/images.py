@@ -34,7 +34,9 @@ from noid.core.guestbuild import ext4
 from noid.core.guestbuild.cache import locked
 from noid.core.guestbuild.modules import Module, boot_modules, initrd_files
 from noid.core.guestbuild.vmlinux import KernelFile, unwrapped
-from noid.core.model import DEFAULT_READY, Image, checked_name, now
+from noid.core.model.images import DEFAULT_READY, Image
+from noid.core.model.names import checked_name
+from noid.core.model.times import now
 from noid.errors import BackendError, Conflict, Damaged, InvalidRequest, NotFound
 
 logger = logging.getLogger(__name__)

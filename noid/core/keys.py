@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import trio
 
-from noid.core.model import User, now
+from noid.core.model.times import now
+from noid.core.model.users import User
 from noid.core.outcomes import Operation
 from noid.core.performing import KEPT, Performer
 from noid.core.store import Store, Tx

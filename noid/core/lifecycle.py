@@ -27,7 +27,9 @@ from noid.core.machines import (
     release_network,
     remove_directories,
 )
-from noid.core.model import Checkpoint, Vm, VmState, now
+from noid.core.model.storage import Checkpoint
+from noid.core.model.times import now
+from noid.core.model.vms import Vm, VmState
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.work import Work, given

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
 
-from noid.core.model import VmState
+from noid.core.model.vms import VmState
 
 Position = tuple[str, str]
 """Where a thing is in a list that is sorted by age: when it was made, in a text that sorts like the time, and its id.

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from noid.core.filewatch import Changes, FileWatches
-from noid.core.model import Gap
+from noid.core.model.processes import Gap
 from noid.errors import NotFound
 from noid.hostfs import os_errors
 

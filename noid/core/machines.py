@@ -18,7 +18,7 @@ from noid import hostfs
 from noid.core import processes
 from noid.core.backends import RestorePlan
 from noid.core.identity import judged, new_identity
-from noid.core.model import Identity, Receipt, WakeReason
+from noid.core.model.vms import Identity, Receipt, WakeReason
 from noid.core.saga import Facts, Step
 from noid.core.templates import verified
 from noid.core.waiting import console_tail, until_it_ends

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from noid.core.model import FrozenDisk
+from noid.core.model.storage import FrozenDisk
 from noid.errors import Damaged, Incompatible, NotFound
 
 FORMAT = 1

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from noid.core.model import Checkpoint, Vm
+from noid.core.model.storage import Checkpoint
+from noid.core.model.vms import Vm
 from noid.errors import NoidError
 
 

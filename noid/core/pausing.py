@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from noid.core import deeds
-from noid.core.model import Vm, VmState
+from noid.core.model.vms import Vm, VmState
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.supervisor import Live

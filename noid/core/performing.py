@@ -17,7 +17,9 @@ import trio
 from noid.core import calls, journal, saga
 from noid.core.backends import Event
 from noid.core.calls import Call
-from noid.core.model import User, Vm, VmSpec, now
+from noid.core.model.times import now
+from noid.core.model.users import User
+from noid.core.model.vms import Vm, VmSpec
 from noid.core.operations import Operations
 from noid.core.outcomes import Operation, OperationState, Outcome
 from noid.core.records import to_json

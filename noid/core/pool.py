@@ -15,7 +15,8 @@ import os
 import trio
 
 from noid.core import lifecycle, machines
-from noid.core.model import ExecRequest, ProcessExit, VmSpec
+from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.vms import VmSpec
 from noid.core.operations import Operations
 from noid.core.services import Services
 from noid.core.templates import GUEST_NAME, Templates

@@ -16,7 +16,8 @@ from noid.core import deeds, pausing, processes
 from noid.core import manifest as manifests
 from noid.core.backends import LaunchPlan
 from noid.core.machines import end_machine, lease_network, wake_because
-from noid.core.model import ExecRequest, ProcessExit, Vm, VmSpec, VmState, WakeReason
+from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.vms import Vm, VmSpec, VmState, WakeReason
 from noid.core.saga import Facts, Saga, Step
 from noid.core.store import Tx
 from noid.core.supervisor import Live

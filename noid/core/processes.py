@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from noid.core.model import ProcessRef
+from noid.core.model.vms import ProcessRef
 
 _KILL_SECS = 10
 

@@ -22,7 +22,7 @@ from typing import Any
 import trio
 
 from noid import hostfs
-from noid.core.model import Gap, OutputChunk
+from noid.core.model.processes import Gap, OutputChunk
 from noid.errors import Damaged
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from noid.core.filewatch import Changes
 from noid.core.logs import LogExtent, LogPiece
-from noid.core.model import Gap, Vm
+from noid.core.model.processes import Gap
+from noid.core.model.vms import Vm
 from noid.core.session import Session
 from noid.core.sessions import Sessions
 from noid.core.vmlogs import LogInfo

@@ -15,7 +15,8 @@ import trio
 from noid import hostfs
 from noid.core.config import LimitsConfig, QuotaConfig
 from noid.core.layout import Layout
-from noid.core.model import User, Vm
+from noid.core.model.users import User
+from noid.core.model.vms import Vm
 from noid.core.store import Store, Tx
 from noid.errors import InvalidRequest, QuotaExceeded
 

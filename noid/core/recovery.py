@@ -21,7 +21,10 @@ from noid import hostfs
 from noid.core import changing, checkpointing, deeds, discarding, lifecycle, pausing, power, processes, saga
 from noid.core import manifest as manifests
 from noid.core.backends import Machine, MachinePlan
-from noid.core.model import Checkpoint, User, Vm, VmState, now
+from noid.core.model.storage import Checkpoint
+from noid.core.model.times import now
+from noid.core.model.users import User
+from noid.core.model.vms import Vm, VmState
 from noid.core.performing import REMEMBERED, Performance
 from noid.core.saga import Journal, Saga
 from noid.core.services import Services

@@ -9,7 +9,9 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Protocol
 
-from noid.core.model import Checkpoint, NetLease, ProcessRef, Receipt, ReceiptItem, User, Vm, VmState
+from noid.core.model.storage import Checkpoint
+from noid.core.model.users import User
+from noid.core.model.vms import NetLease, ProcessRef, Receipt, ReceiptItem, Vm, VmState
 
 VMS_REMEMBERED = 2048
 """So many of the latest VMs seen are not read from JSON, or put into it, again."""

@@ -16,7 +16,8 @@ import trio
 
 from noid.core.backends import Process
 from noid.core.filewatch import Changes
-from noid.core.model import Gap, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize, now
+from noid.core.model.processes import Gap, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize
+from noid.core.model.times import now
 from noid.core.processlog import ProcessLog
 from noid.errors import BackendError, DependencyDown, InvalidRequest, LineageEnded, NoidError
 

@@ -8,7 +8,7 @@ import trio
 
 from noid.core.backends import MachineExit
 from noid.core.layout import Layout
-from noid.core.model import Vm
+from noid.core.model.vms import Vm
 from noid.core.supervisor import Live
 from noid.core.vmsessions import VmSessions
 from noid.errors import DependencyDown, LineageEnded

@@ -9,7 +9,9 @@ from datetime import datetime
 import trio
 
 from noid.core.listing import ALL, Wanted
-from noid.core.model import User, Vm, checked_name
+from noid.core.model.names import checked_name
+from noid.core.model.users import User
+from noid.core.model.vms import Vm
 from noid.core.operations import Operations
 from noid.core.rows import VMS_REMEMBERED
 from noid.core.store import Store

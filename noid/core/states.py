@@ -13,7 +13,7 @@ one, so the VM stays what it was until the new one takes its place.
 
 from __future__ import annotations
 
-from noid.core.model import VmState
+from noid.core.model.vms import VmState
 from noid.errors import Conflict
 
 _S = VmState

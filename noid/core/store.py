@@ -23,7 +23,10 @@ import trio
 from sqlite_utils import Database
 
 from noid.core.listing import ALL, Wanted
-from noid.core.model import Checkpoint, User, Vm, VmState, now
+from noid.core.model.storage import Checkpoint
+from noid.core.model.times import now
+from noid.core.model.users import User
+from noid.core.model.vms import Vm, VmState
 from noid.core.rereading import Rereader
 from noid.core.reserve import Reserve
 from noid.core.rows import checkpoint_of, encode, text_of, user_of, vm_of, vm_row

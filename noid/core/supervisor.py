@@ -16,7 +16,7 @@ from noid.core.backends import ExecBackend, Guest, Machine, MachineExit
 from noid.core.console import CONSOLE_LOG, Console
 from noid.core.filewatch import FileWatches
 from noid.core.health import Health
-from noid.core.model import Vm
+from noid.core.model.vms import Vm
 from noid.core.waiting import plain_nursery
 from noid.errors import BackendError, ConfigError, DependencyDown, NoidError
 

@@ -7,7 +7,9 @@ import logging
 import trio
 
 from noid.core import pausing, power, states
-from noid.core.model import User, Vm, VmState, checked_name
+from noid.core.model.names import checked_name
+from noid.core.model.users import User
+from noid.core.model.vms import Vm, VmState
 from noid.core.outcomes import Outcome
 from noid.core.performing import Performer
 from noid.core.saga import Facts, Saga

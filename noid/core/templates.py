@@ -21,7 +21,11 @@ from noid.core.backends import LaunchPlan, Machine
 from noid.core.identity import new_identity
 from noid.core.ids import new_id, new_instance
 from noid.core.manifest import Manifest
-from noid.core.model import ExecRequest, FrozenDisk, Image, NetLease, ProcessExit, VmSpec, now
+from noid.core.model.images import Image
+from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.storage import FrozenDisk
+from noid.core.model.times import now
+from noid.core.model.vms import NetLease, VmSpec
 from noid.core.services import Services
 from noid.core.waiting import console_tail, until_it_ends
 from noid.errors import Damaged, DeadlineExceeded, Incompatible, NoidError, NotFound

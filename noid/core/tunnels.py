@@ -14,7 +14,7 @@ import trio
 
 from noid.core.backends import Guest, GuestConnection
 from noid.core.config import LimitsConfig
-from noid.core.model import ConnectRequest
+from noid.core.model.connections import ConnectRequest
 from noid.errors import DeadlineExceeded, TooManyRequests
 
 CONNECT_SECS = 15.0

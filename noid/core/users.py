@@ -16,17 +16,9 @@ from noid.core.audit import AuditEntry, AuditLog
 from noid.core.backends import AgentContext, AuthBackend
 from noid.core.config import Config
 from noid.core.ids import new_id
-from noid.core.model import (
-    DEFAULT_TOKEN,
-    TOKEN_SCOPES,
-    Caller,
-    Credentials,
-    Scope,
-    TokenInfo,
-    User,
-    checked_name,
-    now,
-)
+from noid.core.model.names import checked_name
+from noid.core.model.times import now
+from noid.core.model.users import DEFAULT_TOKEN, TOKEN_SCOPES, Caller, Credentials, Scope, TokenInfo, User
 from noid.core.plugins import Plugins
 from noid.core.store import Store, open_store
 from noid.errors import InvalidRequest, NoidError, NotFound, Unauthenticated

@@ -8,7 +8,7 @@ from typing import Protocol
 from noid.core.console import CONSOLE_LOG
 from noid.core.layout import Layout
 from noid.core.logs import FileLog, Log, LogExtent
-from noid.core.model import Vm
+from noid.core.model.vms import Vm
 from noid.core.supervisor import Supervisor
 from noid.errors import NotFound
 

@@ -25,7 +25,8 @@ from typing import Any
 import trio
 
 from noid.core.backends import Guest, Process
-from noid.core.model import ExecRequest, GuestProcessInfo, ProcessExit, now
+from noid.core.model.processes import ExecRequest, GuestProcessInfo, ProcessExit
+from noid.core.model.times import now
 from noid.core.processlog import MEMORY_BYTES, ProcessLog, descriptions
 from noid.core.session import NATIVE, Label, Session, process_name
 from noid.core.supervisor import Live

@@ -27,7 +27,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from noid.core.model import (
+from noid.core.model.processes import (
     LOG_BYTES,
     LOG_BYTES_MAX,
     LOG_BYTES_MIN,

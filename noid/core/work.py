@@ -8,7 +8,9 @@ from typing import TypeVar
 
 from noid.core.backends import FreezePlan, Machine
 from noid.core.freezing import Frozen
-from noid.core.model import Checkpoint, NetLease, Receipt, User, Vm, VmSpec, Volume
+from noid.core.model.storage import Checkpoint, Volume
+from noid.core.model.users import User
+from noid.core.model.vms import NetLease, Receipt, Vm, VmSpec
 from noid.core.saga import Facts
 from noid.core.services import Services
 from noid.core.supervisor import GuestLink

@@ -6,7 +6,7 @@ from noid.client import log_stream
 from noid.client.link import Link
 from noid.client.log_stream import LogProtocol
 from noid.client.websocket import WebSocket
-from noid.core.model import Gap
+from noid.core.model.processes import Gap
 from noid.sdk.stream import Stream
 
 

@@ -11,7 +11,7 @@ from noid.client.link import Link
 from noid.client.process_line import ProcessLine
 from noid.client.process_protocol import ProcessProtocol
 from noid.core import wire
-from noid.core.model import ExecRequest, TerminalSize, checked_argv, checked_env
+from noid.core.model.processes import ExecRequest, TerminalSize, checked_argv, checked_env
 from noid.errors import TooLarge
 from noid.sdk.stream import Stream
 

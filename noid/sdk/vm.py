@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from noid.client.calls import checkpoints as checkpoint_calls
 from noid.client.calls import vms as calls
 from noid.client.link import Link
-from noid.core.model import LOCALHOST
+from noid.core.model.connections import LOCALHOST
 from noid.sdk.making import UNDO_SECS, made
 
 if TYPE_CHECKING:

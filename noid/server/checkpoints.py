@@ -6,7 +6,9 @@ from quart import Response, request
 
 from noid.core.agent import Agent
 from noid.core.listing import Wanted, position_of
-from noid.core.model import Checkpoint, Scope, checked_name
+from noid.core.model.names import checked_name
+from noid.core.model.storage import Checkpoint
+from noid.core.model.users import Scope
 from noid.server.answers import json_reply
 from noid.server.interim import still_working
 from noid.server.lists import Page, wanted_labels

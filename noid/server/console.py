@@ -17,7 +17,9 @@ from noid.core import wire
 from noid.core.agent import Agent
 from noid.core.console import Console
 from noid.core.logs import LogReader
-from noid.core.model import Gap, Scope, TerminalSize, User, checked_name
+from noid.core.model.names import checked_name
+from noid.core.model.processes import Gap, TerminalSize
+from noid.core.model.users import Scope, User
 from noid.core.waiting import plain_nursery
 from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest, NoidError
 from noid.server.answers import upgrade_required

@@ -13,7 +13,8 @@ from quart.wrappers.response import ResponseBody
 from noid.core.agent import Agent
 from noid.core.backends import Event
 from noid.core.events import EventReader, Missed, Told
-from noid.core.model import Scope, checked_name
+from noid.core.model.names import checked_name
+from noid.core.model.users import Scope
 from noid.server.hardening import Stay
 from noid.server.open_streams import OpenStreams
 from noid.server.queries import seconds

@@ -26,7 +26,9 @@ from noid.core import files
 from noid.core.agent import Agent
 from noid.core.backends import Guest
 from noid.core.files import FileStatus, Reading
-from noid.core.model import FileTransfer, Scope, checked_name
+from noid.core.model.files import FileTransfer
+from noid.core.model.names import checked_name
+from noid.core.model.users import Scope
 from noid.core.waiting import plain_nursery
 from noid.errors import InvalidRequest, NoidError, NotFound, Unsupported
 from noid.server.answers import json_reply

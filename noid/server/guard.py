@@ -10,7 +10,7 @@ from quart import request, websocket
 
 from noid.core.agent import Agent
 from noid.core.audit import AUTHENTICATE, AuditEntry
-from noid.core.model import Caller, Credentials
+from noid.core.model.users import Caller, Credentials
 from noid.core.networks import place
 from noid.errors import Forbidden, TooManyRequests, Unauthenticated
 from noid.server.hardening import App, Transport

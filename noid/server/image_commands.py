@@ -19,7 +19,7 @@ from noid.server.command import config_options, examples
 
 if TYPE_CHECKING:
     from noid.core.images import Images
-    from noid.core.model import Image
+    from noid.core.model.images import Image
 
 _SIZE = re.compile(r"(\d+)\s*([MG])(?:i?B)?", re.IGNORECASE)
 _UNITS = {"M": 1 << 20, "G": 1 << 30}
@@ -64,7 +64,8 @@ def build(
     is replaced; VMs and checkpoints made from it stay as they are.
     """
     from noid.core.guestbuild import debian_rootfs, distribution_kernel, tiny_rootfs
-    from noid.core.model import DEFAULT_READY, checked_name
+    from noid.core.model.images import DEFAULT_READY
+    from noid.core.model.names import checked_name
 
     checked_name(name, "image name")
     images = open_images(config_path, data_dir)
@@ -135,7 +136,7 @@ def import_(
 
     The files are copied. The root file system needs nothing of noid in it: the guest agent comes with the initrd.
     """
-    from noid.core.model import DEFAULT_READY
+    from noid.core.model.images import DEFAULT_READY
 
     made = open_images(config_path, data_dir).add(
         name,

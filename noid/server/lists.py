@@ -18,7 +18,8 @@ from urllib.parse import urlencode
 from quart import Response, request
 
 from noid.core.listing import Position, Wanted
-from noid.core.model import LABELS_MAX, VmState
+from noid.core.model.names import LABELS_MAX
+from noid.core.model.vms import VmState
 from noid.errors import InvalidRequest
 from noid.server.answers import json_text, text_reply
 from noid.server.schemas.lists import LIMIT_MAX

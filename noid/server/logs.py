@@ -19,7 +19,9 @@ from noid.core import wire
 from noid.core.agent import Agent
 from noid.core.listing import Position
 from noid.core.logs import PIECE_BYTES, Log, LogExtent, LogReader
-from noid.core.model import Gap, Scope, checked_name
+from noid.core.model.names import checked_name
+from noid.core.model.processes import Gap
+from noid.core.model.users import Scope
 from noid.core.vmlogs import CONSOLE, LogInfo
 from noid.errors import DeadlineExceeded
 from noid.server.answers import json_reply

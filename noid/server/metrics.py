@@ -25,7 +25,8 @@ from noid import __version__, hostfs
 from noid.core.agent import Agent
 from noid.core.backends import Event
 from noid.core.layout import Layout
-from noid.core.model import Scope, VmState
+from noid.core.model.users import Scope
+from noid.core.model.vms import VmState
 from noid.core.outcomes import OperationState
 from noid.errors import Forbidden, NoidError
 from noid.server.hardening import App, Connections

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from noid.core.model import Caller, Credentials, now
+from noid.core.model.times import now
+from noid.core.model.users import Caller, Credentials
 from noid.core.users import Users
 from noid.errors import NoidError, Unauthenticated
 from noid.server.hardening import RESTARTING, End, Stay

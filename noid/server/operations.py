@@ -9,7 +9,8 @@ import trio
 from quart import Response, request
 
 from noid.core.agent import Agent
-from noid.core.model import Scope, checked_name
+from noid.core.model.names import checked_name
+from noid.core.model.users import Scope
 from noid.core.outcomes import Operation, OperationState
 from noid.errors import InvalidRequest, NoidError
 from noid.server.answers import Answers, json_reply

@@ -18,7 +18,9 @@ from quart import Response, websocket
 
 from noid.core.agent import Agent
 from noid.core.backends import GuestConnection
-from noid.core.model import LOCALHOST, ConnectRequest, Scope, checked_host, checked_name, checked_port
+from noid.core.model.connections import LOCALHOST, ConnectRequest, checked_host, checked_port
+from noid.core.model.names import checked_name
+from noid.core.model.users import Scope
 from noid.core.waiting import plain_nursery
 from noid.server.answers import upgrade_required
 from noid.server.hardening import Transport

@@ -16,17 +16,11 @@ from noid import __version__
 from noid.core.agent import Agent
 from noid.core.changes import vm_after
 from noid.core.listing import Wanted, position_of
-from noid.core.model import (
-    DEFAULT_CPUS,
-    DEFAULT_MEM_MIB,
-    NAME_LENGTH_MAX,
-    Checkpoint,
-    Scope,
-    Vm,
-    VmSpec,
-    checked_name,
-    wire_time,
-)
+from noid.core.model.names import NAME_LENGTH_MAX, checked_name
+from noid.core.model.storage import Checkpoint
+from noid.core.model.times import wire_time
+from noid.core.model.users import Scope
+from noid.core.model.vms import DEFAULT_CPUS, DEFAULT_MEM_MIB, Vm, VmSpec
 from noid.core.outcomes import Outcome
 from noid.core.rows import VMS_REMEMBERED
 from noid.core.users import ordered

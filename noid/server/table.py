@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from noid.core.model import Scope
+from noid.core.model.users import Scope
 from noid.server.hardening import App
 from noid.server.schemas import failures
 from noid.server.schemas.operations import ACCEPTED, ASYNCHRONOUS, KEYED

@@ -61,7 +61,8 @@ def create(
 
     It is shown this once and is all there is on stdout. Other tokens stay valid.
     """
-    from noid.core.model import Scope, now
+    from noid.core.model.times import now
+    from noid.core.model.users import Scope
     from noid.core.users import open_users, ordered
 
     async def job() -> None:
@@ -83,7 +84,7 @@ def create(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_tokens(config_path: Path | None, data_dir: Path | None, user: str, as_json: bool) -> None:
     """List a user's tokens, without what they are."""
-    from noid.core.model import now
+    from noid.core.model.times import now
     from noid.core.users import open_users, ordered, token_fields
 
     async def job() -> None:
@@ -123,6 +124,6 @@ def revoke(config_path: Path | None, data_dir: Path | None, user: str, name: str
 
 
 def _shown(moment: datetime | None) -> str:
-    from noid.core.model import wire_time
+    from noid.core.model.times import wire_time
 
     return "-" if moment is None else wire_time(moment)

@@ -8,7 +8,8 @@ from quart import Response
 
 from noid.core.agent import Agent
 from noid.core.listing import Position
-from noid.core.model import TOKEN_SCOPES, Scope, TokenInfo, now
+from noid.core.model.times import now
+from noid.core.model.users import TOKEN_SCOPES, Scope, TokenInfo
 from noid.core.users import ordered, token_fields
 from noid.errors import Forbidden, InvalidRequest
 from noid.server.answers import empty_reply, json_reply

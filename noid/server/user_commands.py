@@ -52,7 +52,7 @@ def rotate_token(config_path: Path | None, data_dir: Path | None, name: str) -> 
 @config_options
 def list_users(config_path: Path | None, data_dir: Path | None) -> None:
     """List users."""
-    from noid.core.model import wire_time
+    from noid.core.model.times import wire_time
 
     async def job() -> None:
         from noid.core.users import open_users
@@ -79,7 +79,7 @@ def remove_user(config_path: Path | None, data_dir: Path | None, name: str) -> N
     does. Cut off, it can be repeated.
     """
     from noid.core import departures
-    from noid.core.model import checked_name
+    from noid.core.model.names import checked_name
     from noid.core.opening import open_agent
     from noid.server import running
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from noid.core.model import Caller, Credentials, User
+from noid.core.model.users import Caller, Credentials, User
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from quart import websocket
 
 from noid.core import wire
 from noid.core.agent import Agent
-from noid.core.model import Vm
+from noid.core.model.vms import Vm
 from noid.core.waiting import plain_nursery
 from noid.errors import DependencyDown, InvalidRequest, LineageEnded, NoidError, TooManyRequests
 from noid.server.answers import Answers

@@ -9,7 +9,7 @@ from typing import Any, Generic, Self, TypeVar
 from noid.client.answers import ProcessInfo
 from noid.client.event_stream import Event
 from noid.client.waiting import finished
-from noid.core.model import Gap
+from noid.core.model.processes import Gap
 from noid.sdk import connection, console, events, log, process, running
 from noid.sync.face import Face, waited, wrapped
 

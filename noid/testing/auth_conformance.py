@@ -24,7 +24,8 @@ import pytest
 import trio
 
 from noid.core.backends import AuthBackend
-from noid.core.model import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, User, now
+from noid.core.model.times import now
+from noid.core.model.users import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, User
 from noid.errors import Conflict, NotFound, Unauthenticated
 
 ANNA = User(id="user-anna", name="anna", created_at=now())

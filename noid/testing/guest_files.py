@@ -15,7 +15,8 @@ from noid_exec_vsock import guest_binary
 from noid_exec_vsock.guest import AgentGuest, connect
 
 from noid.core.backends import BackendSpec, ConsolePort, ExecBackend, Guest, GuestConnection, Machine, Process
-from noid.core.model import ConnectRequest, FileTransfer
+from noid.core.model.connections import ConnectRequest
+from noid.core.model.files import FileTransfer
 from noid.core.plugins import Plugins
 from noid.hookspecs import hookimpl
 from noid.testing.faults import Faults

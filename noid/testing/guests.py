@@ -7,7 +7,7 @@ import struct
 
 from noid.core.guestbuild import distribution_kernel, tiny_rootfs
 from noid.core.images import Images
-from noid.core.model import Image
+from noid.core.model.images import Image
 from noid.errors import NotFound
 
 TINY = "tiny"

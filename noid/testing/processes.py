@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from noid.core.model import ProcessRef
+from noid.core.model.vms import ProcessRef
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

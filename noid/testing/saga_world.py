@@ -31,7 +31,9 @@ from noid.core.agent import Agent
 from noid.core.backends import Guest
 from noid.core.layout import Layout
 from noid.core.listing import Wanted
-from noid.core.model import Checkpoint, ExecRequest, OutputChunk, ProcessRef, VmSpec, VmState
+from noid.core.model.processes import ExecRequest, OutputChunk
+from noid.core.model.storage import Checkpoint
+from noid.core.model.vms import ProcessRef, VmSpec, VmState
 from noid.core.opening import open_agent
 from noid.core.store import open_store
 from noid.errors import NoidError

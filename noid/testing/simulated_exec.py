@@ -14,20 +14,10 @@ from typing import Any
 import trio
 
 from noid.core.backends import ConsolePort, Guest, GuestConnection, Machine, Process
-from noid.core.model import (
-    ConnectRequest,
-    ExecRequest,
-    FileTransfer,
-    Gap,
-    GuestProcessInfo,
-    Identity,
-    OutputChunk,
-    ProcessExit,
-    Receipt,
-    ReceiptItem,
-    TerminalSize,
-    Usage,
-)
+from noid.core.model.connections import ConnectRequest
+from noid.core.model.files import FileTransfer
+from noid.core.model.processes import ExecRequest, Gap, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize, Usage
+from noid.core.model.vms import Identity, Receipt, ReceiptItem
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NotFound, Unreachable, Unsupported
 from noid.testing.faults import Faults
 

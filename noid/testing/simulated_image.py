@@ -8,7 +8,8 @@ import struct
 from pathlib import Path
 
 from noid.core.images import Images
-from noid.core.model import Image, now
+from noid.core.model.images import Image
+from noid.core.model.times import now
 
 _MACHINES = {"x86_64": 62, "aarch64": 183}
 _ROOT_BYTES = 1 << 20

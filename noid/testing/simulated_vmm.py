@@ -34,7 +34,7 @@ from noid.core.backends import (
     VmmBackend,
     VmmFeatures,
 )
-from noid.core.model import ProcessRef
+from noid.core.model.vms import ProcessRef
 from noid.errors import BackendError, DependencyDown, NoidError, NoSpace, NotFound, Unsupported
 from noid.hookspecs import hookimpl
 from noid.hostfs import os_errors

@@ -29,7 +29,7 @@ import pytest
 import trio
 
 from noid.core.backends import FreezePlan, Machine, StorageBackend
-from noid.core.model import FrozenDisk, Volume
+from noid.core.model.storage import FrozenDisk, Volume
 from noid.errors import BackendError, Damaged
 
 MIB = 1 << 20

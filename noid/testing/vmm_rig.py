@@ -26,7 +26,10 @@ from noid.core.backends import (
     VmmBackend,
 )
 from noid.core.console import open_console
-from noid.core.model import ExecRequest, FrozenDisk, Identity, Image, OutputChunk, ProcessExit, Volume
+from noid.core.model.images import Image
+from noid.core.model.processes import ExecRequest, OutputChunk, ProcessExit
+from noid.core.model.storage import FrozenDisk, Volume
+from noid.core.model.vms import Identity
 from noid.testing.processes import marked_processes
 
 ANSWER_SECS = 60.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from noid.core.model import ProcessRef
+from noid.core.model.vms import ProcessRef
 from noid.errors import NotFound
 
 

@@ -19,7 +19,7 @@ from noid_auth_token.tokens import hash_of, migrations
 from sqlite_utils import Database
 
 from noid.core.backends import AgentContext, AuthBackend
-from noid.core.model import TOKEN_SCOPES, Credentials, User
+from noid.core.model.users import TOKEN_SCOPES, Credentials, User
 from noid.errors import Damaged
 from noid.testing.auth_conformance import ANNA, BERT, AuthConformance
 
@@ -27,7 +27,8 @@ ELSEWHERE = """
 import sys, trio
 from pathlib import Path
 from noid.core.backends import AgentContext
-from noid.core.model import User, now
+from noid.core.model.times import now
+from noid.core.model.users import User
 from noid_auth_token import TokenConfig, open_auth
 
 async def main(database, verb, user_id):

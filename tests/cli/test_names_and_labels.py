@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from noid.cli.friendly_names import invented
-from noid.core.model import checked_name
+from noid.core.model.names import checked_name
 
 VM = {"name": "web", "state": "running", "cpus": 1, "mem_mib": 512, "created_at": "2026-01-02 03:04:05"}
 CHECKPOINT = {"id": "0123456789abcdef", "vm_name": "web", "label": None, "created_at": "2026-01-02 03:04:05"}

@@ -10,7 +10,7 @@ import pytest
 
 from noid.core.backends import AgentContext
 from noid.core.images import Images
-from noid.core.model import Image
+from noid.core.model.images import Image
 from noid.errors import ConfigError, DependencyDown
 from noid.testing.vmm_conformance import VmmConformance
 from noid.testing.vmm_rig import VmmRig

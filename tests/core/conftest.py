@@ -11,7 +11,9 @@ import pytest
 
 from noid.core.agent import Agent
 from noid.core.layout import Layout
-from noid.core.model import ExecRequest, ProcessExit, User, VmSpec
+from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.users import User
+from noid.core.model.vms import VmSpec
 from noid.core.opening import open_agent
 from noid.testing.faults import Faults
 from noid.testing.processes import marked_processes

@@ -13,7 +13,7 @@ import trio
 
 from noid.core import agent as agents
 from noid.core import guests
-from noid.core.model import VmSpec
+from noid.core.model.vms import VmSpec
 from noid.errors import (
     BackendError,
     Busy,

@@ -13,7 +13,9 @@ import trio
 from noid.core import manifest as manifests
 from noid.core.agent import Agent
 from noid.core.listing import Wanted, position_of
-from noid.core.model import Checkpoint, User, VmSpec, VmState
+from noid.core.model.storage import Checkpoint
+from noid.core.model.users import User
+from noid.core.model.vms import VmSpec, VmState
 from noid.errors import Busy, Conflict, InvalidRequest, NotFound
 from noid.testing.faults import Faults
 from noid.testing.simulated_agent import said, simulated_agent, simulated_config

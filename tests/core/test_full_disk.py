@@ -18,7 +18,7 @@ import trio
 from noid import hostfs
 from noid.core import audit, performing
 from noid.core.audit import AuditEntry
-from noid.core.model import now
+from noid.core.model.times import now
 from noid.core.outcomes import OperationState
 from noid.core.reserve import LOG_BYTES, ROOM_BYTES, allocate
 from noid.core.store import Tx, open_store

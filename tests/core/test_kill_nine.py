@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from noid.core.model import ExecRequest, ProcessExit
+from noid.core.model.processes import ExecRequest, ProcessExit
 
 Rig = Any  # see conftest.py
 ROUNDS = 20

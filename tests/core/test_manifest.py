@@ -12,7 +12,8 @@ import pytest
 
 from noid.core import manifest as manifests
 from noid.core.manifest import Manifest, data_digest
-from noid.core.model import FrozenDisk, now
+from noid.core.model.storage import FrozenDisk
+from noid.core.model.times import now
 from noid.errors import Damaged, Incompatible, NotFound
 from noid.hostfs import sparse_copy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from noid.core.model import Gap, OutputChunk
+from noid.core.model.processes import Gap, OutputChunk
 from noid.core.processlog import MEMORY_BYTES, SEGMENT_BYTES, SEGMENTS_MAX, ProcessLog
 
 NAME = "8f0a12bc"

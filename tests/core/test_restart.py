@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from noid.core import recovery
-from noid.core.model import Vm
+from noid.core.model.vms import Vm
 from noid.core.opening import open_agent
 from noid.errors import ConfigError, Conflict, Damaged, DependencyDown
 from noid.testing.faults import fail, hang

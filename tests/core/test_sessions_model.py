@@ -17,7 +17,7 @@ import hypothesis.strategies as st
 import pytest
 import trio
 
-from noid.core.model import ExecRequest, Gap, ProcessExit
+from noid.core.model.processes import ExecRequest, Gap, ProcessExit
 from noid.core.session import Session
 from noid.errors import LineageEnded
 from noid.testing.reaper import clean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from noid.core.model import VmState
+from noid.core.model.vms import VmState
 from noid.core.states import ALLOWED, may_follow, require
 from noid.errors import Conflict
 

@@ -17,16 +17,9 @@ import trio
 
 from noid.core.ids import new_id, new_instance
 from noid.core.listing import Wanted
-from noid.core.model import (
-    Checkpoint,
-    NetLease,
-    ProcessRef,
-    Receipt,
-    ReceiptItem,
-    Vm,
-    VmState,
-    now,
-)
+from noid.core.model.storage import Checkpoint
+from noid.core.model.times import now
+from noid.core.model.vms import NetLease, ProcessRef, Receipt, ReceiptItem, Vm, VmState
 from noid.core.reserve import Reserve
 from noid.core.store import Store, Tx, open_store
 from noid.errors import BackendError, Conflict, Damaged, DependencyDown, NotFound

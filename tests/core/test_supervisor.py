@@ -15,7 +15,7 @@ from noid.core import health
 from noid.core.backends import ExecBackend, Machine, MachineExit
 from noid.core.console import Console
 from noid.core.filewatch import FileWatches
-from noid.core.model import ProcessRef
+from noid.core.model.vms import ProcessRef
 from noid.core.supervisor import TRY_SECS, GuestLink, Supervisor
 from noid.errors import BackendError, ConfigError, DependencyDown
 

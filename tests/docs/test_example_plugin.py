@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from noid.core.backends import AgentContext, AuthBackend
-from noid.core.model import TOKEN_SCOPES, Credentials, VmSpec
+from noid.core.model.users import TOKEN_SCOPES, Credentials
+from noid.core.model.vms import VmSpec
 from noid.core.opening import open_agent
 from noid.core.users import open_users
 from noid.errors import Damaged, InvalidRequest, Unauthenticated

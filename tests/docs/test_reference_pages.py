@@ -26,7 +26,8 @@ from noid import errors, hookspecs
 from noid.cli import main as noid_cli
 from noid.core import states
 from noid.core.config import NOT_FROM_FILE, Config
-from noid.core.model import Checkpoint, Vm, VmState
+from noid.core.model.storage import Checkpoint
+from noid.core.model.vms import Vm, VmState
 from noid.core.plugins import _ENTRY_PREFIX, KINDS, Plugins
 from noid.core.store import open_store
 from noid.core.wire import request_from_json

@@ -23,7 +23,8 @@ from typing import TypeVar
 from noid_exec_vsock import frames
 from noid_exec_vsock.frames import Frame, FrameDecoder, Message, encode
 
-from noid.core.model import LABEL_BYTES_MAX, ExecRequest, Identity, NetLease, TerminalSize
+from noid.core.model.processes import LABEL_BYTES_MAX, ExecRequest, TerminalSize
+from noid.core.model.vms import Identity, NetLease
 
 from .conftest import ANSWER_SECS, Wire
 

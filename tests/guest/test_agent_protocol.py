@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from noid_exec_vsock import frames
 from noid_exec_vsock.frames import Frame, FrameDecoder, Message, encode
 
-from noid.core.model import ExecRequest
+from noid.core.model.processes import ExecRequest
 
 from .conftest import EPOCH, NativeAgent, Wire
 

@@ -22,7 +22,7 @@ from noid.client.tarstream import TarReader
 from noid.client.unpacking import Limits, Unpacking
 from noid.core import files
 from noid.core.files import Written
-from noid.core.model import FileTransfer
+from noid.core.model.files import FileTransfer
 from noid.errors import BackendError, Conflict, InvalidRequest, NotFound
 
 from .conftest import NativeAgent, to, until

@@ -14,7 +14,8 @@ from noid_storage_copy import storage_backend
 from noid_vmm_qemu.backend import QemuConfig, open_backend
 
 from noid.core.backends import AgentContext
-from noid.core.model import Identity, Image
+from noid.core.model.images import Image
+from noid.core.model.vms import Identity
 from noid.errors import DependencyDown
 from noid.testing.vmm_rig import VmmRig, run
 

@@ -12,7 +12,7 @@ import pytest
 import trio
 from noid_exec_vsock.guest import AgentGuest
 
-from noid.core.model import Identity, NetLease, ReceiptItem, WakeReason
+from noid.core.model.vms import Identity, NetLease, ReceiptItem, WakeReason
 from noid.testing.vmm_rig import VmmRig, run
 
 from .test_agent_in_a_vm import image, rig

@@ -12,7 +12,8 @@ import trio.testing
 from noid_exec_vsock.frames import Frame, Message, encode
 from noid_exec_vsock.guest import AgentGuest
 
-from noid.core.model import LABEL_BYTES_MAX, ExecRequest, Identity
+from noid.core.model.processes import LABEL_BYTES_MAX, ExecRequest
+from noid.core.model.vms import Identity
 from noid.errors import BackendError, Conflict, NoidError
 
 from .liar import ENDED, Liar, attached, conversation, told

@@ -13,7 +13,7 @@ import pytest
 
 from noid.core import cpio
 from noid.core.images import Images, content_hash
-from noid.core.model import Image
+from noid.core.model.images import Image
 from noid.errors import Conflict, Damaged, InvalidRequest, NoidError, NoSpace, NotFound
 from noid.testing.guests import FAKE_RELEASE, fake_kernel, fake_module
 

@@ -11,7 +11,8 @@ import trio
 
 from noid.core import audit
 from noid.core.audit import AuditEntry, AuditLog, entries
-from noid.core.model import Scope, now
+from noid.core.model.times import now
+from noid.core.model.users import Scope
 from noid.core.store import Store
 
 Server = Any  # see conftest.py

@@ -12,7 +12,8 @@ import pytest
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from noid.core.model import TOKEN_SCOPES, now
+from noid.core.model.times import now
+from noid.core.model.users import TOKEN_SCOPES
 from noid.errors import DependencyDown
 from noid.server import open_streams
 from noid.testing.raw_http import RawClient, open_ws

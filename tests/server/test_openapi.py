@@ -11,7 +11,8 @@ import jsonschema_rs
 import pytest
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 
-from noid.core.model import Scope, checked_name
+from noid.core.model.names import checked_name
+from noid.core.model.users import Scope
 from noid.errors import InvalidRequest
 from noid.server.docs_page import page
 from noid.server.openapi import document, said

@@ -13,7 +13,7 @@ from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnec
 from noid.core import tunnels
 from noid.core.audit import entries
 from noid.core.config import LimitsConfig
-from noid.core.model import checked_host, checked_port
+from noid.core.model.connections import checked_host, checked_port
 from noid.errors import InvalidRequest, Unsupported
 from noid.testing.faults import fail, hang
 from noid.testing.raw_http import open_ws

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 import noid
-from noid.core.model import now
+from noid.core.model.times import now
 from noid.errors import BackendError, DependencyDown, NoSpace
 from noid.server import interim
 from noid.testing.faults import fail

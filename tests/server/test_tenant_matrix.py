@@ -16,7 +16,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from noid.core.model import TOKEN_SCOPES, Scope, now
+from noid.core.model.times import now
+from noid.core.model.users import TOKEN_SCOPES, Scope
 from noid.server.schemas.vocabulary import Content, Record
 from noid.server.serve import all_routes
 from noid.server.table import WS, Route

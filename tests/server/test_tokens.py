@@ -10,7 +10,8 @@ import pytest
 import trio
 from trio_websocket import ConnectionRejected
 
-from noid.core.model import Scope, now
+from noid.core.model.times import now
+from noid.core.model.users import Scope
 
 Server = Any  # see conftest.py
 

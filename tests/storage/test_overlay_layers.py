@@ -15,7 +15,7 @@ from noid_storage_overlay import backend, layers
 from noid_storage_overlay.backend import OverlayStorage, link_or_copy
 
 from noid.core.backends import AgentContext, StorageBackend
-from noid.core.model import FrozenDisk, Volume
+from noid.core.model.storage import FrozenDisk, Volume
 from noid.errors import BackendError, Conflict, Damaged, DependencyDown
 from noid.hostfs import sparse_copy
 from noid.testing.storage_conformance import (

@@ -18,7 +18,7 @@ import pytest
 
 from noid import hookspecs
 from noid.core.backends import AgentContext
-from noid.core.model import FrozenDisk
+from noid.core.model.storage import FrozenDisk
 from noid.errors import BackendError, ConfigError, DependencyDown, Incompatible, NoSpace
 from noid.testing.loop_filesystem import loop_filesystem
 from noid.testing.storage_conformance import (

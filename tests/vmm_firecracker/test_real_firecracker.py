@@ -17,7 +17,7 @@ from noid_vmm_firecracker.probe import Found
 from noid_vmm_firecracker.versions import parsed
 
 from noid.core.backends import LaunchPlan, MachinePlan, RestorePlan
-from noid.core.model import Volume
+from noid.core.model.storage import Volume
 from noid.errors import BackendError
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("no_leaks")]

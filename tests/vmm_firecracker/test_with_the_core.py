@@ -10,7 +10,9 @@ import trio
 
 from noid.core.agent import Agent
 from noid.core.config import Backends
-from noid.core.model import ExecRequest, OutputChunk, User, VmSpec, VmState
+from noid.core.model.processes import ExecRequest, OutputChunk
+from noid.core.model.users import User
+from noid.core.model.vms import VmSpec, VmState
 from noid.core.opening import open_agent
 from noid.testing.firecracker import SimulatedFirecracker
 from noid.testing.processes import marked_processes

@@ -12,7 +12,7 @@ from noid_vmm_qemu.backend import QemuConfig, open_backend
 
 from noid.core.backends import AgentContext, BackendSpec, VmmBackend
 from noid.core.images import Images
-from noid.core.model import Image
+from noid.core.model.images import Image
 from noid.errors import DependencyDown
 from noid.testing.guests import tiny_image
 from noid.testing.vmm_rig import VmmRig

@@ -10,7 +10,8 @@ import pytest
 from noid_vmm_qemu.command_line import Descriptors, Host, disk_node, launch_argv, restore_argv
 
 from noid.core.backends import LaunchPlan, RestorePlan
-from noid.core.model import NetLease, Volume
+from noid.core.model.storage import Volume
+from noid.core.model.vms import NetLease
 from noid.errors import InvalidRequest, Unsupported
 
 HOST = Host(

@@ -14,7 +14,8 @@ import trio.testing
 from noid_vmm_qemu.backend import QemuBackend
 from noid_vmm_qemu.pagemap import private_mappings, read_memory
 
-from noid.core.model import ExecRequest, FrozenDisk, Volume
+from noid.core.model.processes import ExecRequest
+from noid.core.model.storage import FrozenDisk, Volume
 from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoidError, NoSpace
 from noid.testing.vmm_rig import ANSWER_SECS, Running, Taken, VmmRig, run
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from noid.core.model import ProcessRef
+from noid.core.model.vms import ProcessRef
 from noid.errors import NotFound
 from noid.vmmhost.process import VmmProcess, boot_id, start_ticks
 

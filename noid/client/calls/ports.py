@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from noid.client.calls.call import Call, Reply, one
-from noid.core.model import LOCALHOST
+from noid.core.model.connections import LOCALHOST
 
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 _LISTEN = "0A"

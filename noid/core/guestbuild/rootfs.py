@@ -20,7 +20,7 @@ from noid import hostfs
 from noid.core.guestbuild import aptsources, cache, debs, ext4, programs
 from noid.core.guestbuild.furnish import furnish
 from noid.core.guestbuild.stages import Stage, silent
-from noid.core.model import now
+from noid.core.model.times import now
 from noid.errors import BackendError, DependencyDown, InvalidRequest
 
 DEFAULT_SIZE_BYTES = 4 << 30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noid.core.model import CHECKPOINT_LABEL_LENGTH_MAX
+from noid.core.model.names import CHECKPOINT_LABEL_LENGTH_MAX
 from noid.server.schemas.lists import LABELS, LABELS_PATCH
 from noid.server.schemas.paths import CHECKPOINT_ID
 from noid.server.schemas.vms import TIME, TIMINGS

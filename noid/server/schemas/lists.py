@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from noid.core.model import LABEL_VALUE_LENGTH_MAX, LABELS_MAX, VmState
+from noid.core.model.names import LABEL_VALUE_LENGTH_MAX, LABELS_MAX
+from noid.core.model.vms import VmState
 from noid.server.schemas.vocabulary import JSON, Content, Schema, array, choice, integer, mapping, nullable, text
 
 LIMIT_MAX = 1000

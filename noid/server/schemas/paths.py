@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from noid.core.model import NAME_LENGTH_MAX
+from noid.core.model.names import NAME_LENGTH_MAX
 from noid.server.schemas.ports import PORT
 from noid.server.schemas.vocabulary import Schema, text
 
 NAME_PATTERN = r"^[A-Za-z0-9_](\.?[A-Za-z0-9_-])*\.?$"
-"""What `noid.core.model.checked_name` lets pass, apart from the length."""
+"""What `noid.core.model.names.checked_name` lets pass, apart from the length."""
 
 NAME = text(least=1, most=NAME_LENGTH_MAX, pattern=NAME_PATTERN)
 CHECKPOINT_ID = text(pattern="^[0-9a-f]{16}$")

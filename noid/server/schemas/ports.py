@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noid.core.model import LOCALHOST, PORT_MAX
+from noid.core.model.connections import LOCALHOST, PORT_MAX
 from noid.server.schemas.vocabulary import text
 
 PORT = text(pattern="^[1-9][0-9]{0,4}$", about=f"A TCP port, up to {PORT_MAX}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noid.core.model import ENV_ENTRIES_MAX, LOG_BYTES, LOG_BYTES_MAX, LOG_BYTES_MIN
+from noid.core.model.processes import ENV_ENTRIES_MAX, LOG_BYTES, LOG_BYTES_MAX, LOG_BYTES_MIN
 from noid.server.schemas.vocabulary import (
     array,
     boolean,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noid.core.model import TOKEN_SCOPES, Scope
+from noid.core.model.users import TOKEN_SCOPES, Scope
 from noid.server.schemas.paths import NAME
 from noid.server.schemas.vocabulary import array, choice, extended, nullable, number, record, text
 

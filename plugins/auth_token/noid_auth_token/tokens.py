@@ -22,7 +22,8 @@ from pathlib import Path
 import trio
 from sqlite_utils import Database, Migrations
 
-from noid.core.model import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, TokenInfo, User, now
+from noid.core.model.times import now
+from noid.core.model.users import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, TokenInfo, User
 from noid.errors import Conflict, Damaged, DependencyDown, NoSpace, NotFound, Unauthenticated
 from noid.hostfs import os_errors
 

@@ -9,17 +9,10 @@ from contextlib import asynccontextmanager
 import trio
 
 from noid.core.backends import ConsolePort, GuestConnection, Process
-from noid.core.model import (
-    ConnectRequest,
-    ExecRequest,
-    FileTransfer,
-    GuestProcessInfo,
-    Identity,
-    OutputChunk,
-    ProcessExit,
-    Receipt,
-    TerminalSize,
-)
+from noid.core.model.connections import ConnectRequest
+from noid.core.model.files import FileTransfer
+from noid.core.model.processes import ExecRequest, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize
+from noid.core.model.vms import Identity, Receipt
 from noid.errors import Conflict, DependencyDown, NoidError, Unsupported
 from noid_exec_serial import wake
 from noid_exec_serial.line import find_shell, listening

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 
-from noid.core.model import Identity, Receipt, ReceiptItem
+from noid.core.model.vms import Identity, Receipt, ReceiptItem
 
 OUTPUT_BYTES_MAX = 65536
 _ITEMS = ("clock", "randomness", "hostname", "machine-id", "boot-id", "generation", "hooks", "network")

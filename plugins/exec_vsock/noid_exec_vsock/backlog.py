@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 
-from noid.core.model import Gap, OutputChunk
+from noid.core.model.processes import Gap, OutputChunk
 
 
 class Backlog:

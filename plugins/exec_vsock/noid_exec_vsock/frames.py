@@ -13,17 +13,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from noid.core.model import (
-    LABEL_BYTES_MAX,
-    ExecRequest,
-    GuestProcessInfo,
-    Identity,
-    ProcessExit,
-    Receipt,
-    ReceiptItem,
-    TerminalSize,
-    Usage,
-)
+from noid.core.model.processes import LABEL_BYTES_MAX, ExecRequest, GuestProcessInfo, ProcessExit, TerminalSize, Usage
+from noid.core.model.vms import Identity, Receipt, ReceiptItem
 
 PROTOCOL_VERSION = 2
 BODY_BYTES_MAX = 65536

@@ -9,18 +9,17 @@ from contextlib import asynccontextmanager
 import trio
 
 from noid.core.backends import Process
-from noid.core.model import (
+from noid.core.model.connections import ConnectRequest
+from noid.core.model.files import FileTransfer
+from noid.core.model.processes import (
     LABEL_BYTES_MAX,
     LOG_BYTES_MAX,
     LOG_BYTES_MIN,
-    ConnectRequest,
     ExecRequest,
-    FileTransfer,
     GuestProcessInfo,
-    Identity,
-    Receipt,
     TerminalSize,
 )
+from noid.core.model.vms import Identity, Receipt
 from noid.errors import BackendError, InvalidRequest, TooLarge, Unsupported
 from noid_exec_vsock import frames, tunnel
 from noid_exec_vsock.connection import Connection, parsed

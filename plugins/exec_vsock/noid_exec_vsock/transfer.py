@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noid.core.model import FileTransfer
+from noid.core.model.files import FileTransfer
 
 _ALL_OF_IT = (1 << 63) - 1
 

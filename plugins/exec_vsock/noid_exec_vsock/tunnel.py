@@ -15,7 +15,8 @@ from typing import Protocol
 import trio
 
 from noid.core.backends import Process
-from noid.core.model import ConnectRequest, ExecRequest, Gap, OutputChunk, ProcessExit
+from noid.core.model.connections import ConnectRequest
+from noid.core.model.processes import ExecRequest, Gap, OutputChunk, ProcessExit
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, Unreachable
 
 BUILTIN = "connect"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import trio
 
 from noid.core.backends import AgentContext, BackendSpec, NetworkBackend
-from noid.core.model import NetLease
+from noid.core.model.vms import NetLease
 from noid.hookspecs import hookimpl
 
 # slirp's own defaults, which QEMU's documentation promises: each VM has this network to itself, so that every guest

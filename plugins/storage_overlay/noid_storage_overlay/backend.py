@@ -27,7 +27,7 @@ from pathlib import Path
 import trio
 
 from noid.core.backends import FreezePlan, Machine, StorageFeatures
-from noid.core.model import DiskUsage, FrozenDisk, Volume
+from noid.core.model.storage import DiskUsage, FrozenDisk, Volume
 from noid.errors import BackendError, Conflict, DependencyDown, NoidError, NoSpace
 from noid.hostfs import clone_file, os_errors, write_out
 from noid_storage_overlay.layers import (

@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePlan, VmmFeatures
-from noid.core.model import ProcessRef
+from noid.core.model.vms import ProcessRef
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, NoSpace, Unsupported
 from noid.hostfs import free_bytes, os_errors
 from noid.vmmhost import console_line

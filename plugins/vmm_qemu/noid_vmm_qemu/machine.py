@@ -16,7 +16,7 @@ from pathlib import Path
 import trio
 
 from noid.core.backends import Capture, MachineExit
-from noid.core.model import ProcessRef
+from noid.core.model.vms import ProcessRef
 from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, NoidError, NoSpace
 from noid.hostfs import os_errors
 from noid.vmmhost import console_line

@@ -1,0 +1,66 @@
+"""Checkpoints, and disks as a storage backend has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A frozen VM: memory, devices, disk. It belongs to its owner and outlives its VM.
+
+    *id* is 16 lowercase hex digits. *parent* is the checkpoint its VM was restored from, so history is a graph.
+    """
+
+    id: str
+    owner: str
+    vm_id: str
+    vm_name: str
+    label: str | None
+    cpus: int
+    mem_mib: int
+    image: str
+    parent: str | None
+    created_at: datetime
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """A VM's writable disk: *files* in *directory*, of which the VMM opens *top*. *format* is ``raw`` or ``qcow2``."""
+
+    directory: Path
+    format: str
+    top: str
+    files: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file the VMM opens."""
+        return self.directory / self.top
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenDisk:
+    """An immutable disk: *files* in *directory*, self-contained, of which *top* is the one to clone."""
+
+    directory: Path
+    format: str
+    top: str
+    files: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file that stands for the whole disk."""
+        return self.directory / self.top
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskUsage:
+    """Bytes on the host: *unique* would be freed by deleting the thing, *shared* are used by others too."""
+
+    unique_bytes: int
+    shared_bytes: int
