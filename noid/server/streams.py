@@ -123,17 +123,9 @@ class ExecRoutes:
         """
         user = current_user()
         self._agent.vm(user, checked_name(name))
-        await self._websockets.hold(lambda: self._session(user, name))
+        await self._websockets.hold_asked(_call, lambda call: self._session(user, name, call))
 
-    async def _session(self, user: User, name: str) -> None:
-        try:
-            with trio.fail_after(FIRST_MESSAGE_SECS):
-                first = await websocket.receive()
-        except trio.TooSlowError as error:
-            raise DeadlineExceeded(f"no exec request within {FIRST_MESSAGE_SECS:g} s of the upgrade.") from error
-        if not isinstance(first, str):
-            raise InvalidRequest("invalid exec request: the first message must be text.")
-        call = wire.call_from_json(first)
+    async def _session(self, user: User, name: str, call: wire.ExecCall) -> None:
         transport = Transport.of(websocket.scope)
         session = await start(self._agent, user, name, call.request, detached=call.detached)
         try:
@@ -145,6 +137,23 @@ class ExecRoutes:
                     await await_goodbye()
         finally:
             await leave(session, goodbye=transport.said_goodbye or not call.resume)  # noqa: ASYNC102  # shields itself
+
+
+async def _call() -> wire.ExecCall:
+    """Return what the client of the current WebSocket wants to run: its first message.
+
+    Raises:
+        DeadlineExceeded: it says nothing.
+        InvalidRequest: it says something else.
+    """
+    try:
+        with trio.fail_after(FIRST_MESSAGE_SECS):
+            first = await websocket.receive()
+    except trio.TooSlowError as error:
+        raise DeadlineExceeded(f"no exec request within {FIRST_MESSAGE_SECS:g} s of the upgrade.") from error
+    if not isinstance(first, str):
+        raise InvalidRequest("invalid exec request: the first message must be text.")
+    return wire.call_from_json(first)
 
 
 async def start(agent: Agent, user: User, name: str, command: ExecRequest, *, detached: bool) -> Session:

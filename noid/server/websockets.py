@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
 import trio
 from quart import websocket
@@ -19,6 +21,8 @@ from noid.server.open_streams import OpenStreams
 from noid.server.visit import current_user, visit
 
 GONE_CHECK_SECS = 1.0
+
+T = TypeVar("T")
 
 
 class WebSockets:
@@ -49,12 +53,41 @@ class WebSockets:
             DependencyDown: before the upgrade: there are too many, or the server is going down.
             TooManyRequests: before the upgrade: the user has too many.
         """
+
+        async def listen() -> None:
+            """Hear nothing: the client need not speak first."""
+
+        await self._hold(listen, lambda _: session(), counted=counted)
+
+    async def hold_asked(self, listen: Callable[[], Awaitable[T]], session: Callable[[T], Awaitable[None]]) -> None:
+        """As `hold`, for a client that speaks first: *session* is given what *listen* heard.
+
+        Nothing happens before the upgrade is in the audit log; to listen is nothing, so both go on at once.
+        """
+        await self._hold(listen, session, counted=True)
+
+    async def _hold(
+        self, listen: Callable[[], Awaitable[T]], session: Callable[[T], Awaitable[None]], *, counted: bool
+    ) -> None:
         if self._streams.stopping.is_set():
             raise DependencyDown("the server is going down for a restart. Try again.")
-        if not counted:
-            await self._hold(session)
-            return
-        user, config = current_user().id, self._agent.config
+        with self._counted(current_user().id) if counted else contextlib.nullcontext():
+            upgraded = visit().upgraded
+
+            async def begin() -> None:
+                async with plain_nursery() as nursery:
+                    if upgraded is not None:
+                        nursery.start_soon(upgraded)
+                    heard = await listen()
+                await session(heard)
+
+            await websocket.accept()
+            with self._streams.stay() as stay:
+                await hold_websocket(stay, begin, self._last_words)
+
+    @contextlib.contextmanager
+    def _counted(self, user: str) -> Iterator[None]:
+        config = self._agent.config
         if self.open_sessions >= config.max_ws_sessions:
             raise DependencyDown("too many WebSocket sessions. End one, or raise max_ws_sessions in server.toml.")
         most = config.limits.max_ws_sessions_per_user
@@ -62,27 +95,14 @@ class WebSockets:
             raise TooManyRequests(f"you have {most} WebSocket sessions, and may not have more. End one first.")
         self._sessions[user] += 1
         try:
-            await self._hold(session)
+            yield
         finally:
             self._sessions[user] -= 1
             if not self._sessions[user]:
                 del self._sessions[user]
 
-    async def _hold(self, session: Callable[[], Awaitable[None]]) -> None:
-        await _upgrade()
-        with self._streams.stay() as stay:
-            await hold_websocket(stay, session, self._last_words)
-
     def _last_words(self, error: NoidError) -> str:
         return wire.reply_to_json(wire.ErrorResponse(error=self._answers.public_text(error), code=error.code))
-
-
-async def _upgrade() -> None:
-    """Accept the current WebSocket, and meanwhile do what has to be done before anything happens on it."""
-    async with plain_nursery() as nursery:
-        nursery.start_soon(websocket.accept)
-        if (upgraded := visit().upgraded) is not None:
-            await upgraded()
 
 
 async def watch_peer(transport: Transport, session: trio.CancelScope) -> None:
