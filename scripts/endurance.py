@@ -19,8 +19,9 @@ from noid_bench.rig import image_to_use, link_image, scratch_directory
 from noid_bench.run import agent_process
 
 from noid.client.settings import Endpoint
-from noid.core import paths, processes
+from noid.core import paths
 from noid.core.layout import Layout
+from noid.core.vms import processes
 
 WARM_UP = 200
 MEM_MIB = 256

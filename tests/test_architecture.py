@@ -107,7 +107,7 @@ def test_only_one_module_talks_to_pluggy_and_only_one_to_sqlite() -> None:
     for path in sources("noid/core", "noid/server", "noid/cli", "noid/client"):
         for _, name in imports_of(path):
             talks.get(name.partition(".")[0], set()).add(name_of(path))
-    assert talks == {"pluggy": {"noid/core/plugins.py"}, "sqlite3": {"noid/core/store.py"}}
+    assert talks == {"pluggy": {"noid/core/plugins.py"}, "sqlite3": {"noid/core/database/store.py"}}
 
 
 @pytest.mark.parametrize("path", [*sources("noid", "plugins", "tests", "scripts", "benchmarks")], ids=name_of)

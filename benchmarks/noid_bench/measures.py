@@ -18,7 +18,7 @@ import trio
 
 from noid.core.model.storage import FrozenDisk
 from noid.core.model.vms import Vm
-from noid.core.outcomes import Outcome
+from noid.core.operations.outcomes import Outcome
 from noid_bench.floors import BareMachine, Pattern
 from noid_bench.report import Figure
 from noid_bench.rig import Rig

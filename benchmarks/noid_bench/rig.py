@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from noid.core.agent import Agent
-from noid.core.config import Backends, Config
+from noid.core.config.settings import Backends, Config
 from noid.core.images import Images
 from noid.core.layout import Layout
 from noid.core.model.processes import ExecRequest, Gap, ProcessExit

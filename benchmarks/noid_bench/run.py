@@ -13,8 +13,9 @@ from pathlib import Path
 import click
 import trio
 
-from noid.core import paths, processes
+from noid.core import paths
 from noid.core.layout import Layout
+from noid.core.vms import processes
 from noid.server.serve import serve_until
 from noid_bench import commands, measures
 from noid_bench.report import Figure

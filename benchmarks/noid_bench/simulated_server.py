@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from noid.core.config import LimitsConfig
+from noid.core.config.settings import LimitsConfig
 from noid.core.opening import open_agent
 from noid.server.serve import serve
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins

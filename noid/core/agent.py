@@ -9,30 +9,30 @@ import logging
 import os
 from collections.abc import Mapping
 
-from noid.core import changing, lifecycle, states
-from noid.core.audit import AuditLog
-from noid.core.changing import NO_LABELS
-from noid.core.checkpoints import Checkpoints
-from noid.core.config import Config
-from noid.core.guests import Guests
-from noid.core.keys import Keys
-from noid.core.listing import ALL, Wanted
+from noid.core.checkpoints.face import Checkpoints
+from noid.core.checkpoints.templates import Templates
+from noid.core.config.settings import Config
+from noid.core.database.listing import ALL, Wanted
+from noid.core.guests.face import Guests
+from noid.core.guests.processlogs import ProcessLogs
+from noid.core.guests.sessions import Sessions
+from noid.core.guests.vmlogs import ConsoleLogs, VmLogs
 from noid.core.model.names import checked_labels, checked_name
 from noid.core.model.storage import Checkpoint
 from noid.core.model.users import User
 from noid.core.model.vms import Vm, VmSpec
-from noid.core.operations import Operations
-from noid.core.outcomes import Outcome
-from noid.core.performing import Performer
-from noid.core.pool import Pool
-from noid.core.processlogs import ProcessLogs
+from noid.core.operations.keys import Keys
+from noid.core.operations.outcomes import Outcome
+from noid.core.operations.performing import Performer
+from noid.core.operations.running import Operations
+from noid.core.people.audit import AuditLog
+from noid.core.people.users import Users, local_user_name
 from noid.core.services import Services
-from noid.core.sessions import Sessions
-from noid.core.sight import Sight
-from noid.core.switch import PowerSwitch
-from noid.core.templates import Templates
-from noid.core.users import Users, local_user_name
-from noid.core.vmlogs import ConsoleLogs, VmLogs
+from noid.core.vms import changing, lifecycle, states
+from noid.core.vms.changing import NO_LABELS
+from noid.core.vms.pool import Pool
+from noid.core.vms.sight import Sight
+from noid.core.vms.switch import PowerSwitch
 from noid.errors import NoidError, NotFound
 
 logger = logging.getLogger(__name__)

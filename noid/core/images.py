@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from noid import hostfs
-from noid.core import cpio
-from noid.core.guestbuild import ext4
+from noid.core.guestbuild import cpio, ext4
 from noid.core.guestbuild.cache import locked
 from noid.core.guestbuild.modules import Module, boot_modules, initrd_files
 from noid.core.guestbuild.vmlinux import KernelFile, unwrapped

@@ -17,25 +17,27 @@ from typing import IO
 import trio
 
 from noid import hostfs
-from noid.core import configured_image, deeds, paths, recovery
+from noid.core import paths, recovery
 from noid.core.agent import Agent
-from noid.core.audit import AuditLog
 from noid.core.backends import AgentContext, StorageBackend, VmmBackend
-from noid.core.config import Config
-from noid.core.endings import Endings
+from noid.core.checkpoints.templates import Templates
+from noid.core.config.image import take_up as take_up_configured_image
+from noid.core.config.settings import Config
+from noid.core.database import deeds
+from noid.core.database.store import open_store
 from noid.core.events import Events
+from noid.core.guests.sessions import Sessions
 from noid.core.images import Images
 from noid.core.layout import Layout
-from noid.core.operations import Operations
+from noid.core.operations.running import Operations
+from noid.core.people.audit import AuditLog
+from noid.core.people.quotas import Quotas
+from noid.core.people.users import Users, ensure_local_user
 from noid.core.plugins import Plugins
-from noid.core.pool import Pool
-from noid.core.quotas import Quotas
 from noid.core.services import Services
-from noid.core.sessions import Sessions
-from noid.core.store import open_store
-from noid.core.supervisor import Supervisor
-from noid.core.templates import Templates
-from noid.core.users import Users, ensure_local_user
+from noid.core.vms.endings import Endings
+from noid.core.vms.pool import Pool
+from noid.core.vms.supervisor import Supervisor
 from noid.core.waiting import plain_nursery
 from noid.errors import ConfigError, Conflict
 
@@ -89,7 +91,7 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
         logger.info("backends: vmm %s (%s), storage %s", vmm.name, vmm.features.accelerator, storage.name)
 
         images = Images(layout.images, plugins.initrd_files(os.uname().machine))
-        await trio.to_thread.run_sync(configured_image.take_up, config, images)
+        await trio.to_thread.run_sync(take_up_configured_image, config, images)
         deeds.take_up_users(store, layout)  # blocks, and nothing else runs yet
         await ensure_local_user(store)
         nursery = await stack.enter_async_context(plain_nursery())

@@ -21,8 +21,8 @@ from noid.core.backends import (
     VmmBackend,
     VmmFeatures,
 )
-from noid.core.config import Config
-from noid.core.config_reading import build_record
+from noid.core.config.reading import build_record
+from noid.core.config.settings import Config
 from noid.errors import ConfigError
 
 logger = logging.getLogger(__name__)

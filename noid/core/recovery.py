@@ -1,6 +1,6 @@
 """What a starting agent does about the past, before it listens: adopt, unwind, resume, sweep.
 
-The order matters. VMs the database has never heard of are taken up (see `noid.core.deeds`). Machines of committed VMs
+The order matters. VMs the database has never heard of are taken up (see `database.deeds`). Machines of committed VMs
 are adopted, because unwinding a checkpoint needs its VM's machine; then every operation without an outcome is undone (a
 destroy is carried on instead); then rows, processes and directories are compared, and what no row owns goes away.
 Checkpoints on disk without a row get their row back.
@@ -18,19 +18,22 @@ from typing import Any
 import trio
 
 from noid import hostfs
-from noid.core import changing, checkpointing, deeds, discarding, lifecycle, pausing, power, processes, saga
-from noid.core import manifest as manifests
 from noid.core.backends import Machine, MachinePlan
+from noid.core.checkpoints import checkpointing, discarding
+from noid.core.checkpoints import manifest as manifests
+from noid.core.checkpoints.templates import Templates
+from noid.core.database import deeds
+from noid.core.database.store import Tx
 from noid.core.model.storage import Checkpoint
 from noid.core.model.times import now
 from noid.core.model.users import User
 from noid.core.model.vms import Vm, VmState
-from noid.core.performing import REMEMBERED, Performance
-from noid.core.saga import Journal, Saga
+from noid.core.operations import saga
+from noid.core.operations.performing import REMEMBERED, Performance
+from noid.core.operations.saga import Journal, Saga
+from noid.core.operations.work import Work
 from noid.core.services import Services
-from noid.core.store import Tx
-from noid.core.templates import Templates
-from noid.core.work import Work
+from noid.core.vms import changing, lifecycle, pausing, power, processes
 from noid.errors import Damaged, DependencyDown, NoidError, NotFound
 
 logger = logging.getLogger(__name__)

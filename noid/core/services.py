@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from noid.core.backends import NetworkBackend, StorageBackend, VmmBackend
-from noid.core.config import Config
+from noid.core.config.settings import Config
+from noid.core.database.store import Store
 from noid.core.events import Events
 from noid.core.images import Images
 from noid.core.layout import Layout
+from noid.core.people.quotas import Quotas
 from noid.core.plugins import Plugins
-from noid.core.quotas import Quotas
-from noid.core.store import Store
-from noid.core.supervisor import Supervisor
+from noid.core.vms.supervisor import Supervisor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

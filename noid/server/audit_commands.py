@@ -15,7 +15,7 @@ from noid.server.command import config_and_plugins, config_options, examples, ru
 from noid.server.token_commands import Span
 
 if TYPE_CHECKING:
-    from noid.core.audit import AuditEntry
+    from noid.core.people.audit import AuditEntry
 
 LOOK_SECS = 0.5
 _DAY = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?")
@@ -72,8 +72,8 @@ def audit(
     """
     import trio
 
-    from noid.core.audit import entries, last_seq
-    from noid.core.store import open_store
+    from noid.core.database.store import open_store
+    from noid.core.people.audit import entries, last_seq
 
     async def job() -> None:
         config, _ = config_and_plugins(config_path, data_dir)

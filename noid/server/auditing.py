@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from noid.core.agent import Agent
-from noid.core.audit import AuditEntry
+from noid.core.people.audit import AuditEntry
 from noid.errors import NoidError
 from noid.server.table import Route
 from noid.server.visit import visit

@@ -14,11 +14,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 import trio
 from quart import Response, request
 
-from noid.core import calls
 from noid.core.agent import Agent
-from noid.core.calls import Call
-from noid.core.keys import Answer, Held, checked_key, fingerprint
-from noid.core.outcomes import Operation
+from noid.core.operations import calls
+from noid.core.operations.calls import Call
+from noid.core.operations.keys import Answer, Held, checked_key, fingerprint
+from noid.core.operations.outcomes import Operation
 from noid.core.waiting import plain_nursery
 from noid.errors import Conflict, InvalidRequest, NoidError, NotFound
 from noid.server.answers import Answers, json_reply

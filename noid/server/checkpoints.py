@@ -5,7 +5,7 @@ from __future__ import annotations
 from quart import Response, request
 
 from noid.core.agent import Agent
-from noid.core.listing import Wanted, position_of
+from noid.core.database.listing import Wanted, position_of
 from noid.core.model.names import checked_name
 from noid.core.model.storage import Checkpoint
 from noid.core.model.users import Scope

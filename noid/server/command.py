@@ -148,7 +148,7 @@ def config_and_plugins(config_path: Path | None, data_dir: Path | None) -> tuple
     Raises:
         ConfigError: the configuration cannot be used.
     """
-    from noid.core.config_reading import load_admin_config
+    from noid.core.config.reading import load_admin_config
     from noid.core.plugins import Plugins
 
     return load_admin_config(config_path, data_dir=data_dir), Plugins()

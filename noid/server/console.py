@@ -15,8 +15,8 @@ from quart import Response, websocket
 
 from noid.core import wire
 from noid.core.agent import Agent
-from noid.core.console import Console
-from noid.core.logs import LogReader
+from noid.core.guests.console import Console
+from noid.core.guests.logs import LogReader
 from noid.core.model.names import checked_name
 from noid.core.model.processes import Gap, TerminalSize
 from noid.core.model.users import Scope, User

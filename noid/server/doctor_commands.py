@@ -19,7 +19,7 @@ from noid.errors import Damaged, NoidError
 from noid.server.command import config_options, examples, run
 
 if TYPE_CHECKING:
-    from noid.core.config import Config
+    from noid.core.config.settings import Config
     from noid.core.plugins import Plugins
 
 TRIAL_SECS = 30.0
@@ -58,7 +58,7 @@ def doctor(config_path: Path | None, data_dir: Path | None, as_json: bool) -> No
 
 
 def _findings(config_path: Path | None, data_dir: Path | None) -> Iterator[Finding]:
-    from noid.core.config_reading import load_admin_config
+    from noid.core.config.reading import load_admin_config
     from noid.core.plugins import Plugins
 
     try:

@@ -22,10 +22,10 @@ import trio
 from quart import Response, request
 from quart.wrappers.response import ResponseBody
 
-from noid.core import files
 from noid.core.agent import Agent
 from noid.core.backends import Guest
-from noid.core.files import FileStatus, Reading
+from noid.core.guests import files
+from noid.core.guests.files import FileStatus, Reading
 from noid.core.model.files import FileTransfer
 from noid.core.model.names import checked_name
 from noid.core.model.users import Scope

@@ -9,9 +9,9 @@ from typing import Any
 from quart import request, websocket
 
 from noid.core.agent import Agent
-from noid.core.audit import AUTHENTICATE, AuditEntry
 from noid.core.model.users import Caller, Credentials
-from noid.core.networks import place
+from noid.core.people.audit import AUTHENTICATE, AuditEntry
+from noid.core.people.networks import place
 from noid.errors import Forbidden, TooManyRequests, Unauthenticated
 from noid.server.hardening import App, Transport
 from noid.server.limiter import FailureLimiter, RequestLimiter

@@ -196,7 +196,7 @@ def remove(config_path: Path | None, data_dir: Path | None, name: str) -> None:
 
 def open_images(config_path: Path | None, data_dir: Path | None) -> Images:
     """Return the images of the agent that these options name, with the guest agent of the installed plugins."""
-    from noid.core.config_reading import load_admin_config
+    from noid.core.config.reading import load_admin_config
     from noid.core.images import Images
     from noid.core.plugins import Plugins
 

@@ -23,7 +23,7 @@ class FailureLimiter:
     A token that failed `FAILURES_PER_TOKEN` times from one address is not even looked up. An address that failed
     `FAILURES_PER_ADDRESS` times with whatever tokens hears 429 for further failures; a valid token still passes,
     because behind one address there may be many users. (Guessing is hopeless either way: a token has 256 bits.)
-    Addresses are places: see `noid.core.networks.place`.
+    Addresses are places: see `noid.core.people.networks.place`.
     """
 
     def __init__(self) -> None:

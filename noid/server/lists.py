@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 
 from quart import Response, request
 
-from noid.core.listing import Position, Wanted
+from noid.core.database.listing import Position, Wanted
 from noid.core.model.names import LABELS_MAX
 from noid.core.model.vms import VmState
 from noid.errors import InvalidRequest

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from noid.core import tracing
-from noid.core.config import LoggingConfig
+from noid.core.config.settings import LoggingConfig
 from noid.core.redaction import hidden
 
 _STANDARD = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "request"})

@@ -17,12 +17,12 @@ from quart.wrappers.response import ResponseBody
 
 from noid.core import wire
 from noid.core.agent import Agent
-from noid.core.listing import Position
-from noid.core.logs import PIECE_BYTES, Log, LogExtent, LogReader
+from noid.core.database.listing import Position
+from noid.core.guests.logs import PIECE_BYTES, Log, LogExtent, LogReader
+from noid.core.guests.vmlogs import CONSOLE, LogInfo
 from noid.core.model.names import checked_name
 from noid.core.model.processes import Gap
 from noid.core.model.users import Scope
-from noid.core.vmlogs import CONSOLE, LogInfo
 from noid.errors import DeadlineExceeded
 from noid.server.answers import json_reply
 from noid.server.hardening import BrokenOff, Stay

@@ -27,7 +27,7 @@ from noid.core.backends import Event
 from noid.core.layout import Layout
 from noid.core.model.users import Scope
 from noid.core.model.vms import VmState
-from noid.core.outcomes import OperationState
+from noid.core.operations.outcomes import OperationState
 from noid.errors import Forbidden, NoidError
 from noid.server.hardening import App, Connections
 from noid.server.schemas.vocabulary import Content, text

@@ -16,7 +16,7 @@ import trio
 
 from noid.core.model.times import now
 from noid.core.model.users import Caller, Credentials
-from noid.core.users import Users
+from noid.core.people.users import Users
 from noid.errors import NoidError, Unauthenticated
 from noid.server.hardening import RESTARTING, End, Stay
 from noid.server.visit import current_caller, visit

@@ -11,7 +11,7 @@ from quart import Response, request
 from noid.core.agent import Agent
 from noid.core.model.names import checked_name
 from noid.core.model.users import Scope
-from noid.core.outcomes import Operation, OperationState
+from noid.core.operations.outcomes import Operation, OperationState
 from noid.errors import InvalidRequest, NoidError
 from noid.server.answers import Answers, json_reply
 from noid.server.interim import still_working

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from noid.core import networks
+from noid.core.people import networks
 
 UNIX = "local"
 """Stands for the address of whoever comes through the unix socket."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from quart import Response
 
-from noid.core import power
 from noid.core.agent import Agent
 from noid.core.model.names import checked_name
 from noid.core.model.users import Scope
+from noid.core.vms import power
 from noid.errors import InvalidRequest
 from noid.server.interim import still_working
 from noid.server.rest import Body, outcome_reply, read_body

@@ -10,10 +10,10 @@ from quart import Response, request, websocket
 
 from noid.core import wire
 from noid.core.agent import Agent
-from noid.core.listing import Position
+from noid.core.database.listing import Position
+from noid.core.guests.session import Session
 from noid.core.model.names import checked_name
 from noid.core.model.users import Scope
-from noid.core.session import Session
 from noid.errors import InvalidRequest, NoidError
 from noid.server.answers import empty_reply, json_reply, upgrade_required
 from noid.server.hardening import Transport

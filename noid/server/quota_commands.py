@@ -52,8 +52,8 @@ def quota(config_path: Path | None, data_dir: Path | None, user: str, as_json: b
     What they have is shown beside it. N is a whole number, none for no limit, or default for what [quota] says.
     """
     from noid.core.layout import Layout
-    from noid.core.quotas import Quotas
-    from noid.core.users import open_users
+    from noid.core.people.quotas import Quotas
+    from noid.core.people.users import open_users
 
     async def job() -> None:
         changed = {name: text for name, text in given.items() if text is not None}

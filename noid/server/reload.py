@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from noid.core.agent import Agent
-from noid.core.config import NOT_FROM_FILE, Config
+from noid.core.config.settings import NOT_FROM_FILE, Config
 from noid.errors import ConfigError
 from noid.server import tls
 from noid.server.hardening import App, Settings

@@ -15,15 +15,15 @@ from quart import Response, request
 from noid import __version__
 from noid.core.agent import Agent
 from noid.core.changes import vm_after
-from noid.core.listing import Wanted, position_of
+from noid.core.database.listing import Wanted, position_of
+from noid.core.database.rows import VMS_REMEMBERED
 from noid.core.model.names import NAME_LENGTH_MAX, checked_name
 from noid.core.model.storage import Checkpoint
 from noid.core.model.times import wire_time
 from noid.core.model.users import Scope
 from noid.core.model.vms import DEFAULT_CPUS, DEFAULT_MEM_MIB, Vm, VmSpec
-from noid.core.outcomes import Outcome
-from noid.core.rows import VMS_REMEMBERED
-from noid.core.users import ordered
+from noid.core.operations.outcomes import Outcome
+from noid.core.people.users import ordered
 from noid.core.wire import API_VERSION
 from noid.errors import InvalidRequest
 from noid.server.answers import empty_reply, json_reply, json_text, text_reply

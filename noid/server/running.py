@@ -10,7 +10,7 @@ from typing import Any
 
 from noid import errors
 from noid.core import paths
-from noid.core.config import Config
+from noid.core.config.settings import Config
 from noid.errors import DependencyDown, NoidError
 
 

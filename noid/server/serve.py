@@ -15,7 +15,7 @@ from hypercorn.trio.run import worker_serve
 from hypercorn.utils import wrap_app
 
 from noid.core.agent import Agent
-from noid.core.config import Config
+from noid.core.config.settings import Config
 from noid.server import tls
 from noid.server.answers import Answers
 from noid.server.auditing import audited

@@ -36,8 +36,8 @@ def serve(config_path: Path | None, data_dir: Path | None, local: bool, ready_fd
 
     if not has_terminal():  # whoever asks to reload before there is anything to reload must not end it
         signal.signal(signal.SIGHUP, lambda *_: None)
-    from noid.core.config import Config, LoggingConfig
-    from noid.core.config_reading import load_config
+    from noid.core.config.reading import load_config
+    from noid.core.config.settings import Config, LoggingConfig
     from noid.core.opening import open_agent
     from noid.core.plugins import Plugins
     from noid.server.logformat import set_up

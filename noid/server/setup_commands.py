@@ -20,7 +20,7 @@ def check_config(config_path: Path | None, data_dir: Path | None) -> None:
 
     Nothing is started or changed. What is wrong is said as at a start, with exit status 1.
     """
-    from noid.core.config_reading import load_config
+    from noid.core.config.reading import load_config
     from noid.core.plugins import Plugins
     from noid.server import tls
     from noid.server.listening import split_address
@@ -49,7 +49,7 @@ def systemd_unit(config_path: Path | None, data_dir: Path | None) -> None:
     It starts this program as the user noid, with /etc/noid/server.toml unless told otherwise. That may write to where
     its data is: /var/lib/noid, or what the file says, if it is there already.
     """
-    from noid.core.config_reading import SYSTEM_DATA_DIR, SYSTEM_FILE, load_config
+    from noid.core.config.reading import SYSTEM_DATA_DIR, SYSTEM_FILE, load_config
 
     text = importlib.resources.files("noid.server").joinpath("noid.service").read_text()
     source = (config_path or SYSTEM_FILE).absolute()

@@ -6,7 +6,7 @@ import os
 import ssl
 from pathlib import Path
 
-from noid.core.config import TlsConfig
+from noid.core.config.settings import TlsConfig
 from noid.errors import ConfigError
 
 

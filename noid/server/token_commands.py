@@ -63,7 +63,7 @@ def create(
     """
     from noid.core.model.times import now
     from noid.core.model.users import Scope
-    from noid.core.users import open_users, ordered
+    from noid.core.people.users import open_users, ordered
 
     async def job() -> None:
         expires_at = None if expires_in is None else now() + expires_in
@@ -85,7 +85,7 @@ def create(
 def list_tokens(config_path: Path | None, data_dir: Path | None, user: str, as_json: bool) -> None:
     """List a user's tokens, without what they are."""
     from noid.core.model.times import now
-    from noid.core.users import open_users, ordered, token_fields
+    from noid.core.people.users import open_users, ordered, token_fields
 
     async def job() -> None:
         async with open_users(*config_and_plugins(config_path, data_dir)) as users:
@@ -112,7 +112,7 @@ def list_tokens(config_path: Path | None, data_dir: Path | None, user: str, as_j
 @click.argument("name")
 def revoke(config_path: Path | None, data_dir: Path | None, user: str, name: str) -> None:
     """Make one token of a user invalid, from the next request on."""
-    from noid.core.users import open_users
+    from noid.core.people.users import open_users
 
     async def job() -> None:
         async with open_users(*config_and_plugins(config_path, data_dir)) as users:

@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 from quart import Response
 
 from noid.core.agent import Agent
-from noid.core.listing import Position
+from noid.core.database.listing import Position
 from noid.core.model.times import now
 from noid.core.model.users import TOKEN_SCOPES, Scope, TokenInfo
-from noid.core.users import ordered, token_fields
+from noid.core.people.users import ordered, token_fields
 from noid.errors import Forbidden, InvalidRequest
 from noid.server.answers import empty_reply, json_reply
 from noid.server.lists import Page

@@ -19,7 +19,7 @@ def add_user(config_path: Path | None, data_dir: Path | None, name: str) -> None
     """Add a user. The token, shown this once, is the only thing on stdout."""
 
     async def job() -> None:
-        from noid.core.users import open_users
+        from noid.core.people.users import open_users
 
         async with open_users(*config_and_plugins(config_path, data_dir)) as users:
             user, token = await users.add(name)
@@ -37,7 +37,7 @@ def rotate_token(config_path: Path | None, data_dir: Path | None, name: str) -> 
     """Revoke all tokens of a user, and print a new one."""
 
     async def job() -> None:
-        from noid.core.users import open_users
+        from noid.core.people.users import open_users
 
         async with open_users(*config_and_plugins(config_path, data_dir)) as users:
             token = await users.rotate_token(name)
@@ -55,7 +55,7 @@ def list_users(config_path: Path | None, data_dir: Path | None) -> None:
     from noid.core.model.times import wire_time
 
     async def job() -> None:
-        from noid.core.users import open_users
+        from noid.core.people.users import open_users
 
         async with open_users(*config_and_plugins(config_path, data_dir)) as users:
             found = users.list()
@@ -78,9 +78,9 @@ def remove_user(config_path: Path | None, data_dir: Path | None, name: str) -> N
     That is tokens, checkpoints, files, and VMs, running or not. A running server does it; without one, this command
     does. Cut off, it can be repeated.
     """
-    from noid.core import departures
     from noid.core.model.names import checked_name
     from noid.core.opening import open_agent
+    from noid.core.people import departures
     from noid.server import running
 
     checked_name(name, "user name")

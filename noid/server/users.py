@@ -6,9 +6,9 @@ import dataclasses
 
 from quart import Response
 
-from noid.core import departures
 from noid.core.agent import Agent
 from noid.core.model.users import Scope
+from noid.core.people import departures
 from noid.server.answers import json_reply
 from noid.server.interim import still_working
 from noid.server.schemas.failures import OPERATION

@@ -17,10 +17,11 @@ from unittest import mock
 
 import trio
 
-from noid.core import changing, checkpointing, discarding, lifecycle, pausing, power
-from noid.core import saga as engine
-from noid.core.saga import Facts, Saga, Step
-from noid.core.work import Work
+from noid.core.checkpoints import checkpointing, discarding
+from noid.core.operations import saga as engine
+from noid.core.operations.saga import Facts, Saga, Step
+from noid.core.operations.work import Work
+from noid.core.vms import changing, lifecycle, pausing, power
 from noid.errors import BackendError
 from noid.testing.faults import Action, Faults, die, fail, kill_agent
 

@@ -26,16 +26,16 @@ from typing import NoReturn
 
 import trio
 
-from noid.core import manifest as manifests
 from noid.core.agent import Agent
 from noid.core.backends import Guest
+from noid.core.checkpoints import manifest as manifests
+from noid.core.database.listing import Wanted
+from noid.core.database.store import open_store
 from noid.core.layout import Layout
-from noid.core.listing import Wanted
 from noid.core.model.processes import ExecRequest, OutputChunk
 from noid.core.model.storage import Checkpoint
 from noid.core.model.vms import ProcessRef, VmSpec, VmState
 from noid.core.opening import open_agent
-from noid.core.store import open_store
 from noid.errors import NoidError
 from noid.testing.faults import Faults
 from noid.testing.processes import marked_processes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from noid.core.agent import Agent
-from noid.core.config import Backends, Config, PoolConfig
+from noid.core.config.settings import Backends, Config, PoolConfig
 from noid.core.images import Images
 from noid.core.layout import Layout
 from noid.core.model.processes import ExecRequest, OutputChunk

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import trio
 
 from noid.core.agent import Agent
-from noid.core.config import Config
+from noid.core.config.settings import Config
 from noid.core.opening import open_agent
 from noid.server.serve import serve_until
 from noid.testing.raw_http import Answer

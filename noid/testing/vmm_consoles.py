@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from noid.core.backends import ConsoleListener
-from noid.core.console import Console, open_console
+from noid.core.guests.console import Console, open_console
 from noid.errors import BackendError, DependencyDown
 from noid.testing.vmm_rig import VmmRig, run
 

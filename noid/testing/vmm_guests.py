@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from noid.core.backends import Guest, GuestConnection
-from noid.core.console import open_console
+from noid.core.guests.console import open_console
 from noid.core.model.connections import ConnectRequest
 from noid.core.model.processes import ExecRequest, OutputChunk, ProcessExit
 from noid.errors import DependencyDown, InvalidRequest, NoidError, Unreachable

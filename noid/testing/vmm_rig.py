@@ -25,7 +25,7 @@ from noid.core.backends import (
     StorageBackend,
     VmmBackend,
 )
-from noid.core.console import open_console
+from noid.core.guests.console import open_console
 from noid.core.model.images import Image
 from noid.core.model.processes import ExecRequest, OutputChunk, ProcessExit
 from noid.core.model.storage import FrozenDisk, Volume

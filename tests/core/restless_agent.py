@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from noid.core.agent import Agent
-from noid.core.listing import Wanted
+from noid.core.database.listing import Wanted
 from noid.core.model.processes import ExecRequest, ProcessExit
 from noid.core.model.vms import VmSpec
 from noid.core.opening import open_agent

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from noid.core import agent as agents
-from noid.core import guests
+from noid.core.guests import face as guests
 from noid.core.model.vms import VmSpec
 from noid.errors import (
     BackendError,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from noid.core import manifest as manifests
 from noid.core.agent import Agent
-from noid.core.listing import Wanted, position_of
+from noid.core.checkpoints import manifest as manifests
+from noid.core.database.listing import Wanted, position_of
 from noid.core.model.storage import Checkpoint
 from noid.core.model.users import User
 from noid.core.model.vms import VmSpec, VmState

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from noid.core import config_reading
-from noid.core.config import Config
-from noid.core.config_reading import load_admin_config, load_config
+from noid.core.config import reading
+from noid.core.config.reading import load_admin_config, load_config
+from noid.core.config.settings import Config
 from noid.errors import ConfigError
 
 
@@ -259,8 +259,8 @@ def places(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Every place where a server.toml is looked for, first to last, and no file in them."""
     (home / "here").mkdir()
     monkeypatch.chdir(home / "here")
-    monkeypatch.setattr(config_reading, "SYSTEM_FILE", home / "etc" / "server.toml")
-    monkeypatch.setattr(config_reading, "SYSTEM_DATA_DIR", home / "var")
+    monkeypatch.setattr(reading, "SYSTEM_FILE", home / "etc" / "server.toml")
+    monkeypatch.setattr(reading, "SYSTEM_DATA_DIR", home / "var")
     found = {"here": home / "here", "home": home / ".noid", "system": home / "etc"}
     for directory in found.values():
         directory.mkdir(exist_ok=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from noid.core import configured_image
-from noid.core.config import Config
+from noid.core.config import image as configured_image
+from noid.core.config.settings import Config
 from noid.core.images import Images
 from noid.errors import ConfigError
 from noid.testing.simulated_image import add_simulated_image, simulated_files

@@ -16,13 +16,14 @@ import pytest
 import trio
 
 from noid import hostfs
-from noid.core import audit, performing
-from noid.core.audit import AuditEntry
+from noid.core.database.reserve import LOG_BYTES, ROOM_BYTES, allocate
+from noid.core.database.store import Tx, open_store
 from noid.core.model.times import now
-from noid.core.outcomes import OperationState
-from noid.core.reserve import LOG_BYTES, ROOM_BYTES, allocate
-from noid.core.store import Tx, open_store
-from noid.core.users import Users
+from noid.core.operations import performing
+from noid.core.operations.outcomes import OperationState
+from noid.core.people import audit
+from noid.core.people.audit import AuditEntry
+from noid.core.people.users import Users
 from noid.errors import BackendError, Busy, NoSpace
 from noid.testing.faults import fail
 from noid.testing.simulated_agent import give_default_image

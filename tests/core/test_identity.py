@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from noid.core.identity import EXPECTED, judged, new_identity
+from noid.core.guests.identity import EXPECTED, judged, new_identity
 from noid.core.model.vms import NetLease, Receipt, ReceiptItem
 
 WHO = new_identity("web", "00000000-0000-4000-8000-000000000000", NetLease(kind="user"))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from noid.core import manifest as manifests
-from noid.core.manifest import Manifest, data_digest
+from noid.core.checkpoints import manifest as manifests
+from noid.core.checkpoints.manifest import Manifest, data_digest
 from noid.core.model.storage import FrozenDisk
 from noid.core.model.times import now
 from noid.errors import Damaged, Incompatible, NotFound

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from noid.core.operations import Operations
+from noid.core.operations.running import Operations
 from noid.errors import BackendError, Busy, DependencyDown
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from noid.core import deeds, health
 from noid.core.agent import Agent
+from noid.core.database import deeds
 from noid.core.model.processes import ExecRequest
 from noid.core.model.users import User
 from noid.core.model.vms import VmSpec, VmState
+from noid.core.vms import health
 from noid.errors import BackendError, Busy, Conflict, DependencyDown, OperationCancelled
 from noid.testing.faults import Faults, die, fail, hang
 from noid.testing.processes import marked_processes

@@ -13,7 +13,7 @@ import pytest
 
 from noid import hookspecs
 from noid.core.backends import BackendSpec, VmmFeatures
-from noid.core.config import Backends, Config
+from noid.core.config.settings import Backends, Config
 from noid.core.plugins import KINDS, Plugins
 from noid.errors import ConfigError
 from noid.hookspecs import hookimpl

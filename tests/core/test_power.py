@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from noid.core import endings, health
 from noid.core.agent import Agent
 from noid.core.model.users import User
 from noid.core.model.vms import VmSpec, VmState
+from noid.core.vms import endings, health
 from noid.errors import Busy, Conflict, DeadlineExceeded, NotFound
 from noid.testing.faults import Faults, fail, hang, kill_agent
 from noid.testing.processes import marked_processes

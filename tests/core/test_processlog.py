@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from noid.core.guests.processlog import MEMORY_BYTES, SEGMENT_BYTES, SEGMENTS_MAX, ProcessLog
 from noid.core.model.processes import Gap, OutputChunk
-from noid.core.processlog import MEMORY_BYTES, SEGMENT_BYTES, SEGMENTS_MAX, ProcessLog
 
 NAME = "8f0a12bc"
 CHUNK_BYTES = 60_000

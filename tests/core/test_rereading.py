@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from noid.core import rereading
-from noid.core.rereading import Rereader
+from noid.core.database import rereading
+from noid.core.database.rereading import Rereader
 
 ALL = "SELECT n FROM numbers WHERE n >= ? ORDER BY n"
 

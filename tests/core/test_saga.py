@@ -9,9 +9,9 @@ import pytest
 import trio
 import trio.testing
 
-from noid.core import saga
-from noid.core.saga import Facts, Saga, Step
-from noid.core.store import Store, Tx, open_store
+from noid.core.database.store import Store, Tx, open_store
+from noid.core.operations import saga
+from noid.core.operations.saga import Facts, Saga, Step
 from noid.errors import BackendError, Conflict, DeadlineExceeded, NoSpace
 
 

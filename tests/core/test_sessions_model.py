@@ -17,8 +17,8 @@ import hypothesis.strategies as st
 import pytest
 import trio
 
+from noid.core.guests.session import Session
 from noid.core.model.processes import ExecRequest, Gap, ProcessExit
-from noid.core.session import Session
 from noid.errors import LineageEnded
 from noid.testing.reaper import clean
 from noid.testing.simulated_agent import give_default_image

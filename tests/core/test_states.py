@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from noid.core.model.vms import VmState
-from noid.core.states import ALLOWED, may_follow, require
+from noid.core.vms.states import ALLOWED, may_follow, require
 from noid.errors import Conflict
 
 # From the row's state to the column's: c(reating) r(unning) p(aused) R(estoring) s(topped) d(ead) D(estroying).

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import trio
 
+from noid.core.database.listing import Wanted
+from noid.core.database.reserve import Reserve
+from noid.core.database.store import Store, Tx, open_store
 from noid.core.ids import new_id, new_instance
-from noid.core.listing import Wanted
 from noid.core.model.storage import Checkpoint
 from noid.core.model.times import now
 from noid.core.model.vms import NetLease, ProcessRef, Receipt, ReceiptItem, Vm, VmState
-from noid.core.reserve import Reserve
-from noid.core.store import Store, Tx, open_store
 from noid.errors import BackendError, Conflict, Damaged, DependencyDown, NotFound
 
 
@@ -170,7 +170,7 @@ def test_a_directory_that_cannot_be_written_is_told_as_such(tmp_path: Path) -> N
 ON_A_FULL_DISK = """
 import sys
 from pathlib import Path
-from noid.core.store import open_store
+from noid.core.database.store import open_store
 from noid.errors import NoSpace
 
 place = Path(sys.argv[1])

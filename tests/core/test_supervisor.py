@@ -11,12 +11,12 @@ import pytest
 import trio
 import trio.testing
 
-from noid.core import health
 from noid.core.backends import ExecBackend, Machine, MachineExit
-from noid.core.console import Console
-from noid.core.filewatch import FileWatches
+from noid.core.guests.console import Console
+from noid.core.guests.filewatch import FileWatches
 from noid.core.model.vms import ProcessRef
-from noid.core.supervisor import TRY_SECS, GuestLink, Supervisor
+from noid.core.vms import health
+from noid.core.vms.supervisor import TRY_SECS, GuestLink, Supervisor
 from noid.errors import BackendError, ConfigError, DependencyDown
 
 

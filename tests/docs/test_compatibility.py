@@ -16,8 +16,8 @@ import pytest
 
 from noid.cli import main as noid_cli
 from noid.cli import new_vm
-from noid.core.config import Config
-from noid.core.config_reading import load_config
+from noid.core.config.reading import load_config
+from noid.core.config.settings import Config
 from noid.errors import ConfigError
 from noid.server import command as server_command
 from noid.server.serve import all_routes

@@ -19,7 +19,7 @@ from noid.core.backends import AgentContext, AuthBackend
 from noid.core.model.users import TOKEN_SCOPES, Credentials
 from noid.core.model.vms import VmSpec
 from noid.core.opening import open_agent
-from noid.core.users import open_users
+from noid.core.people.users import open_users
 from noid.errors import Damaged, InvalidRequest, Unauthenticated
 from noid.server.command import cli
 from noid.testing.auth_conformance import AuthConformance

@@ -24,12 +24,12 @@ from noid_auth_token.tokens import open_tokens
 
 from noid import errors, hookspecs
 from noid.cli import main as noid_cli
-from noid.core import states
-from noid.core.config import NOT_FROM_FILE, Config
+from noid.core.config.settings import NOT_FROM_FILE, Config
+from noid.core.database.store import open_store
 from noid.core.model.storage import Checkpoint
 from noid.core.model.vms import Vm, VmState
 from noid.core.plugins import _ENTRY_PREFIX, KINDS, Plugins
-from noid.core.store import open_store
+from noid.core.vms import states
 from noid.core.wire import request_from_json
 from noid.server import command as server_command
 from noid.server.rest import checkpoint_fields, vm_fields

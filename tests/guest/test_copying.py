@@ -20,8 +20,8 @@ from noid_exec_vsock.guest import AgentGuest, connect
 from noid.client.packing import Packing
 from noid.client.tarstream import TarReader
 from noid.client.unpacking import Limits, Unpacking
-from noid.core import files
-from noid.core.files import Written
+from noid.core.guests import files
+from noid.core.guests.files import Written
 from noid.core.model.files import FileTransfer
 from noid.errors import BackendError, Conflict, InvalidRequest, NotFound
 

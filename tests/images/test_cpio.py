@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noid.core import cpio
+from noid.core.guestbuild import cpio
 
 NAMES = st.text("abcz-_.", min_size=1, max_size=8).filter(lambda name: name not in (".", ".."))
 FILES = st.dictionaries(st.lists(NAMES, min_size=1, max_size=3).map("/".join), st.binary(max_size=50), max_size=6)

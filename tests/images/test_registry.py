@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from noid.core import cpio
+from noid.core.guestbuild import cpio
 from noid.core.images import Images, content_hash
 from noid.core.model.images import Image
 from noid.errors import Conflict, Damaged, InvalidRequest, NoidError, NoSpace, NotFound

@@ -17,7 +17,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from noid.core import wire
 from noid.core.agent import Agent
-from noid.core.config import Config
+from noid.core.config.settings import Config
 from noid.core.model.processes import ExecRequest
 from noid.core.opening import open_agent
 from noid.core.plugins import Plugins

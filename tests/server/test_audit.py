@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import trio
 
-from noid.core import audit
-from noid.core.audit import AuditEntry, AuditLog, entries
+from noid.core.database.store import Store
 from noid.core.model.times import now
 from noid.core.model.users import Scope
-from noid.core.store import Store
+from noid.core.people import audit
+from noid.core.people.audit import AuditEntry, AuditLog, entries
 
 Server = Any  # see conftest.py
 WRONG = "noid_tok_" + "0" * 64

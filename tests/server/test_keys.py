@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from noid.core import keys
+from noid.core.operations import keys
 from noid.errors import BackendError
 from noid.testing.faults import fail
 from noid.testing.raw_http import Answer, RawClient

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import pytest
 
-from noid.core.config import TlsConfig
+from noid.core.config.settings import TlsConfig
 from noid.errors import ConfigError
 from noid.server import tls
 from noid.testing.served import PATIENCE_SECS, PROGRAM, SIMULATED

@@ -13,9 +13,9 @@ import trio.testing
 from trio.testing import MockClock
 from trio_websocket import ConnectionRejected
 
-from noid.core.config import Config, LimitsConfig
-from noid.core.config_reading import load_config
-from noid.core.networks import place
+from noid.core.config.reading import load_config
+from noid.core.config.settings import Config, LimitsConfig
+from noid.core.people.networks import place
 from noid.errors import ConfigError, TooManyRequests
 from noid.server import limiter
 from noid.server.hardening.admission import Connections

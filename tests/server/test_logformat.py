@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from noid.core import tracing
-from noid.core.config import LoggingConfig
+from noid.core.config.settings import LoggingConfig
 from noid.server import logformat
 from noid.server.logformat import JsonFormatter, TextFormatter
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
-from noid.core.config import LimitsConfig
+from noid.core.config.settings import LimitsConfig
 from noid.core.layout import Layout
 from noid.errors import BackendError
 from noid.server.metrics import Metrics

@@ -10,10 +10,10 @@ import pytest
 import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
 
-from noid.core import tunnels
-from noid.core.audit import entries
-from noid.core.config import LimitsConfig
+from noid.core.config.settings import LimitsConfig
+from noid.core.guests import tunnels
 from noid.core.model.connections import checked_host, checked_port
+from noid.core.people.audit import entries
 from noid.errors import InvalidRequest, Unsupported
 from noid.testing.faults import fail, hang
 from noid.testing.raw_http import open_ws

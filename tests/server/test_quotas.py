@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from noid import hostfs
-from noid.core.config import LimitsConfig, QuotaConfig
+from noid.core.config.settings import LimitsConfig, QuotaConfig
 
 Server = Any  # see conftest.py
 SHAPE = {"cpus": 1, "mem_mib": 128}
@@ -195,7 +195,7 @@ async def test_what_a_user_occupies_is_measured_once_for_all_who_ask_at_the_same
     async def ask(token: str) -> None:
         assert (await server.ask("GET", "/v1/quota", token=token)).json()["use"]["bytes"] == 7
 
-    monkeypatch.setattr("noid.core.quotas._occupied", occupied)
+    monkeypatch.setattr("noid.core.people.quotas._occupied", occupied)
     tokens = [await server.add_user(name) for name in ("alice", "bob")]
     async with trio.open_nursery() as nursery:
         for token in tokens * 4:

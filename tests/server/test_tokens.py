@@ -150,7 +150,7 @@ async def test_the_local_user_may_have_tokens_too_but_none_that_administers(serv
 
 
 async def test_there_is_an_end_to_how_many_tokens_a_user_has(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("noid.core.users.TOKENS_MAX", 2)
+    monkeypatch.setattr("noid.core.people.users.TOKENS_MAX", 2)
     statuses = [(await server.ask("POST", "/v1/tokens", {"name": name})).status for name in ("a", "b", "c")]
     assert statuses == [201, 201, 409]
 

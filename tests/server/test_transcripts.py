@@ -13,10 +13,10 @@ from unittest.mock import Mock
 import pytest
 import trio
 
-from noid.core import guests
-from noid.core.config import Config
-from noid.core.config_reading import build_record
-from noid.core.config_spellings import settled
+from noid.core.config.reading import build_record
+from noid.core.config.settings import Config
+from noid.core.config.spellings import settled
+from noid.core.guests import face as guests
 from noid.core.plugins import Plugins
 from noid.errors import BackendError, DependencyDown, NoSpace
 from noid.server import serve

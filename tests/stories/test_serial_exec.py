@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from noid.core import cpio
+from noid.core.guestbuild import cpio
 
 House = Any  # see conftest.py
 pytestmark = pytest.mark.vm

@@ -9,7 +9,7 @@ from pathlib import Path
 import trio
 
 from noid.core.agent import Agent
-from noid.core.config import Backends
+from noid.core.config.settings import Backends
 from noid.core.model.processes import ExecRequest, OutputChunk
 from noid.core.model.users import User
 from noid.core.model.vms import VmSpec, VmState

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import trio
 
-from noid.core.networks import place
+from noid.core.people.networks import place
 from noid.core.wire import API_VERSION, API_VERSION_HEADER
 from noid.errors import DependencyDown
 

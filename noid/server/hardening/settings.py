@@ -7,7 +7,7 @@ import ssl
 
 from hypercorn.config import Config
 
-from noid.core.config import LimitsConfig
+from noid.core.config.settings import LimitsConfig
 from noid.core.wire import API_VERSION, API_VERSION_HEADER
 from noid.server.hardening.admission import Connections
 

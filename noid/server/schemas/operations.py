@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from noid.core.keys import KEY_LENGTH_MAX
-from noid.core.outcomes import OperationState
+from noid.core.operations.keys import KEY_LENGTH_MAX
+from noid.core.operations.outcomes import OperationState
 from noid.server.schemas.vms import TIMINGS
 from noid.server.schemas.vocabulary import JSON, Content, choice, integer, nullable, record, shape, text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noid.core.quotas import RESOURCES
+from noid.core.people.quotas import RESOURCES
 from noid.server.schemas.vocabulary import integer, nullable, record, shape
 
 QUOTA = record(

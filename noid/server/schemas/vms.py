@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from noid.core.model.vms import CPUS_MAX, DEFAULT_CPUS, DEFAULT_MEM_MIB, MEM_MIB_MIN, VmState
-from noid.core.power import GRACE_SECS, GRACE_SECS_MAX
+from noid.core.vms.power import GRACE_SECS, GRACE_SECS_MAX
 from noid.server.schemas.lists import LABELS, LABELS_PATCH
 from noid.server.schemas.paths import NAME
 from noid.server.schemas.vocabulary import (

@@ -1,0 +1,1 @@
+"""What is written down: the database, and what lies beside the data in case it is lost."""

@@ -1,0 +1,1 @@
+"""VMs: the tables that make, move and end them, and the machines that run."""
