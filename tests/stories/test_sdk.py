@@ -73,8 +73,10 @@ def test_without_trio(vm_of: Path, tmp_path: Path) -> None:
     assert (tmp_path / "small").read_bytes() == b"small"
     assert vm.run(["cat"], input=files["large"]).stdout == files["large"]
 
-    vm.start_process(["sh", "-c", "n=0; while sleep .05; do echo $((n=n+1)) > /dev/shm/n; done"])
-    with vm.exec(["sh", "-c", "until [ -s /dev/shm/n ]; do sleep .05; done; cat /dev/shm/n"]) as process:
+    # Renamed into place: a file that is being written anew is empty for a moment.
+    count = "n=0; while sleep .05; do echo $((n=n+1)) > /dev/shm/.n; mv /dev/shm/.n /dev/shm/n; done"
+    vm.start_process(["sh", "-c", count])
+    with vm.exec(["sh", "-c", "until [ -e /dev/shm/n ]; do sleep .05; done; cat /dev/shm/n"]) as process:
         before = int(process.wait().text)
     [copy] = vm.fork()
     try:
