@@ -18,7 +18,8 @@ from noid_exec_vsock.guest import connect
 
 from noid.core import paths
 from noid.core.backends import Guest, Process
-from noid.core.model.processes import ExecRequest, OutputChunk, ProcessExit
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.errors import BackendError
 from noid_bench.floors import BareMachine
 from noid_bench.measures import bare_machines, golden_pattern, in_ms, settled

@@ -17,7 +17,8 @@ from noid.core.agent import Agent
 from noid.core.config.settings import Backends, Config
 from noid.core.images import Images
 from noid.core.layout import Layout
-from noid.core.model.processes import ExecRequest, Gap, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest, Gap
 from noid.core.model.users import User
 from noid.core.model.vms import Vm, VmSpec
 from noid.core.opening import open_agent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from noid.core.model.processes import checked_env
 from noid.errors import InvalidRequest
@@ -12,7 +11,7 @@ from noid.errors import InvalidRequest
 FILE_BYTES_MAX = 4 << 20
 
 
-def environment(files: Sequence[Path], entries: Sequence[str], ours: Mapping[str, str] = os.environ) -> dict[str, str]:
+def environment(files: Sequence[str], entries: Sequence[str], ours: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the variables that *files* and *entries* name: files first, what comes later wins.
 
     An entry is ``KEY=VALUE``, or ``KEY`` alone for the value that *ours* has; a variable we do not have is left out.
@@ -27,10 +26,10 @@ def environment(files: Sequence[Path], entries: Sequence[str], ours: Mapping[str
     return checked_env([f"{key}={value}" for key, value in env.items()])  # once more: all of them may be too many
 
 
-def _of_file(path: Path, ours: Mapping[str, str]) -> dict[str, str]:
+def _of_file(path: str, ours: Mapping[str, str]) -> dict[str, str]:
     """Return what the file says: ``#`` begins a comment line, quotes and blanks behind ``=`` belong to the value."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:  # noqa: PTH123  # every exec would import pathlib
             data = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror or error}.") from error

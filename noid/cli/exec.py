@@ -9,8 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,15 +17,17 @@ from noid.cli import interrupts, standard_input, terminal
 from noid.cli.env_entries import environment
 from noid.cli.options import Command, call, command, resolved_vm, with_vm
 from noid.cli.output import show, show_timing
-from noid.cli.screen import Screen
 from noid.cli.streams import write
-from noid.client import exec_stream, predecessor
+from noid.client import exec_stream
 from noid.client.calls import processes
 from noid.client.errors import ServerTooOld
 from noid.client.terminal import Terminal
 from noid.core import wire
 from noid.core.model.processes import ExecRequest, TerminalSize, checked_argv
 from noid.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from noid.cli.screen import Screen
 
 TIMED_OUT = 124
 FAILED = 125
@@ -66,7 +67,7 @@ class ExecOptions:
     """
 
     env: tuple[str, ...]
-    env_file: tuple[Path, ...]
+    env_file: tuple[str, ...]
     user: str | None
     workdir: str | None
     interactive: bool
@@ -97,7 +98,7 @@ def with_exec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.option("-e", "--env", multiple=True, metavar="K[=V]", help="Set a variable, or pass ours on."),
-            click.option("--env-file", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+            click.option("--env-file", multiple=True, type=click.Path(), metavar="FILE",
                          help="Set those in a file, one a line."),
             click.option("-u", "--user", metavar="USER", help="Run as this user, not the image's default."),
             click.option("-w", "--workdir", metavar="DIR", help="Run in this directory, not the user's home."),
@@ -213,7 +214,9 @@ def execute(
     try:
         return _execute(vm, request, options, on_detach)
     except ServerTooOld as error:
-        if options.interactive or error.deed != predecessor.INPUT:
+        from noid.client.predecessor import INPUT
+
+        if options.interactive or error.deed != INPUT:
             raise
     # Nobody said that our input is the command's. That server gives it none, which scripts made for it rely on.
     if standard_input.has_waiting() and not call().quiet:
@@ -229,11 +232,9 @@ def _execute(vm: str, request: ExecRequest, options: ExecOptions, on_detach: Cal
         collected[channel] += data
 
     invocation = call()
-    screen = Screen()
-
-    def show_all(channel: int, data: bytes) -> None:
-        screen.feed(data)
-        write(channel, data)
+    screen = on_output = None
+    if options.tty:
+        screen, on_output = _watched()
 
     def interrupt(signal_name: str) -> bool:
         if conversation.process is None:
@@ -245,7 +246,7 @@ def _execute(vm: str, request: ExecRequest, options: ExecOptions, on_detach: Cal
     try:
         with terminal.raw(options.tty, screen) as wakeup_fd:
             conversation = exec_stream.Conversation(
-                on_output=collect if as_json else show_all if options.tty else write,
+                on_output=on_output or (collect if as_json else write),
                 on_gap=tell_gap,
                 on_started=lambda: marks.append(time.perf_counter()),
                 stdin_fd=terminal.STDIN_FD if request.stdin else None,
@@ -270,6 +271,19 @@ def _execute(vm: str, request: ExecRequest, options: ExecOptions, on_detach: Cal
     if invocation.timing:
         show_timing(timings, marks[-1] - marks[0], f"exec on {vm}")
     return exit_code(result, vm)
+
+
+def _watched() -> tuple[Screen, Callable[[int, bytes], None]]:
+    """Return what knows what the guest has switched on in our terminal, and what shows it output."""
+    from noid.cli.screen import Screen
+
+    screen = Screen()
+
+    def show_all(channel: int, data: bytes) -> None:
+        screen.feed(data)
+        write(channel, data)
+
+    return screen, show_all
 
 
 def exit_code(result: wire.ExecResult, vm: str) -> int:

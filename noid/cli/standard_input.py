@@ -12,7 +12,6 @@ import fcntl
 import os
 import stat
 import termios
-from pathlib import Path
 
 STDIN_FD = 0
 ANCESTORS_MAX = 16
@@ -56,8 +55,9 @@ def _is_read_above(ours: os.stat_result) -> bool:
     process = os.getppid()
     for _ in range(ANCESTORS_MAX):
         try:
-            theirs = Path(f"/proc/{process}/fd/{STDIN_FD}").stat()
-            before, _, behind = Path(f"/proc/{process}/stat").read_text("utf-8", "replace").rpartition(")")
+            theirs = os.stat(f"/proc/{process}/fd/{STDIN_FD}")  # noqa: PTH116  # every exec would import pathlib
+            with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123  # the same
+                before, _, behind = file.read().rpartition(")")
         except OSError:
             return False
         if (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino):

@@ -9,13 +9,15 @@ import termios
 import tty
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from noid.cli.screen import Screen
 from noid.client.terminal import parsed_keys
 from noid.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from noid.cli.screen import Screen
 
 STDIN_FD, STDOUT_FD = 0, 1
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)

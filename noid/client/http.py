@@ -153,13 +153,9 @@ async def upgrade(endpoint: Endpoint, waiting: Waiting, path: str) -> tuple[Conn
         NoidError: the other side speaks another version of the API.
     """
     import os
-    from base64 import b64encode
-    from hashlib import sha1
+    from binascii import b2a_base64
 
-    key = b64encode(os.urandom(16)).decode()
-    wanted = b64encode(
-        sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode(), usedforsecurity=False).digest()
-    ).decode()
+    key = b2a_base64(os.urandom(16), newline=False).decode()
     extra = {
         "Connection": "Upgrade",
         "Upgrade": "websocket",
@@ -172,13 +168,16 @@ async def upgrade(endpoint: Endpoint, waiting: Waiting, path: str) -> tuple[Conn
             await connection.send(_head(endpoint, "GET", path, extra))
         except OSError as error:
             raise _gone(endpoint, error) from error
+        from hashlib import sha1  # OpenSSL, 3 ms, is loaded while the agent makes its answer
+
+        accepted = sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode(), usedforsecurity=False)
         incoming = Incoming(connection.receive, endpoint, ANSWER_SECS)
         status, headers = await incoming.head()
         if status != 101:
             reply = Reply(status=status, headers=headers, body=await incoming.body("GET", status, headers))
             connection.close()
             return reply
-        if headers.get("sec-websocket-accept") != wanted:
+        if headers.get("sec-websocket-accept") != b2a_base64(accepted.digest(), newline=False).decode():
             raise ConnectionFailed(f"{endpoint.address} answered like a WebSocket server that is none.")
         return connection, incoming.rest(), VERSION_HEADER in headers
     except BaseException:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from urllib.parse import urlencode
 
-from noid.client import predecessor
 from noid.client.calls import processes
+from noid.client.calls.call import with_query
 from noid.client.errors import ConnectionFailed, ConnectionLost, ServerError
 from noid.client.link import Link
 from noid.client.process_protocol import Broken, ProcessProtocol
@@ -75,11 +74,8 @@ class ProcessLine:
         Raises:
             ConnectionFailed, ServerError: it is not affected.
         """
-        wanted = {"readonly": "1"} if readonly else {}
-        if from_start:
-            wanted["offset"] = "0"
-        query = f"?{urlencode(wanted)}" if wanted else ""
-        await self._open(f"/v1/vms/{self._name}/processes/{process}/attach{query}")
+        path = f"/v1/vms/{self._name}/processes/{process}/attach"
+        await self._open(with_query(path, readonly="1" if readonly else None, offset="0" if from_start else None))
 
     def leave(self) -> None:
         """Ask that the process shall run on; `step` until the protocol says that this is detached."""
@@ -155,6 +151,8 @@ class ProcessLine:
 
     async def _run_plainly(self, request: ExecRequest, why: NoWebSocket) -> None:
         if (version := await self._link.old_version()) is not None:
+            from noid.client import predecessor
+
             self._heed_predecessor(request, version)
             await predecessor.check_vm(self._link, self._name)
         if request.stdin or request.tty is not None:
@@ -167,6 +165,8 @@ class ProcessLine:
         self.protocol.handle(json.dumps({key: value for key, value in answer.items() if key != "stdout"}))
 
     def _heed_predecessor(self, request: ExecRequest, version: str) -> None:
+        from noid.client import predecessor  # with it comes what no other server needs
+
         predecessor.check_request(request, self._link.endpoint.address, version)
         self.protocol.expect_serial()
 
@@ -185,10 +185,10 @@ class ProcessLine:
         self._resumed_from = process
         while self._resumes and self.protocol.can_resume and time.monotonic() < self._resume_by:
             assert process is not None  # noqa: S101  # what can_resume says
-            query = urlencode({"offset": self.protocol.offset, "lineage": process.lineage, "resume": "1"})
+            path = f"/v1/vms/{self._name}/processes/{process.process}/attach"
             self.close()
             try:
-                await self._open(f"/v1/vms/{self._name}/processes/{process.process}/attach?{query}")
+                await self._open(with_query(path, offset=self.protocol.offset, lineage=process.lineage, resume="1"))
             except ConnectionFailed:
                 pass  # the agent is not up yet
             except ServerError as error:

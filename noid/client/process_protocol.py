@@ -7,14 +7,17 @@ it has arrived. Both directions make progress independently.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from noid.client.channels import Channels, Closed, Message
 from noid.client.errors import ConnectionLost, ServerError
 from noid.client.kept_input import KeptInput
-from noid.client.serial_output import SerialOutput
 from noid.core import wire
 from noid.core.model.processes import Gap
 from noid.errors import DependencyDown, LineageEnded
+
+if TYPE_CHECKING:
+    from noid.client.serial_output import SerialOutput
 
 
 class ProcessProtocol:
@@ -93,6 +96,8 @@ class ProcessProtocol:
 
     def expect_serial(self) -> None:
         """Take what comes for output that came over a serial line, as that of servers before 0.3.0."""
+        from noid.client.serial_output import SerialOutput
+
         self._serial = SerialOutput()
 
     def give(self, data: bytes) -> None:

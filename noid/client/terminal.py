@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from noid.errors import InvalidRequest
 
-_KEY = re.compile(r"ctrl-([a-z@\[\\\]^_])|(.)", re.ASCII | re.IGNORECASE)
+_CONTROLS = "abcdefghijklmnopqrstuvwxyz@[\\]^_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +33,13 @@ def parsed_keys(text: str) -> bytes:
     """
     keys = bytearray()
     for word in text.split(",") if text else ():
-        found = _KEY.fullmatch(word)
-        if found is None or not word.isascii():
+        control = word[5:].lower() if word[:5].lower() == "ctrl-" else ""
+        if control and control in _CONTROLS and len(control) == 1:
+            keys.append(ord(control.upper()) & 0x1F)
+        elif len(word) == 1 and word.isascii() and word != "\n":
+            keys += word.encode()
+        else:
             raise InvalidRequest(f"{word!r} is no key. Write single characters or ctrl-X, separated by commas.")
-        control, plain = found.groups()
-        keys += bytes((ord(control.upper()) & 0x1F,)) if control else plain.encode()
     return bytes(keys)
 
 

@@ -18,7 +18,8 @@ import trio
 
 from noid.core.model.connections import ConnectRequest
 from noid.core.model.files import FileTransfer
-from noid.core.model.processes import ExecRequest, Gap, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize
+from noid.core.model.guest_processes import GuestProcessInfo, OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest, Gap, TerminalSize
 from noid.core.model.storage import DiskUsage, FrozenDisk, Volume
 from noid.core.model.users import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, TokenInfo, User
 from noid.core.model.vms import Identity, NetLease, ProcessRef, Receipt

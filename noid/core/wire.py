@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from noid.core.model.processes import (
     LOG_BYTES,
@@ -33,12 +33,14 @@ from noid.core.model.processes import (
     LOG_BYTES_MIN,
     ExecRequest,
     Gap,
-    ProcessExit,
     TerminalSize,
     checked_argv,
     checked_env,
 )
 from noid.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from noid.core.model.guest_processes import ProcessExit
 
 API_VERSION = 1
 API_VERSION_HEADER = "X-Noid-Api-Version"

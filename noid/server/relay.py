@@ -15,7 +15,8 @@ from quart import websocket
 from noid.core import wire
 from noid.core.backends import STDIN_IN_FLIGHT_BYTES
 from noid.core.guests.session import Session, Viewer
-from noid.core.model.processes import Gap, ProcessExit, TerminalSize
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import Gap, TerminalSize
 from noid.core.waiting import plain_nursery
 from noid.errors import InvalidRequest, NoidError
 from noid.server.hardening import Transport

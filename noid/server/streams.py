@@ -20,8 +20,9 @@ from quart import Response, request, websocket
 from noid.core import wire
 from noid.core.agent import Agent
 from noid.core.guests.session import Session, Viewer
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
 from noid.core.model.names import checked_name
-from noid.core.model.processes import ExecRequest, OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.users import Scope, User
 from noid.errors import DeadlineExceeded, DependencyDown, InvalidRequest
 from noid.server.answers import json_reply, upgrade_required

@@ -32,7 +32,8 @@ from noid.core.checkpoints import manifest as manifests
 from noid.core.database.listing import Wanted
 from noid.core.database.store import open_store
 from noid.core.layout import Layout
-from noid.core.model.processes import ExecRequest, OutputChunk
+from noid.core.model.guest_processes import OutputChunk
+from noid.core.model.processes import ExecRequest
 from noid.core.model.storage import Checkpoint
 from noid.core.model.vms import ProcessRef, VmSpec, VmState
 from noid.core.opening import open_agent

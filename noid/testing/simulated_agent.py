@@ -11,7 +11,8 @@ from noid.core.agent import Agent
 from noid.core.config.settings import Backends, Config, PoolConfig
 from noid.core.images import Images
 from noid.core.layout import Layout
-from noid.core.model.processes import ExecRequest, OutputChunk
+from noid.core.model.guest_processes import OutputChunk
+from noid.core.model.processes import ExecRequest
 from noid.core.model.users import User
 from noid.core.opening import open_agent
 from noid.core.plugins import Plugins

@@ -16,7 +16,8 @@ import trio
 from noid.core.backends import ConsolePort, Guest, GuestConnection, Machine, Process
 from noid.core.model.connections import ConnectRequest
 from noid.core.model.files import FileTransfer
-from noid.core.model.processes import ExecRequest, Gap, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize, Usage
+from noid.core.model.guest_processes import GuestProcessInfo, OutputChunk, ProcessExit, Usage
+from noid.core.model.processes import ExecRequest, Gap, TerminalSize
 from noid.core.model.vms import Identity, Receipt, ReceiptItem
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NotFound, Unreachable, Unsupported
 from noid.testing.faults import Faults

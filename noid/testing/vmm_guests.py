@@ -16,7 +16,8 @@ import trio.testing
 from noid.core.backends import Guest, GuestConnection
 from noid.core.guests.console import open_console
 from noid.core.model.connections import ConnectRequest
-from noid.core.model.processes import ExecRequest, OutputChunk, ProcessExit
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.errors import DependencyDown, InvalidRequest, NoidError, Unreachable
 from noid.testing.vmm_rig import ANSWER_SECS, VmmRig, read_count, run
 

@@ -26,8 +26,9 @@ from noid.core.backends import (
     VmmBackend,
 )
 from noid.core.guests.console import open_console
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
 from noid.core.model.images import Image
-from noid.core.model.processes import ExecRequest, OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.storage import FrozenDisk, Volume
 from noid.core.model.vms import Identity
 from noid.testing.processes import marked_processes

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,17 +181,36 @@ class ScriptedAgent:
         return self._answers.get((method, path), unknown)
 
 
-@pytest.fixture
-def agent() -> Iterator[ScriptedAgent]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        scripted = ScriptedAgent(listener)
-        thread = threading.Thread(target=scripted.serve)
-        thread.start()
+@contextmanager
+def _serving(listener: socket.socket) -> Iterator[ScriptedAgent]:
+    scripted = ScriptedAgent(listener)
+    thread = threading.Thread(target=scripted.serve)
+    thread.start()
+    try:
         yield scripted
+    finally:
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(PATIENCE_SECS)
-        assert not thread.is_alive()
+    assert not thread.is_alive()
     assert not scripted.problems
+
+
+@pytest.fixture
+def agent() -> Iterator[ScriptedAgent]:
+    with socket.create_server(("127.0.0.1", 0)) as listener, _serving(listener) as scripted:
+        yield scripted
+
+
+@pytest.fixture
+def own_agent(offline_noid: Noid, data_dir: Path) -> Iterator[ScriptedAgent]:
+    """A scripted agent where ``offline_noid`` finds its user's own."""
+    offline_noid.env["NOID_DATA_DIR"] = str(data_dir)
+    (data_dir / "run").mkdir(mode=0o700, parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(data_dir / "run" / "agent.sock"))
+        listener.listen()
+        with _serving(listener) as scripted:
+            yield scripted
 
 
 @dataclass

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
-import threading
 from typing import Any
 
 import pytest
@@ -36,25 +34,9 @@ def test_listing_imports_no_concurrency_framework_no_http_library_and_no_websock
     assert "noid.client.calls.vms" in modules  # it did run
 
 
-def test_listing_what_one_s_own_agent_has_imports_only_what_that_needs(offline_noid: Any, data_dir: Any) -> None:
-    offline_noid.env["NOID_DATA_DIR"] = str(data_dir)
-    run = data_dir / "run"
-    run.mkdir(mode=0o700, parents=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(run / "agent.sock"))
-        listener.listen()
-        listener.settimeout(20)
-
-        def answer() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
-
-        agent = threading.Thread(target=answer)
-        agent.start()
-        modules = imported(offline_noid, "list")
-        agent.join(20)
+def test_listing_what_one_s_own_agent_has_imports_only_what_that_needs(offline_noid: Any, own_agent: Any) -> None:
+    own_agent.answers("GET", "/v1/vms", 200, [])
+    modules = imported(offline_noid, "list")
     unneeded = {"pathlib", "urllib.parse", "noid.client.servers", "noid.client.local", "noid.cli.labels", "noid.sdk"}
     assert modules & (HEAVY | unneeded) == set()
     assert "noid.client.settings" in modules  # it did ask
@@ -87,9 +69,22 @@ def test_the_version_imports_no_command(offline_noid: Any) -> None:
     assert modules & (HEAVY | {"wsproto", "noid.cli.vms", "noid.client.settings", "noid.core.model"}) == set()
 
 
-def test_exec_imports_a_websocket_codec_and_no_concurrency_framework(noid: Any, agent: Any) -> None:
+def test_exec_imports_nothing_that_a_command_without_terminal_and_input_does_not_use(
+    offline_noid: Any, own_agent: Any
+) -> None:
+    own_agent.runs(lambda exchange: (exchange.request(), exchange.end(0)))
+    modules = imported(offline_noid, "exec", "web", "--", "true")
+    of_models = {"files", "guest_processes", "images", "storage", "times", "users", "vms"}
+    unneeded = {f"noid.core.model.{name}" for name in of_models} | {
+        "difflib", "h11", "pathlib", "random", "secrets", "subprocess", "tomllib", "urllib.parse", "wsproto", "zlib",
+        "noid.cli.console", "noid.cli.screen", "noid.cli.suggestions", "noid.client.local", "noid.client.predecessor",
+        "noid.client.serial_output", "noid.client.servers", "noid.sdk", "noid.sync",
+    }  # fmt: skip
+    assert modules & (HEAVY | unneeded) == set()
+    assert "noid.client.frames" in modules  # it did run
+
+
+def test_exec_on_a_server_imports_no_websocket_library_either(noid: Any, agent: Any) -> None:
     agent.runs(lambda exchange: (exchange.request(), exchange.end(0)))
     modules = imported(noid, "exec", "web", "--", "true")
-    unneeded = {f"noid.core.model.{name}" for name in ("files", "images", "storage", "times", "users", "vms")}
-    assert modules & (HEAVY | unneeded) == set()
-    assert "wsproto" in modules
+    assert modules & (HEAVY | {"wsproto", "h11", "noid.sdk", "noid.sync", "noid.client.predecessor"}) == set()

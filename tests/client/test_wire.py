@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noid.core import wire
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.errors import InvalidRequest
 
 # What a process can be given: no NUL, and bytes that are not UTF-8 as lone surrogates.

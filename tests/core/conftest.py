@@ -11,7 +11,8 @@ import pytest
 
 from noid.core.agent import Agent
 from noid.core.layout import Layout
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.users import User
 from noid.core.model.vms import VmSpec
 from noid.core.opening import open_agent

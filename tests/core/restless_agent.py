@@ -15,7 +15,8 @@ import trio
 
 from noid.core.agent import Agent
 from noid.core.database.listing import Wanted
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.vms import VmSpec
 from noid.core.opening import open_agent
 from noid.testing.simulated_agent import simulated_config, simulated_plugins

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import trio
 
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest
 
 Rig = Any  # see conftest.py
 ROUNDS = 20

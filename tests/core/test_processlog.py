@@ -6,7 +6,8 @@ import random
 from pathlib import Path
 
 from noid.core.guests.processlog import MEMORY_BYTES, SEGMENT_BYTES, SEGMENTS_MAX, ProcessLog
-from noid.core.model.processes import Gap, OutputChunk
+from noid.core.model.guest_processes import OutputChunk
+from noid.core.model.processes import Gap
 
 NAME = "8f0a12bc"
 CHUNK_BYTES = 60_000

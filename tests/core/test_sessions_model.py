@@ -18,7 +18,8 @@ import pytest
 import trio
 
 from noid.core.guests.session import Session
-from noid.core.model.processes import ExecRequest, Gap, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest, Gap
 from noid.errors import LineageEnded
 from noid.testing.reaper import clean
 from noid.testing.simulated_agent import give_default_image

@@ -15,7 +15,8 @@ from noid_exec_serial import guest as guests
 from noid_exec_serial.guest import SerialGuest, connect
 from noid_exec_serial.line import find_shell
 
-from noid.core.model.processes import ExecRequest, Gap, OutputChunk, ProcessExit, TerminalSize
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest, Gap, TerminalSize
 from noid.errors import BackendError, Conflict, DependencyDown, InvalidRequest, Unsupported
 
 Terminals = Any  # see conftest.py

@@ -16,8 +16,9 @@ from noid_vmm_qemu.backend import QemuConfig, open_backend
 
 from noid.core.backends import AgentContext, BackendSpec, VmmBackend
 from noid.core.images import Images
+from noid.core.model.guest_processes import ProcessExit
 from noid.core.model.images import Image
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.vms import Identity, NetLease
 from noid.errors import BackendError, DependencyDown
 from noid.testing.guests import tiny_image

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from noid_exec_vsock.guest import AgentGuest, connect
 from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES, GuestProcess
 
-from noid.core.model.processes import ExecRequest, Gap, OutputChunk, ProcessExit, TerminalSize
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest, Gap, TerminalSize
 from noid.errors import Conflict, InvalidRequest, NotFound
 from noid.testing.vmm_rig import run
 

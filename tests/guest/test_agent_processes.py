@@ -13,7 +13,8 @@ import trio
 from noid_exec_vsock.guest import AgentGuest, connect
 from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES, GuestProcess
 
-from noid.core.model.processes import ExecRequest, OutputChunk, ProcessExit
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.vms import Identity
 from noid.errors import BackendError, Conflict, DependencyDown, InvalidRequest, TooLarge
 from noid.testing.vmm_rig import run

@@ -18,7 +18,8 @@ from noid_exec_vsock.tunnel import Tunnel
 
 from noid.core.backends import GuestConnection
 from noid.core.model.connections import ConnectRequest
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, Unreachable, Unsupported
 
 from .conftest import ANSWER_SECS, NativeAgent, to, until

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from noid_exec_vsock import frames
 from noid_exec_vsock.frames import Frame, FrameDecoder, Message, ProtocolError, encode
 
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest
 
 EPOCH = 0x7D7E0102
 stuffed = st.lists(st.sampled_from([b"\x7e", b"\x7d", b"\x5d", b"\x5e", b"a", b"\x00"]), max_size=60).map(b"".join)

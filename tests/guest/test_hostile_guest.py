@@ -12,7 +12,8 @@ from noid_exec_vsock.frames import Message
 from noid_exec_vsock.guest import AgentGuest, connect
 from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES, GuestProcess
 
-from noid.core.model.processes import ExecRequest, OutputChunk
+from noid.core.model.guest_processes import OutputChunk
+from noid.core.model.processes import ExecRequest
 from noid.core.model.vms import Identity
 from noid.errors import BackendError, DependencyDown
 

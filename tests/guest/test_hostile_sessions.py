@@ -20,7 +20,8 @@ from noid_exec_vsock.process import OUTPUT_WINDOW_BYTES
 from noid.core.backends import ConsolePort, Machine
 from noid.core.guests.processlog import SEGMENT_BYTES, SEGMENTS_MAX
 from noid.core.guests.vmsessions import VmSessions
-from noid.core.model.processes import ExecRequest, OutputChunk, ProcessExit
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.vms.supervisor import GuestLink, Live
 from noid.errors import BackendError
 

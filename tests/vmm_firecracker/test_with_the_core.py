@@ -10,7 +10,8 @@ import trio
 
 from noid.core.agent import Agent
 from noid.core.config.settings import Backends
-from noid.core.model.processes import ExecRequest, OutputChunk
+from noid.core.model.guest_processes import OutputChunk
+from noid.core.model.processes import ExecRequest
 from noid.core.model.users import User
 from noid.core.model.vms import VmSpec, VmState
 from noid.core.opening import open_agent

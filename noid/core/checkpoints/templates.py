@@ -21,8 +21,9 @@ from noid.core.checkpoints import manifest as manifests
 from noid.core.checkpoints.manifest import Manifest
 from noid.core.guests.identity import new_identity
 from noid.core.ids import new_id, new_instance
+from noid.core.model.guest_processes import ProcessExit
 from noid.core.model.images import Image
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.storage import FrozenDisk
 from noid.core.model.times import now
 from noid.core.model.vms import NetLease, VmSpec

@@ -18,7 +18,8 @@ import trio
 
 from noid.core.backends import Guest, Process
 from noid.core.model.files import FileTransfer
-from noid.core.model.processes import Gap, OutputChunk, ProcessExit
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
+from noid.core.model.processes import Gap
 from noid.core.waiting import plain_nursery
 from noid.errors import BackendError, Conflict, Denied, DependencyDown, InvalidRequest, NoidError, NoSpace, NotFound
 

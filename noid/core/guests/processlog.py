@@ -22,7 +22,8 @@ from typing import Any
 import trio
 
 from noid import hostfs
-from noid.core.model.processes import Gap, OutputChunk
+from noid.core.model.guest_processes import OutputChunk
+from noid.core.model.processes import Gap
 from noid.errors import Damaged
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import trio
 from noid.core.backends import Process
 from noid.core.guests.filewatch import Changes
 from noid.core.guests.processlog import ProcessLog
-from noid.core.model.processes import Gap, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize
+from noid.core.model.guest_processes import GuestProcessInfo, OutputChunk, ProcessExit
+from noid.core.model.processes import Gap, TerminalSize
 from noid.core.model.times import now
 from noid.errors import BackendError, DependencyDown, InvalidRequest, LineageEnded, NoidError
 

@@ -27,7 +27,8 @@ import trio
 from noid.core.backends import Guest, Process
 from noid.core.guests.processlog import MEMORY_BYTES, ProcessLog, descriptions
 from noid.core.guests.session import NATIVE, Label, Session, process_name
-from noid.core.model.processes import ExecRequest, GuestProcessInfo, ProcessExit
+from noid.core.model.guest_processes import GuestProcessInfo, ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.times import now
 from noid.core.vms.supervisor import Live
 from noid.errors import (

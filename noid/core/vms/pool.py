@@ -15,7 +15,8 @@ import os
 import trio
 
 from noid.core.checkpoints.templates import GUEST_NAME, Templates
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.vms import VmSpec
 from noid.core.operations.running import Operations
 from noid.core.operations.work import Warm, Work, given

@@ -16,7 +16,8 @@ from noid.core.backends import LaunchPlan
 from noid.core.checkpoints import manifest as manifests
 from noid.core.database import deeds
 from noid.core.database.store import Tx
-from noid.core.model.processes import ExecRequest, ProcessExit
+from noid.core.model.guest_processes import ProcessExit
+from noid.core.model.processes import ExecRequest
 from noid.core.model.vms import Vm, VmSpec, VmState, WakeReason
 from noid.core.operations.saga import Facts, Saga, Step
 from noid.core.operations.work import Work, given

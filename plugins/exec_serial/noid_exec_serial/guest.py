@@ -11,7 +11,8 @@ import trio
 from noid.core.backends import ConsolePort, GuestConnection, Process
 from noid.core.model.connections import ConnectRequest
 from noid.core.model.files import FileTransfer
-from noid.core.model.processes import ExecRequest, GuestProcessInfo, OutputChunk, ProcessExit, TerminalSize
+from noid.core.model.guest_processes import GuestProcessInfo, OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest, TerminalSize
 from noid.core.model.vms import Identity, Receipt
 from noid.errors import Conflict, DependencyDown, NoidError, Unsupported
 from noid_exec_serial import wake

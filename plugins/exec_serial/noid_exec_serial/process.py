@@ -13,7 +13,8 @@ from collections import deque
 import trio
 
 from noid.core.backends import ConsolePort
-from noid.core.model.processes import ExecRequest, Gap, OutputChunk, ProcessExit, TerminalSize
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest, Gap, TerminalSize
 from noid.errors import BackendError, Conflict, DependencyDown, InvalidRequest, NoidError
 from noid_exec_serial import script
 from noid_exec_serial.line import ANSWER_SECS, Line, listening

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from array import array
 
-from noid.core.model.processes import Gap, OutputChunk
+from noid.core.model.guest_processes import OutputChunk
+from noid.core.model.processes import Gap
 
 
 class Backlog:

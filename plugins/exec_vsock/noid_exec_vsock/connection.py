@@ -15,7 +15,8 @@ from typing import TypeVar
 
 import trio
 
-from noid.core.model.processes import ExecRequest, GuestProcessInfo
+from noid.core.model.guest_processes import GuestProcessInfo
+from noid.core.model.processes import ExecRequest
 from noid.errors import BackendError, Conflict, DependencyDown, InvalidRequest, NoidError, NotFound
 from noid_exec_vsock import frames
 from noid_exec_vsock.frames import FailedReason, Frame, FrameDecoder, Hello, Message, ProtocolError

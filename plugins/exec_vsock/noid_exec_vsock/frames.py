@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from noid.core.model.processes import LABEL_BYTES_MAX, ExecRequest, GuestProcessInfo, ProcessExit, TerminalSize, Usage
+from noid.core.model.guest_processes import GuestProcessInfo, ProcessExit, Usage
+from noid.core.model.processes import LABEL_BYTES_MAX, ExecRequest, TerminalSize
 from noid.core.model.vms import Identity, Receipt, ReceiptItem
 
 PROTOCOL_VERSION = 2
@@ -28,9 +29,7 @@ _RAW_BYTES_MAX = _HEADER.size + BODY_BYTES_MAX + 4
 _STUFFED_BYTES_MAX = 2 * _RAW_BYTES_MAX
 _CREDIT = struct.Struct("<BI")
 _GRACE_MS_MAX = 60_000
-_WITH_STDIN = 1
-_WITH_TTY = 2
-_BUILTIN = 4
+_WITH_STDIN, _WITH_TTY, _BUILTIN = 1, 2, 4
 _IS_RUNNING = 1
 _HAS_TTY = 2
 _HAS_STDIN = 4

@@ -11,14 +11,8 @@ import trio
 from noid.core.backends import Process
 from noid.core.model.connections import ConnectRequest
 from noid.core.model.files import FileTransfer
-from noid.core.model.processes import (
-    LABEL_BYTES_MAX,
-    LOG_BYTES_MAX,
-    LOG_BYTES_MIN,
-    ExecRequest,
-    GuestProcessInfo,
-    TerminalSize,
-)
+from noid.core.model.guest_processes import GuestProcessInfo
+from noid.core.model.processes import LABEL_BYTES_MAX, LOG_BYTES_MAX, LOG_BYTES_MIN, ExecRequest, TerminalSize
 from noid.core.model.vms import Identity, Receipt
 from noid.errors import BackendError, InvalidRequest, TooLarge, Unsupported
 from noid_exec_vsock import frames, tunnel

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import trio
 
-from noid.core.model.processes import Gap, OutputChunk, ProcessExit, TerminalSize, Usage
+from noid.core.model.guest_processes import OutputChunk, ProcessExit, Usage
+from noid.core.model.processes import Gap, TerminalSize
 from noid.errors import Conflict, InvalidRequest, NoidError
 from noid_exec_vsock.backlog import Backlog
 from noid_exec_vsock.frames import (

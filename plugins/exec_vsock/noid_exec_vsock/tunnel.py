@@ -16,7 +16,8 @@ import trio
 
 from noid.core.backends import Process
 from noid.core.model.connections import ConnectRequest
-from noid.core.model.processes import ExecRequest, Gap, OutputChunk, ProcessExit
+from noid.core.model.guest_processes import OutputChunk, ProcessExit
+from noid.core.model.processes import ExecRequest, Gap
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, Unreachable
 
 BUILTIN = "connect"
