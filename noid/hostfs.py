@@ -100,7 +100,7 @@ def sparse_copy(source: Path, target: Path, between: Callable[[], object] | None
         os.ftruncate(target_fd, size_bytes)
         copied_bytes = 0
         offset = 0
-        while (extent := _next_data(source_fd, offset, size_bytes)) is not None:
+        while (extent := next_data(source_fd, offset, size_bytes)) is not None:
             start, offset = extent
             for piece in range(start, offset, _COPY_PIECE_BYTES):
                 if between is not None:
@@ -365,8 +365,11 @@ def _new_copy(source: Path, target: Path) -> Iterator[tuple[int, int]]:
         os.close(source_fd)
 
 
-def _next_data(fd: int, offset: int, size_bytes: int) -> tuple[int, int] | None:
-    """Return where the next data at or after *offset* begins and ends, or None when only a hole is left."""
+def next_data(fd: int, offset: int, size_bytes: int) -> tuple[int, int] | None:
+    """Return where the next data at or after *offset* begins and ends, or None when only a hole is left.
+
+    A filesystem that knows no holes has data everywhere.
+    """
     if offset >= size_bytes:
         return None
     try:

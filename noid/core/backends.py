@@ -94,7 +94,7 @@ class MachinePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchPlan(MachinePlan):
-    """Boot from scratch. *cmdline* is appended to what the VMM itself needs (console, clock)."""
+    """Boot from scratch. *cmdline* is appended to what the VMM itself needs (console, clock, ``noid.base=``)."""
 
     kernel: Path
     initrd: Path
@@ -270,11 +270,15 @@ class VmmBackend(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageFeatures:
-    """*format* is what volumes are, *freeze_is_constant* whether a freeze takes the same time for any disk size."""
+    """*format* is what volumes are, *freeze_is_constant* whether a freeze takes the same time for any disk size.
+
+    *needs_agent*: only a guest that boots with what the ``initrd_files`` hooks offer can use the disk.
+    """
 
     format: str
     freeze_is_constant: bool
     needs_pivot: bool
+    needs_agent: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,12 +12,13 @@ from pathlib import Path
 import noid_storage_overlay
 import pytest
 from noid_storage_overlay import backend, layers
-from noid_storage_overlay.backend import OverlayStorage, link_or_copy
+from noid_storage_overlay.backend import OverlayStorage
 
 from noid.core.backends import AgentContext, StorageBackend
 from noid.core.model.storage import FrozenDisk, Volume
 from noid.errors import BackendError, Conflict, Damaged, DependencyDown
 from noid.hostfs import sparse_copy
+from noid.rawdisk import link_or_copy
 from noid.testing.storage_conformance import (
     FAR,
     FAR_AT,

@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 
 from noid import hostfs
-from noid.core.backends import LaunchPlan, Machine
+from noid.core.backends import LaunchPlan, Machine, StorageBackend
 from noid.core.checkpoints import freezing
 from noid.core.checkpoints import manifest as manifests
 from noid.core.checkpoints.manifest import Manifest
@@ -29,7 +29,7 @@ from noid.core.model.times import now
 from noid.core.model.vms import NetLease, VmSpec
 from noid.core.services import Services
 from noid.core.waiting import console_tail, until_it_ends
-from noid.errors import Damaged, DeadlineExceeded, Incompatible, NoidError, NotFound
+from noid.errors import Damaged, DeadlineExceeded, Incompatible, NoidError, NotFound, Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ class Templates:
         scratch, run_dir = services.layout.scratch / instance, services.layout.run(instance)
         partial = directory.with_name(f"{directory.name}.partial")
         machine: Machine | None = None
+        check_disk_of(image, services.storage)
         logger.info("booting a template: image %s, %d vCPU, %d MiB", image.name, spec.cpus, spec.mem_mib)
         try:
             with hostfs.os_errors("make a template"):
@@ -232,6 +233,21 @@ class Templates:
             ) from error
         finally:
             link.drop()
+
+
+def check_disk_of(image: Image, storage: StorageBackend) -> None:
+    """Let *image* boot only if its guest can use the disks that *storage* makes.
+
+    Raises:
+        Unsupported: it has no agent that would put them together.
+    """
+    if storage.features.needs_agent and not image.agent:
+        raise Unsupported(
+            f"storage {storage.name}",
+            f"give image {image.name!r} a disk, because that was imported with --no-agent, and noid's own first "
+            "program puts these disks together",
+            remedy='Import the image without --no-agent, or set [backends] storage = "copy" in server.toml.',
+        )
 
 
 async def verified(services: Services, directory: Path) -> Source:

@@ -12,7 +12,7 @@ from noid.core.guestbuild.stages import Stage, silent
 from noid.core.guestbuild.vmlinux import unwrapped
 from noid.errors import BackendError, DependencyDown
 
-_RECIPE = 1  # raise it when the same package must give other files
+_RECIPE = 2  # raise it when the same package must give other files
 _HOPS_MAX = 4  # Ubuntu: linux-image-virtual-hwe -> linux-image-generic-hwe -> linux-image-6.8.0-45-generic
 
 # Which kernel packages will do, best first. Cloud kernels are built for virtual machines: small, quick to boot.

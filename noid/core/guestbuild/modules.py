@@ -20,6 +20,7 @@ WANTED = (
     "virtio_console",
     "crc32c_generic",  # ext4 asks for "crc32c" by name, which no dependency records
     "ext4",
+    "overlay",  # puts disks in layers together
     "virtio_rng",
     "virtio_net",
     "vmw_vsock_virtio_transport",

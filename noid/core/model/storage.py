@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+LAYERS = "layers"
+"""The format of disks that are put together in the guest: see `Volume`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
@@ -30,7 +33,12 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
-    """A VM's writable disk: *files* in *directory*, of which the VMM opens *top*. *format* is ``raw`` or ``qcow2``."""
+    """A VM's writable disk: *files* in *directory*, of which the VMM opens *top*. *format* is one of three.
+
+    ``raw`` and ``qcow2`` are one disk, ``layers`` are two raw ones: the first of *files* is an image's root file system
+    that every VM made from it reads and none writes, *top* a file system of its own over it. The VMM adds the first as
+    a second disk, read-only, and names it to the guest's first program as ``noid.base=``: that puts them together.
+    """
 
     directory: Path
     format: str
@@ -39,8 +47,13 @@ class Volume:
 
     @property
     def path(self) -> Path:
-        """The file the VMM opens."""
+        """The file the VMM opens for writing."""
         return self.directory / self.top
+
+    @property
+    def base_path(self) -> Path | None:
+        """The file of ``layers`` that is shared and only read. Other formats have none, or the VMM finds it itself."""
+        return _base_path(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +70,11 @@ class FrozenDisk:
         """The file that stands for the whole disk."""
         return self.directory / self.top
 
+    @property
+    def base_path(self) -> Path | None:
+        """As `Volume.base_path`."""
+        return _base_path(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskUsage:
@@ -64,3 +82,7 @@ class DiskUsage:
 
     unique_bytes: int
     shared_bytes: int
+
+
+def _base_path(disk: Volume | FrozenDisk) -> Path | None:
+    return disk.directory / disk.files[0] if disk.format == LAYERS else None

@@ -14,6 +14,7 @@ import trio
 from noid import hostfs
 from noid.core.backends import LaunchPlan
 from noid.core.checkpoints import manifest as manifests
+from noid.core.checkpoints.templates import check_disk_of
 from noid.core.database import deeds
 from noid.core.database.store import Tx
 from noid.core.model.guest_processes import ProcessExit
@@ -149,6 +150,7 @@ async def launch_machine(work: Work, facts: Facts) -> None:
             f"VM {vm.name!r} cannot boot: its image {vm.image!r}, which has its kernel, is not there any more. Build "
             "or import an image of that name; the VM's disk is untouched."
         ) from error
+    check_disk_of(image, services.storage)
     spec = VmSpec(name=vm.name, cpus=vm.cpus, mem_mib=vm.mem_mib, image=vm.image)
     work.volume = await trio.to_thread.run_sync(services.storage.volume, directory)
     boot = {

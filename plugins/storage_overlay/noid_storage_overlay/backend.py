@@ -29,7 +29,8 @@ import trio
 from noid.core.backends import FreezePlan, Machine, StorageFeatures
 from noid.core.model.storage import DiskUsage, FrozenDisk, Volume
 from noid.errors import BackendError, Conflict, DependencyDown, NoidError, NoSpace
-from noid.hostfs import clone_file, os_errors, write_out
+from noid.hostfs import os_errors, write_out
+from noid.rawdisk import link_or_copy
 from noid_storage_overlay.layers import (
     Layer,
     base_name,
@@ -49,9 +50,6 @@ QEMU_IMG = "qemu-img"
 CLONE_DEPTH_MAX = 32
 DEPTH_MAX = 256
 
-# What `link` says when it never will: another filesystem, too many names (65000 on ext4), a filesystem without hard
-# links, or a file of another user (fs.protected_hardlinks).
-_NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EACCES})
 _COPIES_AT_ONCE = 4
 
 
@@ -200,20 +198,6 @@ class OverlayStorage:
 
         with os_errors(f"deleting the disk {thing.path}"):
             await trio.to_thread.run_sync(remove)
-
-
-def link_or_copy(source: Path, target: Path) -> int:
-    """Give *source* the second name *target*; copy it where that is impossible. Returns the bytes copied.
-
-    Runs in a thread of trio's. *source* must be immutable.
-    """
-    try:
-        target.hardlink_to(source)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        return clone_file(source, target, trio.from_thread.check_cancelled)
-    return 0
 
 
 async def _pivot(machine: Machine, plan: FreezePlan) -> NoidError | None:

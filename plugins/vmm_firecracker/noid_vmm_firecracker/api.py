@@ -62,9 +62,9 @@ class FirecrackerApi:
         source = {"kernel_image_path": str(kernel), "initrd_path": str(initrd), "boot_args": arguments}
         await self.call("PUT", "/boot-source", source)
 
-    async def drive(self, name: str, path: str, *, is_root: bool) -> None:
-        """Add a disk, whose flushes reach the host's."""
-        drive = {"drive_id": name, "path_on_host": path, "is_root_device": is_root, "is_read_only": False}
+    async def drive(self, name: str, path: str, *, is_root: bool = False, is_read_only: bool = False) -> None:
+        """Add a disk, whose flushes reach the host's. The root is the guest's first, others come in their order."""
+        drive = {"drive_id": name, "path_on_host": path, "is_root_device": is_root, "is_read_only": is_read_only}
         await self.call("PUT", f"/drives/{name}", drive | {"cache_type": "Writeback"})
 
     async def network_interface(self, name: str, tap: str, mac: str | None) -> None:

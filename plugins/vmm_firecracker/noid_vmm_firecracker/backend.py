@@ -18,6 +18,7 @@ from pathlib import Path
 import trio
 
 from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePlan, VmmFeatures
+from noid.core.model.storage import LAYERS
 from noid.core.model.vms import ProcessRef
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, NoSpace, Unsupported
 from noid.hostfs import free_bytes, os_errors
@@ -33,6 +34,9 @@ from noid_vmm_firecracker.versions import abilities, shown
 DEVICE_SET = "1"
 """Of what a guest sees: whoever changes that raises it, and checkpoints of before are refused."""
 DISK_NAME = "disk"
+BASE_NAME = "base"
+BASE_ARGUMENT = "noid.base=/dev/vdb"
+"""Where the guest finds the second disk of `LAYERS`; the first is the root device, ``/dev/vda``."""
 CARD_NAME = "net0"
 GUEST_CID = 3
 KERNEL_ARGUMENTS = (
@@ -86,7 +90,7 @@ class FirecrackerBackend:
     def __init__(self, found: Found, *, track_dirty_pages: bool = True) -> None:
         self.features = VmmFeatures(
             accelerator="kvm",
-            disk_formats=frozenset({"raw"}),
+            disk_formats=frozenset({"raw", LAYERS}),
             disk_pivot=False,
             network_kinds=frozenset({"none", "tap"}),
             vm_generation_id=True,
@@ -116,10 +120,13 @@ class FirecrackerBackend:
             make_sparse(memory, plan.mem_mib << 20)
 
         async def boot(api: FirecrackerApi) -> None:
-            arguments = f"{KERNEL_ARGUMENTS} {plan.cmdline}".strip()
+            base = plan.volume.base_path
+            arguments = " ".join(filter(None, [KERNEL_ARGUMENTS, base and BASE_ARGUMENT, plan.cmdline.strip()]))
             await api.machine_config(cpus=plan.cpus, mem_mib=plan.mem_mib, track_dirty_pages=self._track)
             await api.boot_source(kernel=plan.kernel, initrd=plan.initrd, arguments=arguments)
             await api.drive(DISK_NAME, DISK_NAME, is_root=True)
+            if base is not None:
+                await api.drive(BASE_NAME, BASE_NAME, is_read_only=True)
             for card, tap in _taps(plan).items():
                 await api.network_interface(card, tap, plan.lease.mac if plan.lease else None)
             await api.vsock(VSOCK_SOCKET, guest_cid=GUEST_CID)
@@ -247,10 +254,12 @@ def _taps(plan: MachinePlan) -> dict[str, str]:
 
 
 def _clear(plan: MachinePlan) -> None:
-    """Make the run directory what Firecracker expects: no sockets of a process before, and the disk by its name."""
-    for name in (API_SOCKET, VSOCK_SOCKET, DISK_NAME):
+    """Make the run directory what Firecracker expects: no sockets of a process before, and the disks by their names."""
+    for name in (API_SOCKET, VSOCK_SOCKET, DISK_NAME, BASE_NAME):
         (plan.run_dir / name).unlink(missing_ok=True)
     (plan.run_dir / DISK_NAME).symlink_to(plan.volume.path)
+    if plan.volume.base_path is not None:
+        (plan.run_dir / BASE_NAME).symlink_to(plan.volume.base_path)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 import trio
 
 from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePlan, VmmFeatures
+from noid.core.model.storage import LAYERS
 from noid.core.model.vms import ProcessRef
 from noid.errors import BackendError, ConfigError, DependencyDown, NoidError, NoSpace
 from noid.hostfs import free_bytes, os_errors
@@ -104,7 +105,7 @@ class QemuBackend:
     def __init__(self, host: Host) -> None:
         self.features = VmmFeatures(
             accelerator=host.accelerator,
-            disk_formats=frozenset({"raw", "qcow2"}),
+            disk_formats=frozenset({"raw", "qcow2", LAYERS}),
             disk_pivot=True,
             network_kinds=frozenset({"none", "user"}),
             vm_generation_id=host.machine in GENERATION_ID_MACHINES,

@@ -22,6 +22,9 @@ GENERATION_ID_MACHINES = frozenset({"q35"})
 CONSOLE_DEVICE = "serial"
 DISK_DEVICE = "disk"
 DISK_NODE = "disk0"
+BASE_NODE = "base"
+BASE_ARGUMENT = "noid.base=/dev/vdb"
+"""Where the guest finds the second disk of a volume in layers."""
 READONLY_RAM_SINCE = (8, 2)
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 MACHINES = {
@@ -55,7 +58,8 @@ def launch_argv(host: Host, plan: LaunchPlan, memory: Path, fds: Descriptors) ->
     """Return the command that boots *plan*. *memory* is a sparse file of the guest's size, the parent of its pages."""
     if "\n" in plan.cmdline or "\0" in plan.cmdline:
         raise InvalidRequest("the kernel command line contains a line break or a NUL byte.")
-    arguments = [kernel_arguments(host), plan.cmdline.strip()]
+    base = BASE_ARGUMENT if plan.volume.base_path is not None else ""
+    arguments = [kernel_arguments(host), base, plan.cmdline.strip()]
     return [
         *_common(host, plan, memory, fds),
         *("-kernel", str(plan.kernel)),
@@ -160,8 +164,7 @@ def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> li
         *("-chardev", f"socket,id=agent,fd={fds.channel},server=on,wait=off"),
         # Without an id QEMU does not tell when the guest closes its end.
         *("-device", "virtserialport,id=channel,chardev=agent,name=agent.0"),
-        *("-blockdev", json.dumps(disk_node(DISK_NODE, plan.volume.path, plan.volume.format, backing=True))),
-        *("-device", f"virtio-blk-{bus},id={DISK_DEVICE},drive={DISK_NODE}"),
+        *_disks(plan, bus),
         *("-device", f"virtio-rng-{bus}"),
         *_network(plan, bus),
     ]
@@ -169,6 +172,16 @@ def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> li
         argv += ["-device", "vmgenid,guid=auto"]  # a new one with every start, also to continue a checkpoint
     if host.sandbox:
         argv += ["-sandbox", SANDBOX]
+    return argv
+
+
+def _disks(plan: MachinePlan, bus: str) -> list[str]:
+    disk, base = plan.volume, plan.volume.base_path
+    node = disk_node(DISK_NODE, disk.path, "raw" if base is not None else disk.format, backing=True)
+    argv = ["-blockdev", json.dumps(node), "-device", f"virtio-blk-{bus},id={DISK_DEVICE},drive={DISK_NODE}"]
+    if base is not None:
+        node = disk_node(BASE_NODE, base, "raw", backing=True) | {"read-only": True}
+        argv += ["-blockdev", json.dumps(node), "-device", f"virtio-blk-{bus},id={BASE_NODE},drive={BASE_NODE}"]
     return argv
 
 

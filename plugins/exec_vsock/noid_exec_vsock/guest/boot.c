@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "keeper.h"
+#include "layers.h"
 #include "say.h"
 
 enum { ROOT_WAIT_SECS = 10 };
@@ -101,12 +102,9 @@ static int wait_for(const char *device) {
     return 1;
 }
 
-// Mounts the root at /root-of-image. On failure says why in `reason` and returns -1.
-static int mount_root(char *reason, size_t capacity) {
-    char device[256], type[32], flags[256];
-    kernel_argument("root", device, sizeof device, "/dev/vda");
-    kernel_argument("rootfstype", type, sizeof type, "ext4");
-    kernel_argument("rootflags", flags, sizeof flags, "");
+// Mounts `device`, once it has appeared, at `target`. On failure says why in `reason` and returns -1.
+static int mount_device(const char *device, const char *target, const char *type, unsigned long flags,
+                        const char *options, char *reason, size_t capacity) {
     if (device[0] != '/') {
         snprintf(reason, capacity, "root=%s is not a device path such as /dev/vda", device);
         return -1;
@@ -116,8 +114,29 @@ static int mount_root(char *reason, size_t capacity) {
                  device, ROOT_WAIT_SECS);
         return -1;
     }
-    if (mount(device, "/root-of-image", type, kernel_flag("ro") ? MS_RDONLY : 0, flags)) {
-        snprintf(reason, capacity, "cannot mount %s as %s: %s", device, type, strerror(errno));
+    if (mount(device, target, type, flags, options)) {
+        // A read-only ext4 whose journal was not written back refuses with EROFS.
+        snprintf(reason, capacity, "cannot mount %s as %s: %s%s", device, type, strerror(errno),
+                 errno == EROFS ? " (was it unmounted cleanly? e2fsck -p mends the file it was made from)" : "");
+        return -1;
+    }
+    return 0;
+}
+
+// Mounts the root at /root-of-image. On failure says why in `reason` and returns -1.
+static int mount_root(char *reason, size_t capacity) {
+    char device[256], base[256], type[32], flags[256];
+    kernel_argument("root", device, sizeof device, "/dev/vda");
+    kernel_argument("noid.base", base, sizeof base, "");
+    kernel_argument("rootfstype", type, sizeof type, "ext4");
+    kernel_argument("rootflags", flags, sizeof flags, "");
+    unsigned long readonly = kernel_flag("ro") ? MS_RDONLY : 0;
+    if (base[0]) {
+        if (mount_device(base, layers_base(), type, MS_RDONLY, flags, reason, capacity) ||
+            mount_device(device, layers_top(), "ext4", 0, layers_top_options(device), reason, capacity) ||
+            layers_mount("/root-of-image", readonly, reason, capacity))
+            return -1;
+    } else if (mount_device(device, "/root-of-image", type, readonly, flags, reason, capacity)) {
         return -1;
     }
     static const char *const moved[] = {"/dev", "/sys", "/proc"};

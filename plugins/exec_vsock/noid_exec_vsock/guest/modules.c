@@ -19,7 +19,7 @@ enum { COMPRESSED_FILE = 4 }; // MODULE_INIT_COMPRESSED_FILE: the kernel unpacks
 static const char *const wanted[] = {
     "virtio_mmio", "virtio_pci", "virtio_blk", "ext4",         "virtio_console", "virtio_rng",
     "virtio_net",  "vsock",      "vmw_vsock_virtio_transport", "virtio_balloon", "button",
-    "evdev",       "af_packet",
+    "evdev",       "af_packet",  "overlay",
 };
 
 static void load_module(const char *path) {
