@@ -28,6 +28,7 @@ PACKAGES = {
     "noid_net_user",
     "noid_storage_btrfs",
     "noid_storage_copy",
+    "noid_storage_layers",
     "noid_storage_overlay",
     "noid_vmm_firecracker",
     "noid_vmm_qemu",

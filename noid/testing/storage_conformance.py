@@ -9,7 +9,8 @@
                 yield storage
 
 The machine is a real QEMU without a machine: only its block layer, so that pivots, locks and unflushed writes are
-those of a running VM, in 0.1 s and without a guest.
+those of a running VM, in 0.1 s and without a guest. Disks in layers, which a guest puts together, are put together by
+blocks here: what is a hole in the top is the base's. So their top has to begin as nothing but a hole.
 """
 
 # ruff: noqa: D102  the tests' names are their documentation
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -31,6 +33,7 @@ import trio
 from noid.core.backends import FreezePlan, Machine, StorageBackend
 from noid.core.model.storage import FrozenDisk, Volume
 from noid.errors import BackendError, Damaged
+from noid.hostfs import next_data
 
 MIB = 1 << 20
 DISK_MIB = 64
@@ -52,6 +55,7 @@ class DiskMachine:
             raise ValueError("the process needs pipes")
         self._stdin, self._stdout = process.stdin, process.stdout
         self._path = volume.path
+        self._base_path = volume.base_path
         self._node = "d0"
 
     async def pivot_disk(self, new_top: Path, format: str) -> None:
@@ -82,7 +86,8 @@ class DiskMachine:
 
     async def holds(self, offset: int, value: int) -> bool:
         """Return whether the block at *offset* is filled with *value*."""
-        words = await self._qemu_io(f"read -P {value} {offset} {BLOCK_BYTES}")
+        node = None if self._base_path is None or _is_written(self._path, offset) else "base"
+        words = await self._qemu_io(f"read -P {value} {offset} {BLOCK_BYTES}", node)
         if f"read {BLOCK_BYTES}/" not in words:
             raise BackendError(f"the read failed: {words}")
         return "Pattern verification failed" not in words
@@ -113,8 +118,9 @@ class DiskMachine:
         with trio.fail_after(WAIT_SECS):
             return await trio.to_thread.run_sync(converse, abandon_on_cancel=True)
 
-    async def _qemu_io(self, command: str) -> str:
-        return await self.command("human-monitor-command", {"command-line": f'qemu-io {self._node} "{command}"'})
+    async def _qemu_io(self, command: str, node: str | None = None) -> str:
+        line = f'qemu-io {node or self._node} "{command}"'
+        return await self.command("human-monitor-command", {"command-line": line})
 
 
 @contextlib.asynccontextmanager
@@ -136,10 +142,16 @@ def _start_qemu(volume: Volume) -> subprocess.Popen[bytes]:
     for needed in (program, "setpriv", "stdbuf"):
         if shutil.which(needed) is None:
             pytest.skip(f"the program {needed} is not installed")
-    disk = {"node-name": "d0", "driver": volume.format, "file": {"driver": "file", "filename": str(volume.path)}}
+    base = volume.base_path
+    form = volume.format if base is None else "raw"
+    disks = [{"node-name": "d0", "driver": form, "file": {"driver": "file", "filename": str(volume.path)}}]
+    if base is not None:
+        file = {"driver": "file", "filename": str(base)}
+        disks.append({"node-name": "base", "driver": "raw", "read-only": True, "file": file})
     return subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", "stdbuf", "-oL", program, "-machine", "none", "-nodefaults",
-         "-display", "none", "-S", "-qmp", "stdio", "-blockdev", json.dumps(disk)],
+         "-display", "none", "-S", "-qmp", "stdio",
+         *(part for disk in disks for part in ("-blockdev", json.dumps(disk)))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )  # fmt: skip
@@ -147,16 +159,26 @@ def _start_qemu(volume: Volume) -> subprocess.Popen[bytes]:
 
 def disk_holds(disk: Volume | FrozenDisk, offset: int, value: int) -> bool:
     """Return whether the block at *offset* of a disk no machine writes to is filled with *value*."""
+    base = disk.base_path
+    path = disk.path if base is None or _is_written(disk.path, offset) else base
+    form = disk.format if base is None else "raw"
     done = subprocess.run(
-        ["qemu-io", "-r", "-f", disk.format, "-c", f"read -P {value} {offset} {BLOCK_BYTES}", str(disk.path)],
+        ["qemu-io", "-r", "-f", form, "-c", f"read -P {value} {offset} {BLOCK_BYTES}", str(path)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
     if f"read {BLOCK_BYTES}/" not in done.stdout:
-        raise BackendError(f"reading {disk.path} failed: {done.stdout}{done.stderr}")
+        raise BackendError(f"reading {path} failed: {done.stdout}{done.stderr}")
     return "Pattern verification failed" not in done.stdout
+
+
+def _is_written(top: Path, offset: int) -> bool:
+    """Return whether the block at *offset* of a disk in layers is the top's: here the guest is a rule as simple."""
+    with top.open("rb") as file:
+        found = next_data(file.fileno(), offset, file.seek(0, os.SEEK_END))
+    return found is not None and found[0] < offset + BLOCK_BYTES
 
 
 def make_image(directory: Path) -> FrozenDisk:

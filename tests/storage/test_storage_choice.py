@@ -12,6 +12,7 @@ from types import ModuleType
 
 import noid_storage_btrfs
 import noid_storage_copy
+import noid_storage_layers
 import noid_storage_overlay
 import pluggy
 import pytest
@@ -33,8 +34,9 @@ from noid.testing.storage_conformance import (
     make_image,
 )
 
-PLUGINS = (noid_storage_btrfs, noid_storage_copy, noid_storage_overlay)
-QCOW2 = frozenset({"raw", "qcow2"})
+PLUGINS = (noid_storage_btrfs, noid_storage_copy, noid_storage_layers, noid_storage_overlay)
+QCOW2 = frozenset({"raw", "qcow2", "layers"})
+LAYERS = frozenset({"raw", "layers"})
 RAW = frozenset({"raw"})
 Filesystem = Callable[[str], Path]
 
@@ -64,6 +66,8 @@ def made(directory: Path) -> Path:
         ("btrfs", RAW, "btrfs"),
         ("xfs", QCOW2, "btrfs"),
         ("ext4", QCOW2, "overlay"),
+        ("ext4", LAYERS, "layers"),
+        ("btrfs", LAYERS, "btrfs"),
         ("ext4", RAW, "copy"),
     ],
 )
@@ -80,6 +84,16 @@ def test_auto_takes_the_best_for_filesystem_and_vmm_in_whatever_order_plugins_co
 def test_auto_without_qemu_img_is_copy(filesystem: Filesystem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert chosen(filesystem("ext4"), QCOW2) == "copy"
+
+
+async def test_layers_without_mke2fs_say_which_package_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noid_storage_layers.emptydisk, "MKE2FS", "no-such-program")
+    assert chosen(tmp_path, LAYERS) == "copy"
+    with pytest.raises(DependencyDown, match="e2fsprogs"):
+        async with noid_storage_layers.open_storage(noid_storage_layers.LayersConfig(), context(tmp_path)):
+            pytest.fail("it opened")
 
 
 async def test_overlay_without_qemu_img_says_which_package_to_install(

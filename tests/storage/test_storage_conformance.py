@@ -9,8 +9,10 @@ import noid_storage_btrfs
 import noid_storage_copy
 import noid_storage_overlay
 import pytest
+from noid_storage_layers.backend import LayersStorage
 
 from noid.core.backends import AgentContext, StorageBackend
+from noid.hostfs import reflink_works
 from noid.testing.storage_conformance import StorageConformance
 
 
@@ -49,3 +51,19 @@ class TestOverlay(StorageConformance):
     async def storage(self, place: Path) -> AsyncIterator[StorageBackend]:
         async with noid_storage_overlay.open_storage(noid_storage_overlay.OverlayConfig(), context(place)) as storage:
             yield storage
+
+
+def make_hole(path: Path, size_bytes: int) -> None:
+    with path.open("xb") as file:
+        file.truncate(size_bytes)
+
+
+class TestLayers(StorageConformance):
+    @pytest.fixture(params=["ext4", "btrfs"])
+    def place(self, request: pytest.FixtureRequest, filesystem: Callable[[str], Path]) -> Path:
+        return filesystem(request.param)
+
+    @pytest.fixture
+    async def storage(self, place: Path) -> AsyncIterator[StorageBackend]:
+        storage = LayersStorage(shares_blocks=reflink_works(place), make_top=make_hole)
+        yield storage  # noqa: PT022  nothing to close, but an override is a generator as the suite's is

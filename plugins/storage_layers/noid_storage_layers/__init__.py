@@ -1,4 +1,4 @@
-"""Storage for VMMs that open raw disks only, where blocks cannot be shared: an image all VMs read, a disk each writes."""
+"""Storage for VMMs that open raw disks only, where blocks cannot be shared: an image all read, a disk each writes."""
 
 from __future__ import annotations
 
