@@ -144,7 +144,9 @@ def _start_qemu(volume: Volume) -> subprocess.Popen[bytes]:
             pytest.skip(f"the program {needed} is not installed")
     base = volume.base_path
     form = volume.format if base is None else "raw"
-    disks = [{"node-name": "d0", "driver": form, "file": {"driver": "file", "filename": str(volume.path)}}]
+    disks: list[dict[str, Any]] = [
+        {"node-name": "d0", "driver": form, "file": {"driver": "file", "filename": str(volume.path)}}
+    ]
     if base is not None:
         file = {"driver": "file", "filename": str(base)}
         disks.append({"node-name": "base", "driver": "raw", "read-only": True, "file": file})

@@ -121,7 +121,8 @@ class FirecrackerBackend:
 
         async def boot(api: FirecrackerApi) -> None:
             base = plan.volume.base_path
-            arguments = " ".join(filter(None, [KERNEL_ARGUMENTS, base and BASE_ARGUMENT, plan.cmdline.strip()]))
+            layered = "" if base is None else BASE_ARGUMENT
+            arguments = " ".join(filter(None, (KERNEL_ARGUMENTS, layered, plan.cmdline.strip())))
             await api.machine_config(cpus=plan.cpus, mem_mib=plan.mem_mib, track_dirty_pages=self._track)
             await api.boot_source(kernel=plan.kernel, initrd=plan.initrd, arguments=arguments)
             await api.drive(DISK_NAME, DISK_NAME, is_root=True)
