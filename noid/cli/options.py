@@ -155,7 +155,8 @@ class Call:
             raise
         if self.timing:
             phases = answer.get("timings") if isinstance(answer, dict) else None
-            show_timing(phases or {}, time.perf_counter() - began, f"{request.method} {request.path}")
+            asked = f"{request.method} {request.path.partition('?')[0]}"
+            show_timing(phases or {}, time.perf_counter() - began, asked)
         return answer
 
 

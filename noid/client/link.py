@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from noid.client import http
-from noid.client.calls.call import AnswerT, Call, NotNoid, Reply, refusal
+from noid.client.calls.call import PAGES_MAX, AnswerT, Call, NotNoid, Reply, next_page, refusal
 from noid.client.errors import ConnectionFailed, ConnectionLost, ServerError, ServerTooOld
 from noid.client.settings import Endpoint
 from noid.client.waiting import Waiting
@@ -50,9 +51,26 @@ class Link:
         if not 200 <= reply.status < 300:
             raise await self.refused(call.method, call.path, reply)
         try:
-            return call.understand(reply)
+            answer = call.understand(reply)
+            if call.add is not None:
+                await self._read_on(call, reply, answer, call.add)
         except NotNoid as error:
             raise self.nonsense() from error
+        return answer
+
+    async def _read_on(
+        self, call: Call[AnswerT], reply: Reply, answer: AnswerT, add: Callable[[AnswerT, AnswerT], object]
+    ) -> None:
+        """Put the pages behind *reply* into *answer*, `PAGES_MAX` at most."""
+        for _ in range(PAGES_MAX):
+            path = next_page(call.path, reply)
+            if path is None:
+                return
+            reply = await self.reply(replace(call, path=path))
+            if not 200 <= reply.status < 300:
+                raise await self.refused(call.method, path, reply)
+            add(answer, call.understand(reply))
+        raise NotNoid
 
     async def reply(self, call: Call[Any]) -> Reply:
         """Make *call* and return what came, whatever its status.

@@ -166,7 +166,7 @@ def test_a_server_that_lists_checkpoints_by_vm_only_is_asked_vm_by_vm(noid: Any,
     agent.answers("GET", "/v1/checkpoints", 404, {"error": "not found"})
     assert noid("restore", "nightly").returncode == 0
     assert restored(agent) == ("db", "d0d0000000000000")
-    assert [request.path for request in agent.requests] == [
+    assert [request.path.partition("?")[0] for request in agent.requests] == [
         "/v1/checkpoints",
         "/v1/vms",
         "/v1/vms/web/checkpoints",

@@ -12,6 +12,10 @@ from typing import Any, Generic, TypeVar, cast, get_args, get_origin, get_type_h
 from noid.client.errors import ServerError
 
 RAW_TEXT_MAX = 200
+PAGE_ITEMS = 1000
+"""How much of a list is asked for at once: as much as a server gives."""
+PAGES_MAX = 10_000
+"""How many pages of a list are read before whoever sends them is not believed any more."""
 UNAUTHENTICATED_HINT = "It may have expired or been revoked. Check NOID_TOKEN, or run: noid auth setup"
 
 AnswerT = TypeVar("AnswerT")
@@ -48,6 +52,7 @@ class Call(Generic[AnswerT]):
         body: What JSON can say, or None for no body.
         quick: Whether silence means that the agent is stuck. Work may take minutes.
         understand: Makes the answer of a successful reply; raises `NotNoid` for something noid-server would not say.
+        add: Puts another page behind an answer that is a list; without it, what comes is all.
         unsafe_before: What servers before 0.3.0 cannot do although they know the route, in words, and what to do
             instead: they are not asked.
     """
@@ -57,6 +62,7 @@ class Call(Generic[AnswerT]):
     understand: Callable[[Reply], AnswerT]
     body: object = None
     quick: bool = True
+    add: Callable[[AnswerT, AnswerT], object] | None = None
     unsafe_before: tuple[str, str] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -69,6 +75,27 @@ def with_query(path: str, **fields: str | int | float | Sequence[str] | None) ->
     from urllib.parse import urlencode  # 2 ms that most questions do not cost
 
     return f"{path}?{urlencode(given, doseq=True)}"
+
+
+def listed(path: str, shape: type[ShapeT]) -> Call[list[ShapeT]]:
+    """Return the call for the whole list at *path*, which comes in pages from servers since 0.3.0."""
+    path = f"{path}{'&' if '?' in path else '?'}limit={PAGE_ITEMS}"
+    return Call(method="GET", path=path, understand=many(shape), add=list.extend)
+
+
+def next_page(path: str, reply: Reply) -> str | None:
+    """Return where the page behind *reply* to *path* is, None if it was the last.
+
+    Raises:
+        NotNoid: it says something that is no place.
+    """
+    target, _, what = reply.headers.get("link", "").partition(">")
+    if "next" not in what:
+        return None
+    query = target.partition("?")[2]
+    if not query or not query.isascii() or not query.isprintable() or " " in query:
+        raise NotNoid
+    return f"{path.partition('?')[0]}?{query}"  # a proxy may have rewritten what is before it
 
 
 def one(shape: type[ShapeT]) -> Callable[[Reply], ShapeT]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from noid.client.answers import CheckpointInfo, VmInfo
-from noid.client.calls.call import Call, many, nothing, one, with_query
+from noid.client.calls.call import Call, listed, nothing, one, with_query
 
 _LOSES_IT = (
     "put a VM back in place: it would lose the VM, and answer nobody until it is started anew",
@@ -29,12 +29,12 @@ def every(*, vm: str | None = None, labels: Sequence[str] = ()) -> Call[list[Che
     Labels are ``KEY`` or ``KEY=VALUE``. Servers before 0.3.0 only know `of_vm`, and answer 404.
     """
     path = with_query("/v1/checkpoints", vm=vm, label=tuple(labels))
-    return Call(method="GET", path=path, understand=many(CheckpointInfo))
+    return listed(path, CheckpointInfo)
 
 
 def of_vm(name: str) -> Call[list[CheckpointInfo]]:
     """Ask for the checkpoints taken of *name*, oldest first."""
-    return Call(method="GET", path=f"/v1/vms/{name}/checkpoints", understand=many(CheckpointInfo))
+    return listed(f"/v1/vms/{name}/checkpoints", CheckpointInfo)
 
 
 def get(name: str, checkpoint_id: str) -> Call[CheckpointInfo]:

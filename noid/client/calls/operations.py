@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from noid.client.answers import OperationInfo
-from noid.client.calls.call import Call, many, one, with_query
+from noid.client.calls.call import Call, listed, many, one, with_query
 
 
 def every(*, vm: str | None = None, state: str | None = None, limit: int | None = None) -> Call[list[OperationInfo]]:
-    """Ask for the caller's operations of the last 24 hours, newest first, at most 1000 or *limit*."""
+    """Ask for the caller's operations of the last 24 hours, newest first; for all of them, or *limit*, 1000 at most."""
+    if limit is None:
+        return listed(with_query("/v1/operations", vm=vm, state=state), OperationInfo)
     path = with_query("/v1/operations", vm=vm, state=state, limit=limit)
     return Call(method="GET", path=path, understand=many(OperationInfo))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from noid.client.answers import ExecInfo, ProcessInfo
-from noid.client.calls.call import Call, many, nothing, one, with_query
+from noid.client.calls.call import Call, listed, nothing, one, with_query
 
 
 def every(name: str) -> Call[list[ProcessInfo]]:
     """Ask for the processes of the VM *name*, oldest first."""
-    return Call(method="GET", path=f"/v1/vms/{name}/processes", understand=many(ProcessInfo))
+    return listed(f"/v1/vms/{name}/processes", ProcessInfo)
 
 
 def get(name: str, process: str) -> Call[ProcessInfo]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from noid.client.answers import VmInfo
-from noid.client.calls.call import Call, many, nothing, one, with_query
+from noid.client.calls.call import Call, listed, nothing, one, with_query
 
 
 def create(
@@ -30,7 +30,7 @@ def every(labels: Sequence[str] = ()) -> Call[list[VmInfo]]:
 
     Servers before 0.3.0 know no labels, and then answer with every VM.
     """
-    return Call(method="GET", path=with_query("/v1/vms", label=tuple(labels)), understand=many(VmInfo))
+    return listed(with_query("/v1/vms", label=tuple(labels)), VmInfo)
 
 
 def get(name: str) -> Call[VmInfo]:
