@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import struct
+from pathlib import Path
 
 from noid.core.guestbuild import distribution_kernel, tiny_rootfs
 from noid.core.images import Images
@@ -11,6 +13,7 @@ from noid.core.model.images import Image
 from noid.errors import NotFound
 
 TINY = "tiny"
+TINY_VARIABLE = "NOID_TINY_IMAGE"
 FAKE_RELEASE = "6.12.0-test"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
@@ -18,7 +21,8 @@ _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 def tiny_image(images: Images) -> Image:
     """Return the image `TINY` of *images*, added if it is not there: the distribution's kernel and busybox. Blocks.
 
-    Its users are ``root`` (the default) and ``noid``; the guest agent is its PID 1.
+    Its users are ``root`` (the default) and ``noid``; the guest agent is its PID 1. Where ``NOID_TINY_IMAGE`` names a
+    directory, its ``vmlinux``, ``modules`` and ``rootfs.ext4`` are taken, for machines without package lists.
 
     Raises:
         DependencyDown: no apt, no network, a missing program; names it, so that a test can skip with these words.
@@ -26,15 +30,24 @@ def tiny_image(images: Images) -> Image:
     try:
         return images.get(TINY)
     except NotFound:
-        kernel = distribution_kernel()
+        kernel, modules, rootfs = _parts()
         return images.add(
             TINY,
-            kernel=kernel.vmlinux,
-            modules=kernel.modules,
-            rootfs=tiny_rootfs(),
+            kernel=kernel,
+            modules=modules,
+            rootfs=rootfs,
             ready=("true",),
             description="busybox, for tests",
         )
+
+
+def _parts() -> tuple[Path, Path, Path]:
+    """Return kernel, modules and root file system of the tiny image."""
+    if given := os.environ.get(TINY_VARIABLE):
+        place = Path(given)
+        return place / "vmlinux", place / "modules", place / "rootfs.ext4"
+    kernel = distribution_kernel()
+    return kernel.vmlinux, kernel.modules, tiny_rootfs()
 
 
 def fake_kernel(release: str = FAKE_RELEASE, architecture: str | None = None, filling: bytes = b"") -> bytes:

@@ -1,6 +1,7 @@
 """The pytest plugin ``noid``: deadlines for every test, data directories that leave nothing behind, a leak oracle.
 
-- Every test has a deadline: 60 s, 180 s when marked ``vm``, or what ``@pytest.mark.deadline(secs)`` says. An async test
+- Every test has a deadline: 60 s, 180 s when marked ``vm``, or what ``@pytest.mark.deadline(secs)`` says, and times
+  `noid.testing.pace.slowness`. An async test
   that misses it is cancelled and fails with the place where each of its tasks waited. One that blocks the loop ends
   the whole run with a traceback of every thread `HARD_GRACE_SECS` later.
 - ``data_dir``: an agent's data directory, short enough for sockets; afterwards its processes and mounts are gone,
@@ -51,10 +52,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def deadline_of(item: pytest.Item) -> float:
     """Return how many seconds *item* may take."""
+    from noid.testing.pace import slowness
+
     mark = item.get_closest_marker("deadline")
     if mark is not None:
-        return float(mark.args[0])
-    return VM_DEADLINE_SECS if item.get_closest_marker("vm") else DEADLINE_SECS
+        return float(mark.args[0]) * slowness()
+    return (VM_DEADLINE_SECS if item.get_closest_marker("vm") else DEADLINE_SECS) * slowness()
 
 
 @pytest.hookimpl(tryfirst=True)

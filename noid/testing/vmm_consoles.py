@@ -12,9 +12,10 @@ import trio
 from noid.core.backends import ConsoleListener
 from noid.core.guests.console import Console, open_console
 from noid.errors import BackendError, DependencyDown
+from noid.testing.pace import slowness
 from noid.testing.vmm_rig import VmmRig, run
 
-BOUND_SECS = 60.0
+BOUND_SECS = 60.0 * slowness()
 FLOOD_BYTES = 1 << 17
 UNREAD_BYTES_MAX = 1 << 17
 

@@ -19,9 +19,10 @@ from noid.core.model.connections import ConnectRequest
 from noid.core.model.guest_processes import OutputChunk, ProcessExit
 from noid.core.model.processes import ExecRequest
 from noid.errors import DependencyDown, InvalidRequest, NoidError, Unreachable
+from noid.testing.pace import slowness
 from noid.testing.vmm_rig import ANSWER_SECS, VmmRig, read_count, run
 
-BOUND_SECS = 10.0
+BOUND_SECS = 10.0 * slowness()
 
 
 class GuestSpecification:

@@ -17,10 +17,11 @@ import trio
 import trio.testing
 
 from noid.errors import DependencyDown, NoidError, NotFound, Unsupported
+from noid.testing.pace import slowness
 from noid.testing.vmm_rig import ANSWER_SECS, VmmRig, ticks_within
 
 PAUSE_SECS = 0.5
-BOUND_SECS = 10.0
+BOUND_SECS = 10.0 * slowness()
 
 
 class LifeSpecification:

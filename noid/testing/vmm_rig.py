@@ -31,11 +31,12 @@ from noid.core.model.images import Image
 from noid.core.model.processes import ExecRequest
 from noid.core.model.storage import FrozenDisk, Volume
 from noid.core.model.vms import Identity
+from noid.testing.pace import slowness
 from noid.testing.processes import marked_processes
 
-ANSWER_SECS = 60.0
+ANSWER_SECS = 60.0 * slowness()
 TICK_SECS = 0.05
-_CLOSE_SECS = 20.0
+_CLOSE_SECS = 20.0 * slowness()
 
 Argv = tuple[str, ...]
 

@@ -210,3 +210,19 @@ async def test_the_next_agent_knows_what_it_may_build_on(
     assert await rig.read(clone, "/dev/shm/before", "/dev/shm/after") == "before after"
     capture.discard()
     assert (source.plan.directory / "memory.base").exists()
+
+
+async def test_a_snapshot_without_the_time_is_continued_without_and_no_other_is_asked_for_it(
+    rig: VmmRig, firecracker: SimulatedFirecracker
+) -> None:
+    taken = await rig.checkpoint(await rig.launch())
+    firecracker.arm("PUT /snapshot/load", "refuse", text="clock_realtime requested but not present in the snapshot")
+    before = len(firecracker.calls())
+
+    with trio.fail_after(BOUND_SECS):
+        clones = [await rig.clone(taken), await rig.clone(taken)]
+
+    assert firecracker.struck()
+    assert firecracker.calls()[before:].count("PUT /snapshot/load") == 3
+    assert set(rig.processes()) >= {clone.machine.ref.pid for clone in clones}
+    assert len(rig.processes()) == 3

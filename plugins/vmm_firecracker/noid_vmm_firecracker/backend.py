@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from noid.hostfs import free_bytes, os_errors
 from noid.vmmhost import console_line
 from noid.vmmhost.facts import FINGERPRINT_VARIABLE, difference, host_cpu, make_sparse, said_since
 from noid.vmmhost.process import VmmProcess
-from noid_vmm_firecracker.api import FirecrackerApi
+from noid_vmm_firecracker.api import FirecrackerApi, Refused
 from noid_vmm_firecracker.machine import API_SOCKET, VSOCK_SOCKET, FirecrackerMachine, Places
 from noid_vmm_firecracker.memory import MEMORY_NAME, Lineage
 from noid_vmm_firecracker.probe import Found, probe
@@ -50,6 +52,9 @@ _LISTEN_LOOK_SECS = 0.001
 _CLEANUP_SECS = 5.0
 _FULL_BYTES = 4 << 20
 _PASSED_ON = ("PATH", "TMPDIR")
+_NO_CLOCK = "clock_realtime requested but not present"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +102,8 @@ class FirecrackerBackend:
             capture_cuts_channel=True,
         )
         self._found = found
-        self._abilities = abilities(found.version)
+        # Only a snapshot of a host that keeps its time by the TSC holds the time; the first one that does not, tells.
+        self._sets_clock = abilities(found.version).clock_realtime
         self._track = track_dirty_pages
         self._fingerprint = {
             "vmm": "firecracker",
@@ -138,17 +144,25 @@ class FirecrackerBackend:
 
     async def restore(self, plan: RestorePlan) -> FirecrackerMachine:
         """See `VmmBackend.restore`."""
+        if self._sets_clock:
+            try:
+                return await self._start(plan, plan.memory, functools.partial(self._load, plan, clock_realtime=True))
+            except BackendError as error:
+                if not (isinstance(error.__cause__, Refused) and _NO_CLOCK in error.__cause__.words):
+                    raise
+                # The process is gone with the refusal, but nothing has run: what is left is to begin again.
+                log.info("snapshots of this host hold no time; clones hear it from their guest agent alone")
+                self._sets_clock = False
+        return await self._start(plan, plan.memory, functools.partial(self._load, plan, clock_realtime=False))
 
-        async def load(api: FirecrackerApi) -> None:
-            await api.load_snapshot(
-                state=plan.state,
-                memory=plan.memory,
-                track_dirty_pages=self._track,
-                taps=_taps(plan),
-                clock_realtime=self._abilities.clock_realtime,
-            )
-
-        return await self._start(plan, plan.memory, load)
+    async def _load(self, plan: RestorePlan, api: FirecrackerApi, *, clock_realtime: bool) -> None:
+        await api.load_snapshot(
+            state=plan.state,
+            memory=plan.memory,
+            track_dirty_pages=self._track,
+            taps=_taps(plan),
+            clock_realtime=clock_realtime,
+        )
 
     async def adopt(self, ref: ProcessRef, plan: MachinePlan, memory: Path) -> FirecrackerMachine:
         """See `VmmBackend.adopt`."""
