@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import BashComplete, CompletionItem, get_completion_class
 
 from noid.cli.main import LazyGroup, cli
 from noid.cli.options import Call, CommonOption
@@ -36,6 +36,7 @@ Choice = tuple[str, str]
 WAIT_SECS = 0.08
 FRESH_SECS = 1.0
 CHILD_SECS = 30
+LISTING_SECS = 5
 KEPT_SECS = 7 * 24 * 3600
 CHOICES_MAX = 500
 SIGNALS = ("TERM", "INT", "KILL", "HUP", "QUIT", "USR1", "USR2", "STOP", "CONT")
@@ -48,7 +49,7 @@ _HARMLESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+,=-]*")
 def answer() -> int:
     """Print the words for the shell that asks, and return the exit code."""
     shell, _, what = os.environ[COMPLETING].partition("_")
-    completer = get_completion_class(shell)
+    completer = _Bash if shell == "bash" else get_completion_class(shell)
     if completer is None or what != "complete":
         return 1
     asked = completer(_Completing("noid", params=list(cli.params)), {"obj": Call()}, "noid", COMPLETING)
@@ -59,6 +60,36 @@ def answer() -> int:
     except NoidError:  # a broken config file, say; whoever runs the command is told
         return 0
     return 0
+
+
+class _Bash(BashComplete):
+    """Bash, to which a colon ends a word: what belongs together is put together, and offered from the colon on."""
+
+    _offered_from = 0
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """Return the words before the one that is asked for, and that one."""
+        args, incomplete = super().get_completion_args()
+        if "cp" not in args:
+            return args, incomplete
+        whole: list[str] = []
+        glued = False
+        for word in [*args, *([incomplete] if incomplete else [])]:
+            glue = word == ":"
+            if whole and (glue or glued):
+                whole[-1] += word
+            else:
+                whole.append(word)
+            glued = glue
+        if not incomplete:
+            return whole, ""
+        *before, last = whole
+        self._offered_from = last.rfind(":") + 1 if ":" in (*args, incomplete) else 0
+        return before, last
+
+    def format_completion(self, item: CompletionItem) -> str:
+        """Return what the shell is told of *item*."""
+        return f"{item.type},{item.value[self._offered_from :]}"
 
 
 class _Completing(LazyGroup):
@@ -79,6 +110,8 @@ def _prepare(command: click.Command, path: str) -> None:
     for parameter in command.params:
         if isinstance(parameter, CommonOption):
             parameter.hidden = False  # in lists of options they are told in a line of their own
+        if path == "cp" and parameter.name in ("source", "target"):
+            parameter.type = _Place()
         source = SOURCES.get((path, parameter.name or "")) or ANYWHERE.get(parameter.name or "")
         if source is not None:
             parameter.type = _Word(source)
@@ -95,6 +128,22 @@ class _Word(click.types.StringParamType):
         ctx.meta[_PATIENCE] = time.monotonic() + WAIT_SECS  # for all that is asked together
         found = (each for each in self._source(ctx) if each[0].startswith(incomplete) and _HARMLESS.fullmatch(each[0]))
         return [CompletionItem(word, help=_line(about) or None) for word, about in found]
+
+
+class _Place(click.types.StringParamType):
+    """What `noid cp` copies: a local path, which the shell itself knows best, or ``VM:PATH``."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return what there is of VMs, or in a directory of one."""
+        ctx.meta[_PATIENCE] = time.monotonic() + WAIT_SECS
+        vm, colon, path = incomplete.partition(":")
+        if not colon:
+            names = [] if "/" in incomplete else [f"{name}:" for name, _ in _vms(ctx) if name.startswith(incomplete)]
+            return [CompletionItem(incomplete, type="file"), *map(CompletionItem, filter(_HARMLESS.fullmatch, names))]
+        if "/" in vm:
+            return [CompletionItem(incomplete, type="file")]
+        found = [f"{vm}:{word}" for word, _ in _guest_paths(ctx, vm, path) if word.startswith(path)]
+        return [CompletionItem(word) for word in found if _HARMLESS.fullmatch(word)]
 
 
 def _line(text: str) -> str:
@@ -139,6 +188,32 @@ def _processes(ctx: click.Context) -> Iterable[Choice]:
     return _asked(
         ctx, processes.every(name), lambda each: [(each["id"], f"{each['state']}: {' '.join(each['command'])}")]
     )
+
+
+def _guest_paths(ctx: click.Context, name: str, path: str) -> Iterable[Choice]:
+    """Return what is in the directory of the VM *name* that *path* is in, as its ``ls`` tells it."""
+    from noid.client.answers import ExecInfo
+    from noid.client.calls.call import Call as Question
+    from noid.client.calls.call import one
+    from noid.core.model.names import checked_name
+
+    if not path:
+        return [("/", "")]
+    if not path.startswith("/"):
+        return ()
+    directory = path[: path.rindex("/") + 1]
+    question: Question[list[ExecInfo]] = Question(
+        method="POST",
+        path=f"/v1/vms/{checked_name(name)}/exec",
+        body={"command": ["ls", "-1Ap", "--", directory], "timeout_secs": LISTING_SECS},
+        understand=lambda reply: [one(ExecInfo)(reply)],
+    )
+
+    def choices(listing: ExecInfo) -> list[Choice]:
+        names = listing["stdout"].splitlines() if listing["exit_code"] == 0 else []
+        return [(f"{directory}{each}", "") for each in names]
+
+    return _asked(ctx, question, choices, about=directory)
 
 
 def _vm_and_then(second: Callable[[click.Context], Iterable[Choice]]) -> Callable[[click.Context], Iterable[Choice]]:
@@ -232,11 +307,18 @@ def _endpoint(ctx: click.Context) -> Endpoint:
 
 
 def _asked(
-    ctx: click.Context, request: Request[list[AnswerT]], choices: Callable[[AnswerT], list[Choice]]
+    ctx: click.Context,
+    request: Request[list[AnswerT]],
+    choices: Callable[[AnswerT], list[Choice]],
+    *,
+    about: str = "",
 ) -> list[Choice]:
-    """Return what the agent answers, if it does so in `WAIT_SECS`, else what it has answered last."""
+    """Return what the agent answers, if it does so in `WAIT_SECS`, else what it has answered last.
+
+    *about* is what a request asks beside its path.
+    """
     endpoint = _endpoint(ctx)
-    kept = _Kept(endpoint, request.path)
+    kept = _Kept(endpoint, f"{request.path}\0{about}" if about else request.path)
     if kept.age() > FRESH_SECS:
         _ask_in_a_child(kept, ctx.meta[_PATIENCE], lambda: _answered(endpoint, request, choices))
     return kept.read()

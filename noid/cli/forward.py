@@ -77,7 +77,8 @@ noid open web 3000 --browser
 def open_(words: tuple[str, ...], name_option: str | None, browser: bool) -> int:
     """Print a URL that leads to a port of a VM, and keep it working until Ctrl+C.
 
-    Without PORT it is the one that something listens on; where there are several they are shown.
+    Without PORT it is the one that something listens on; where there are several they are shown. It is a forward of
+    its own, also where another one leads there.
     """
     name, port = _name_and_port(words, name_option)
     _found(name)
@@ -169,7 +170,10 @@ def _checked(addresses: tuple[str, ...]) -> tuple[str, ...]:
         try:
             found.append(str(ipaddress.ip_address(address)))
         except ValueError as error:
-            raise InvalidRequest(f"{address!r} is no IP address of this machine. All of them are 0.0.0.0.") from error
+            raise InvalidRequest(
+                f"--address takes localhost or an IP address of this machine, no other names, and {address!r} is none. "
+                "0.0.0.0 is all of them."
+            ) from error
     return tuple(dict.fromkeys(found))
 
 

@@ -314,3 +314,31 @@ def test_what_has_words_of_its_own_is_a_parameter_that_exists() -> None:
         for word in path.split():
             command = command.get_command(click.Context(command), word)
         assert name in {parameter.name for parameter in command.params}, f"{path}: {name}"
+
+
+def test_a_place_to_copy_to_is_a_local_path_or_a_vm_and_a_path_in_it(noid: Any, agent: Any) -> None:
+    agent.answers("GET", "/v1/vms", 200, [vm("web"), vm("db")])
+    listing = {"stdout": "lib/\nlog/\nlock\nla la\n", "exit_code": 0, "timed_out": False, "truncated": False}
+    agent.answers("POST", "/v1/vms/web/exec", 200, listing)
+    assert completed(noid, "noid cp ") == ["", "web:", "db:"]  # the first one lets the shell offer its files
+    assert completed(noid, "noid cp ./w") == ["./w"]
+    assert completed(noid, "noid cp web :") == ["/"]  # as bash cuts it
+    assert completed(noid, "noid cp file web : /var/l") == ["/var/lib/", "/var/log/", "/var/lock"]
+    assert completed(noid, "noid cp web : /var/lo") == ["/var/log/", "/var/lock"]
+    asked = [request.json["command"] for request in agent.requests if request.method == "POST"]
+    assert set(map(tuple, asked)) == {("ls", "-1Ap", "--", "/var/")}
+    agent.answers("POST", "/v1/vms/db/exec", 409, {"error": "VM 'db' is stopped", "code": "conflict"})
+    assert completed(noid, "noid cp file db : /var/l") == []
+
+
+def test_a_path_in_a_vm_is_whole_for_shells_that_leave_words_whole(noid: Any, agent: Any) -> None:
+    listing = {"stdout": "lib/\n", "exit_code": 0, "timed_out": False, "truncated": False}
+    agent.answers("POST", "/v1/vms/web/exec", 200, listing)
+    env = {"_NOID_COMPLETE": "zsh_complete"}
+    offered(noid, "noid cp web:/var/l", **env)
+    wait_for_children(noid)
+    asked = {"COMP_WORDS": "noid cp web:/var/l", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        ["noid"], env=noid.env | asked | env, cwd=noid.cwd, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[:2] == ["plain", "web:/var/lib/"]
