@@ -38,7 +38,8 @@ from noid.errors import Damaged, DependencyDown, NoidError, NotFound
 
 logger = logging.getLogger(__name__)
 
-ADOPT_SECS = 15.0
+#: A VMM says by itself when it does not answer; one that is in the middle of a capture answers after that.
+ADOPT_SECS = 150.0
 ADOPTED_AT_ONCE = 8
 
 SAGAS: dict[str, Saga[Work]] = {

@@ -26,7 +26,7 @@ sys.argv.insert(1, {directory!r})
 from noid.testing.firecracker_process import main
 main()
 """
-WHATS = frozenset({"refuse", "hang", "cut", "die", "late"})
+WHATS = frozenset({"refuse", "garble", "hang", "cut", "die", "late", "kill"})
 WHENS = frozenset({"before", "during", "after"})
 
 
@@ -51,17 +51,29 @@ class SimulatedFirecracker:
         self.program.chmod(0o755)
 
     def arm(
-        self, call: str, what: str, *, when: str = "before", text: str = "refused on demand", secs: float = 1.0
+        self,
+        call: str,
+        what: str,
+        *,
+        when: str = "before",
+        text: str = "refused on demand",
+        secs: float = 1.0,
+        nth: int = 1,
+        pid: int = 0,
     ) -> None:
         """Let something go wrong once, at the next *call*: a method and a path, or ``start``.
 
         Args:
             call: Such as ``PUT /machine-config`` or ``PATCH /vm``.
+            what: ``refuse`` (400), ``garble`` (400, with a body that is no JSON, as the real one's HTTP layer says it),
+                ``hang`` (no answer, for ever), ``cut`` (the connection), ``die`` (SIGKILL), ``late``, or ``kill``:
+                another process is killed and the call goes on.
+            when: ``before`` the call has its effect, ``after``, or, of ``PUT /snapshot/create``, ``during``. What is
+                refused has no effect.
             text: What a refusal says.
             secs: How much later a late answer comes.
-            what: ``refuse`` (400), ``hang`` (no answer, for ever), ``cut`` (the connection), ``die``
-                (SIGKILL) or ``late``.
-            when: ``before`` the call has its effect, ``after``, or, of ``PUT /snapshot/create``, ``during``.
+            nth: Which *call* from now on, of all processes of this program.
+            pid: Who is killed.
 
         Raises:
             ValueError: there is no such thing.
@@ -69,8 +81,14 @@ class SimulatedFirecracker:
         if what not in WHATS or when not in WHENS:
             raise ValueError(f"{what!r} {when!r}: use one of {sorted(WHATS)} and one of {sorted(WHENS)}")
         partial = self.directory / "faults" / f"{next(self._numbers):03}.partial"
-        partial.write_text(json.dumps({"call": call, "what": what, "when": when, "text": text, "secs": secs}))
+        fault = {"call": call, "what": what, "when": when, "text": text, "secs": secs, "nth": nth, "pid": pid}
+        partial.write_text(json.dumps(fault))
         partial.rename(partial.with_suffix(".armed"))
+
+    def disarm(self) -> None:
+        """Forget what has not happened."""
+        for path in (self.directory / "faults").glob("*.armed"):
+            path.unlink()
 
     def struck(self) -> bool:
         """Whether all that was armed has happened."""

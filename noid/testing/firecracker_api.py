@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import enum
 import json
-import os
 import selectors
 import socket
 from collections.abc import Callable
@@ -49,10 +47,8 @@ _SINCE: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 
 
-class Fault(enum.Enum):
-    """Where a call breaks off in its middle, with the process."""
-
-    AFTER_STATE = "after the state file"
+Interrupt = Callable[[], object]
+"""What happens in the middle of a call."""
 
 
 class Refusal(Exception):
@@ -77,14 +73,14 @@ class Api:
         self._vsock: dict[str, Any] | None = None
         self._listener: socket.socket | None = None
 
-    def handle(self, method: str, path: str, body: bytes | None, fault: Fault | None) -> Answer:
+    def handle(self, method: str, path: str, body: bytes | None, interrupt: Interrupt | None) -> Answer:
         """Do what is asked and return status and content."""
         try:
-            return self._handle(method, path.strip("/"), body, fault)
+            return self._handle(method, path.strip("/"), body, interrupt)
         except Refusal as refusal:
             return 400, {"fault_message": str(refusal)}
 
-    def _handle(self, method: str, path: str, body: bytes | None, fault: Fault | None) -> Answer:
+    def _handle(self, method: str, path: str, body: bytes | None, interrupt: Interrupt | None) -> Answer:
         kind, _, rest = path.partition("/")
         if method == "GET" and body is None:
             return self._get(kind, path)
@@ -105,7 +101,7 @@ class Api:
         }
         if kind == "snapshot" and method == "PUT" and rest in ("create", "load"):
             content = _parsed(f"snapshot/{rest}", body or b"", self._version)
-            return self._create(content, fault) if rest == "create" else self._load(content)
+            return self._create(content, interrupt) if rest == "create" else self._load(content)
         if (method, kind) not in calls:
             raise Refusal(f"Invalid request method and/or path: {method} {f'/{path}' if kind == 'snapshot' else kind}.")
         calls[method, kind](_parsed(kind, body or b"", self._version))
@@ -226,7 +222,7 @@ class Api:
         else:
             self.machine.resume()
 
-    def _create(self, content: dict[str, Any], fault: Fault | None) -> Answer:
+    def _create(self, content: dict[str, Any], interrupt: Interrupt | None) -> Answer:
         if self.machine is None:
             raise Refusal(_PRE_BOOT)
         if not self.machine.is_paused:
@@ -237,8 +233,8 @@ class Api:
         what = "snapshot backing file"
         try:
             self.machine.save_state(Path(content["snapshot_path"]))
-            if fault is Fault.AFTER_STATE:
-                os.kill(os.getpid(), 9)
+            if interrupt is not None:
+                interrupt()
             what = "memory backing file"
             diff = content.get("snapshot_type", "Full") == "Diff"
             self.machine.save_memory(Path(content["mem_file_path"]), diff=diff)

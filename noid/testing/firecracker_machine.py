@@ -166,19 +166,25 @@ class SimulatedMicroVm(SimulatedMachine):
                 self.selector.register(connection, selectors.EVENT_READ, on_data)
 
     def _reset_transport(self) -> None:
-        """A snapshot cuts the guest's end of every connection; the host's stays silent until somebody writes to it."""
+        """A snapshot cuts the guest's end of every connection; the host's stays silent until somebody writes to it.
+
+        So does that of whoever asked for one meanwhile: that the question survives is promised nowhere.
+        """
+        for unheard, _ in self._waiting:
+            unheard.recv(64)
+            self.selector.register(unheard, selectors.EVENT_READ, lambda _, unheard=unheard: self._hang_up(unheard))
+        self._waiting.clear()
         if self.host is None:
             return
         connection, self.host.socket = self.host.socket, self.host.socket.dup()
         if connection in self.selector.get_map():
             self.selector.unregister(connection)
         self._detach()
+        self.selector.register(connection, selectors.EVENT_READ, lambda _: self._hang_up(connection))
 
-        def on_data(_: socket.socket) -> None:
-            self.selector.unregister(connection)
-            connection.close()
-
-        self.selector.register(connection, selectors.EVENT_READ, on_data)
+    def _hang_up(self, connection: socket.socket) -> None:
+        self.selector.unregister(connection)
+        connection.close()
 
     # --- snapshots -------------------------------------------------------------------------------------------------
 

@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from noid.testing.firecracker_api import Api, Fault
+from noid.testing.firecracker_api import Api
 
 BODY_BYTES_MAX = 51_200
 _READ_BYTES = 65536
+_FOR_EVER_SECS = 1e6
 _METHODS = (b"GET", b"PUT", b"PATCH", b"DELETE")
 _REQUEST = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.[01]\r\n")
 _LENGTH = re.compile(rb"^content-length:\s*(\d+)\r?$", re.IGNORECASE | re.MULTILINE)
@@ -39,7 +40,9 @@ class Trouble:
             log.write(f"{call}\n")
         for path in sorted((self._directory / "faults").glob("*.armed")):
             fault: dict[str, Any] = json.loads(path.read_text())
-            if fault["call"] == call:
+            if fault["call"] == call and fault["nth"] > 1:
+                path.write_text(json.dumps(fault | {"nth": fault["nth"] - 1}))
+            elif fault["call"] == call:
                 path.rename(path.with_suffix(".struck"))
                 return fault
         return None
@@ -104,23 +107,29 @@ class Server:
         if what == "refuse":
             connection.sendall(_answer(400, {"fault_message": fault["text"]}))
             return True
-        if before and not self._strike(what):
+        if what == "garble":
+            connection.sendall(_http_error(fault["text"]))
+            return True
+        if before and not self._strike(fault):
             return what != "cut"
-        interrupt = Fault.AFTER_STATE if fault["when"] == "during" else None
+        interrupt = (lambda: self._strike(fault)) if fault["when"] == "during" else None
         status, content = self._api.handle(method, path, body, interrupt)
-        if what == "late":
+        if what == "late" and fault["when"] == "after":
             time.sleep(fault["secs"])
-        if not before and not self._strike(what):
+        if fault["when"] == "after" and not self._strike(fault):
             return what != "cut"
         connection.sendall(_answer(status, content))
         if self._api.exit_status is not None:
             sys.exit(self._api.exit_status)
         return True
 
-    def _strike(self, what: str) -> bool:
+    def _strike(self, fault: dict[str, Any]) -> bool:
         """Let it happen; return whether the request goes on."""
-        if what == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+        what = fault["what"]
+        if fault["when"] == "during" and what in ("hang", "late"):  # the guest stands still meanwhile
+            time.sleep(fault["secs"] if what == "late" else _FOR_EVER_SECS)
+        if what in ("die", "kill"):
+            os.kill(fault["pid"] if what == "kill" else os.getpid(), signal.SIGKILL)
         self._hangs = self._hangs or what == "hang"
         return what not in ("hang", "cut")
 
@@ -176,8 +185,8 @@ def main() -> None:
         return
     trouble = Trouble(directory)
     fault = trouble.take("start")
-    if fault is not None and fault["what"] == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if fault is not None and fault["what"] in ("die", "kill"):
+        os.kill(fault["pid"] if fault["what"] == "kill" else os.getpid(), signal.SIGKILL)
     if fault is not None and fault["what"] == "hang":
         signal.pause()
     selector = selectors.DefaultSelector()

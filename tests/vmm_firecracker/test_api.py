@@ -13,12 +13,16 @@ from noid_vmm_firecracker.api import FirecrackerApi, Refused, words_of
 
 from noid.errors import BackendError, DependencyDown
 
+BYE = b"\0"
 OK = b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"
 
 
 @asynccontextmanager
 async def answering(path: Path, *answers: bytes) -> AsyncIterator[list[int]]:
-    """Be Firecracker at *path*: one answer for each request; an empty one hangs up. Yields requests by connection."""
+    """Be Firecracker at *path*: one answer for each request. Yields the requests by connection.
+
+    An empty one hangs up, and so does one that ends with `BYE`, which is not sent.
+    """
     requests: list[int] = []
     left = list(answers)
 
@@ -30,7 +34,9 @@ async def answering(path: Path, *answers: bytes) -> AsyncIterator[list[int]]:
             answer = left.pop(0)
             if not answer:
                 return
-            await stream.send_all(answer)
+            await stream.send_all(answer.removesuffix(BYE))
+            if answer.endswith(BYE):
+                return
 
     socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     await socket.bind(str(path))
@@ -83,13 +89,24 @@ async def test_an_end_without_an_answer_is_told_as_what_it_is(data_dir: Path) ->
         await api.aclose()
 
 
+async def test_a_connection_that_was_ended_meanwhile_is_made_again(data_dir: Path) -> None:
+    api = FirecrackerApi(data_dir / "api.sock")
+    async with answering(data_dir / "api.sock", OK + BYE, OK) as requests:
+        await api.pause()
+        await api.resume()
+        assert requests == [1, 1]
+        await api.aclose()
+
+
 async def test_what_is_no_http_and_what_is_no_json_is_an_error(data_dir: Path) -> None:
     api = FirecrackerApi(data_dir / "api.sock")
     junk = b"HTTP/1.1 200 \r\nContent-Length: 4\r\n\r\njunk"
-    async with answering(data_dir / "api.sock", b"I am a teapot\r\n\r\n", junk):
+    async with answering(data_dir / "api.sock", b"I am a teapot\r\n\r\n", junk, junk.replace(b"junk", b"[[]]")):
         with pytest.raises(BackendError, match="not Firecracker"):
             await api.state()
         with pytest.raises(BackendError, match="no JSON"):
+            await api.state()
+        with pytest.raises(BackendError, match="has no state"):
             await api.state()
         await api.aclose()
 

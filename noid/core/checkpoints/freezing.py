@@ -15,7 +15,7 @@ from noid.core.backends import Capture, FreezePlan, Machine, StorageBackend
 from noid.core.checkpoints import manifest as manifests
 from noid.core.checkpoints.manifest import Manifest
 from noid.core.model.storage import FrozenDisk
-from noid.errors import DependencyDown
+from noid.errors import DependencyDown, NoidError
 
 RESUME_SECS = 10.0
 
@@ -39,16 +39,30 @@ async def paused(machine: Machine, *, resume: bool = True) -> AsyncIterator[Paus
     """
     pause = Pause()
     started = time.perf_counter()
+    why: NoidError | None = None
     try:
         await machine.pause()
         yield pause
+    except NoidError as error:
+        why = error
+        raise
     finally:
         if resume:
-            with trio.move_on_after(RESUME_SECS, shield=True) as scope:
-                await machine.resume()
-                pause.secs = time.perf_counter() - started
-            if scope.cancelled_caught:
-                raise DependencyDown("the VM does not resume after its pause: its VMM does not answer any more.")
+            await _resume(machine, why)  # noqa: ASYNC102  # shields itself
+            pause.secs = time.perf_counter() - started
+
+
+async def _resume(machine: Machine, why: NoidError | None) -> None:
+    """Let it run again; where that fails too, say so together with *why* the pause has failed."""
+    try:
+        with trio.move_on_after(RESUME_SECS, shield=True) as scope:
+            await machine.resume()
+        if scope.cancelled_caught:
+            raise DependencyDown("the VM does not resume after its pause: its VMM does not answer any more.")
+    except NoidError as error:
+        if why is None:
+            raise
+        raise DependencyDown(f"{why} And the VM does not go on after its pause: {error}") from why
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

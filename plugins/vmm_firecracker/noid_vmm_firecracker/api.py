@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ class Refused(BackendError):
     def __init__(self, call: str, status: int, words: str) -> None:
         super().__init__(f"Firecracker refused {call} ({status}): {words}")
         self.words = words
+
+
+class Cut(DependencyDown):
+    """The connection ended before an answer: the process has ended, or has dropped the connection and lives."""
 
 
 class FirecrackerApi:
@@ -122,13 +127,19 @@ class FirecrackerApi:
         wanted = {"snapshot_type": kind, "snapshot_path": str(state), "mem_file_path": str(memory)}
         await self.call("PUT", "/snapshot/create", wanted, deadline_secs=SNAPSHOT_SECS)
 
-    async def state(self) -> str:
+    async def state(self, deadline_secs: float | None = None) -> str:
         """Return ``Not started``, ``Running`` or ``Paused``."""
-        return str((await self.call("GET", "/"))["state"])
+        return await self._word("/", "state", deadline_secs)
 
     async def version(self) -> str:
         """Return the version as ``--version`` has it, with what follows the numbers."""
-        return str((await self.call("GET", "/version"))["firecracker_version"])
+        return await self._word("/version", "firecracker_version")
+
+    async def _word(self, path: str, name: str, deadline_secs: float | None = None) -> str:
+        answer = await self.call("GET", path, deadline_secs=deadline_secs)
+        if not isinstance(answer, dict) or not isinstance(answer.get(name), str):
+            raise BackendError(f"what Firecracker answered to GET {path} has no {name}: {str(answer)[:200]!r}.")
+        return str(answer[name])
 
     # --- the wire --------------------------------------------------------------------------------------------------
 
@@ -144,7 +155,7 @@ class FirecrackerApi:
                 with trio.move_on_after(secs):
                     answer = await self._exchange(method, path, content)
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-                raise DependencyDown(f"Firecracker ended, or was let go, at {name}.") from error
+                raise Cut(f"Firecracker ended, or hung up, at {name}.") from error
             except h11.RemoteProtocolError as error:
                 raise BackendError(f"what answers to {name} is not Firecracker: {error}.") from error
             finally:
@@ -191,6 +202,8 @@ class FirecrackerApi:
         self._stream = self._http = None
 
     async def _exchange(self, method: str, path: str, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
+        if self._stream is not None and _has_hung_up(self._stream.socket):
+            self._drop()  # since the last answer: this request has not been sent yet, so nothing is lost
         if self._stream is None:
             await self.connect()
         stream, http = self._stream, self._http
@@ -226,6 +239,13 @@ class FirecrackerApi:
         else:  # it says that it closes
             self._drop()
         return status, bytes(answer)
+
+
+def _has_hung_up(socket: trio.socket.SocketType) -> bool:
+    """Whether the other end of a connection, on which nothing is outstanding, has ended it."""
+    poll = select.poll()
+    poll.register(socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def words_of(body: bytes) -> str:

@@ -27,7 +27,7 @@ from noid.hostfs import free_bytes, os_errors
 from noid.vmmhost import console_line
 from noid.vmmhost.facts import FINGERPRINT_VARIABLE, difference, host_cpu, make_sparse, said_since
 from noid.vmmhost.process import VmmProcess
-from noid_vmm_firecracker.api import FirecrackerApi, Refused
+from noid_vmm_firecracker.api import SNAPSHOT_SECS, FirecrackerApi, Refused
 from noid_vmm_firecracker.machine import API_SOCKET, VSOCK_SOCKET, FirecrackerMachine, Places
 from noid_vmm_firecracker.memory import MEMORY_NAME, Lineage
 from noid_vmm_firecracker.probe import Found, probe
@@ -170,9 +170,10 @@ class FirecrackerBackend:
         process = VmmProcess.adopt(ref)
         api = FirecrackerApi(plan.run_dir / API_SOCKET)
         lineage = Lineage(plan.directory, plan.mem_mib << 20)
+        patience_secs = SNAPSHOT_SECS if lineage.may_be_capturing else ADOPT_SECS
         try:
-            with trio.move_on_after(ADOPT_SECS):
-                paused = await api.state() == "Paused"
+            with trio.move_on_after(patience_secs):
+                paused = await api.state(patience_secs) == "Paused"
                 with os_errors("opening the memory image of a VM"):
                     lineage.adopt()
                 foreign = difference(self._fingerprint, ref.pid)
@@ -180,11 +181,11 @@ class FirecrackerBackend:
                     process=process, api=api, places=_places(plan), memory=lineage, paused=paused, foreign=foreign
                 )
             raise DependencyDown(
-                f"VM process {ref.pid} is alive but did not answer within {ADOPT_SECS:.0f} s; it may be stuck."
+                f"VM process {ref.pid} is alive but did not answer within {patience_secs:g} s; it may be stuck."
             )
         except BaseException:
             process.close()
-            lineage.close()
+            lineage.close(is_over=True)
             with trio.move_on_after(_CLEANUP_SECS, shield=True):
                 await api.aclose()
             raise
@@ -311,7 +312,7 @@ async def _answering(process: VmmProcess, api: FirecrackerApi) -> None:
 async def _end(process: VmmProcess, api: FirecrackerApi, lineage: Lineage) -> None:
     """Kill a process that nobody has yet, and let go of it. Shielded and bounded."""
     process.send_kill()
-    lineage.close()
+    lineage.close(is_over=True)
     with trio.move_on_after(_CLEANUP_SECS, shield=True):
         await api.aclose()
         await process.wait()

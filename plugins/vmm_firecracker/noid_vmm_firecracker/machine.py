@@ -16,7 +16,7 @@ from noid.hostfs import os_errors, write_out
 from noid.vmmhost import console_line
 from noid.vmmhost.console_log import is_long, shorten
 from noid.vmmhost.process import VmmProcess
-from noid_vmm_firecracker.api import FirecrackerApi
+from noid_vmm_firecracker.api import Cut, FirecrackerApi
 from noid_vmm_firecracker.endings import ending, says_halted, tail, vcpu_runtime_ns
 from noid_vmm_firecracker.memory import STATE_NAME, Layer, Lineage
 
@@ -74,8 +74,10 @@ class FirecrackerMachine:
         self._places = places
         self._memory = memory
         self._paused = paused
+        self._owes_resume = False
         self._foreign = foreign
         self._channel: trio.SocketStream | None = None
+        self._knocking: trio.SocketStream | None = None
         self._is_connecting = False
         self._killed = False
         self._halted = False
@@ -89,13 +91,23 @@ class FirecrackerMachine:
 
     async def pause(self) -> None:
         """See `Machine.pause`. Firecracker's disks are written by the thread that answers, so they are settled."""
+        self._owes_resume = False
         await self._api.pause()
         self._paused = True
 
     async def resume(self) -> None:
-        """See `Machine.resume`."""
-        await self._api.resume()
-        self._paused = False
+        """See `Machine.resume`. After an error, whoever waits for the machine's end goes on trying: guests shall run.
+
+        It may be that Firecracker is only slow: it answers nothing while it writes a snapshot that was given up.
+        """
+        self._owes_resume = True
+        try:
+            await self._api.resume()
+        except Cut:
+            if self._process.has_ended():
+                raise
+            await self._api.resume()  # over a new connection; doing it twice is doing it once
+        self._paused = self._owes_resume = False
 
     async def capture(self, into: Path) -> Capture:
         """See `Machine.capture`. A snapshot cuts the guest's connections, so the channel is closed with it."""
@@ -119,7 +131,7 @@ class FirecrackerMachine:
 
     def _lose(self, layer: Layer) -> None:
         """Firecracker may have forgotten what changed, so nothing but all of memory is sure to be right next time."""
-        layer.close()
+        self._memory.lose(layer)
         self._memory.forget()
 
     async def pivot_disk(self, new_top: Path, format: str) -> None:
@@ -162,7 +174,7 @@ class FirecrackerMachine:
         """Connect to the guest's agent, or return None because it does not listen yet."""
         path = self._places.run_dir / VSOCK_SOCKET
         socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-        stream = trio.SocketStream(socket)
+        stream = self._knocking = trio.SocketStream(socket)
         answer = b""
         try:
             await socket.connect(str(path))
@@ -172,7 +184,7 @@ class FirecrackerMachine:
                 if not byte or len(answer) >= _ANSWER_BYTES_MAX:
                     break
                 answer += byte
-        except trio.BrokenResourceError:
+        except (trio.BrokenResourceError, trio.ClosedResourceError):  # closed by a capture, which cuts it off
             answer = b""
         except OSError as error:
             socket.close()
@@ -181,6 +193,8 @@ class FirecrackerMachine:
         except BaseException:
             socket.close()
             raise
+        finally:
+            self._knocking = None
         if answer.startswith(b"OK ") and answer.endswith(b"\n"):
             return stream
         socket.close()
@@ -227,6 +241,8 @@ class FirecrackerMachine:
         return ending(tail(self._places.console_log), killed=killed, how=how)
 
     async def _look(self, looks: _Looks) -> None:
+        if self._owes_resume:
+            await self._resume_at_last()
         if not self._paused and looks.has_halted():
             self._halted = True
             self._process.send_kill()
@@ -237,6 +253,15 @@ class FirecrackerMachine:
                     await trio.to_thread.run_sync(shorten, path)
                 except NoidError as error:
                     log.warning("%s It goes on growing.", error)
+
+    async def _resume_at_last(self) -> None:
+        try:
+            await self._api.resume()
+        except NoidError as error:
+            log.warning("VM process %d was paused for a checkpoint and does not go on yet: %s", self.ref.pid, error)
+            return
+        self._paused = self._owes_resume = False
+        log.warning("VM process %d goes on; it was paused for longer than a checkpoint takes", self.ref.pid)
 
     async def kill(self) -> None:
         """See `Machine.kill`. After `aclose` it does nothing: the process belongs to somebody else."""
@@ -249,15 +274,16 @@ class FirecrackerMachine:
     async def aclose(self) -> None:
         """See `Machine.aclose`."""
         self._close_channel()
+        self._memory.close(is_over=self._process.has_ended())
         self._process.close()
-        self._memory.close()
         await self._api.aclose()
 
     def _close_channel(self) -> None:
         """Let whoever talks to the agent know that it hears nothing more: Firecracker keeps the socket open."""
-        if self._channel is not None:
-            self._channel.socket.close()
-            self._channel = None
+        for stream in (self._channel, self._knocking):
+            if stream is not None:
+                stream.socket.close()
+        self._channel = None
 
 
 class _Looks:

@@ -66,6 +66,7 @@ class Lineage:
         self._size_bytes = size_bytes
         self._base_fd = -1
         self._layers: list[Layer] = []
+        self._lost: list[Layer] = []
 
     def begin(self, image: Path) -> None:
         """Take note that the machine has begun with *image*. Blocks for a moment.
@@ -83,6 +84,11 @@ class Lineage:
             self._base_fd = os.open(self._base_path, os.O_RDONLY | os.O_CLOEXEC)
 
     @property
+    def may_be_capturing(self) -> bool:
+        """Whether the agent before may have died in a capture. Firecracker goes on with that, and answers nobody."""
+        return not self._base_path.exists()
+
+    @property
     def needs_full(self) -> bool:
         """Whether the next snapshot must hold all of memory."""
         return self._base_fd < 0 and not self._layers
@@ -95,9 +101,13 @@ class Lineage:
         if len(self._layers) >= LAYERS_MAX:
             self.forget()
         self._base_path.unlink(missing_ok=True)
-        fd = _nameless(beside, self._size_bytes)
-        os.ftruncate(fd, self._size_bytes)
-        return Layer(fd, self.needs_full)
+        layer = Layer(_nameless(beside, self._size_bytes), self.needs_full)
+        try:
+            os.ftruncate(layer.fd, self._size_bytes)
+        except OSError:
+            layer.close()
+            raise
+        return layer
 
     def forget(self) -> None:
         """Whatever the last snapshot was, it is not known any more: the next one is a Full one."""
@@ -108,8 +118,17 @@ class Lineage:
             os.close(self._base_fd)
             self._base_fd = -1
 
+    def lose(self, layer: Layer) -> None:
+        """Give up a *layer* that Firecracker was told to fill, and may fill yet.
+
+        It opens it by the number of its descriptor, so nothing else may get that number before Firecracker is past it.
+        """
+        os.ftruncate(layer.fd, 0)
+        self._lost.append(layer)
+
     def add(self, layer: Layer, into: Path) -> FirecrackerCapture:
         """Take in a *layer* that Firecracker has filled, and return the capture of this instant."""
+        self._close_lost()
         if layer.whole:
             self.forget()
         self._layers.append(layer)
@@ -132,7 +151,17 @@ class Lineage:
                 self._base_path.unlink(missing_ok=True)
                 os.link(image, self._base_path)
 
-    close = forget
+    def close(self, *, is_over: bool) -> None:
+        """Let go of it all. Unless Firecracker *is_over*, what was lost stays open until this process ends."""
+        self.forget()
+        if is_over:
+            self._close_lost()
+        self._lost.clear()
+
+    def _close_lost(self) -> None:
+        for layer in self._lost:
+            layer.close()
+        self._lost.clear()
 
 
 class FirecrackerCapture:
