@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from noid.client import http
 from noid.client.calls.call import Reply
-from noid.client.channels import Channels, Message
+from noid.client.channels import Channels, Malformed, Message
 from noid.client.connecting import RECEIVE_BYTES, Connection
 from noid.client.errors import ConnectionFailed, ConnectionLost, ServerTooOld
-from noid.client.frames import Malformed
 from noid.client.link import Link
 from noid.client.waiting import Source, Turns
 
