@@ -57,9 +57,8 @@ class SimulatedMicroVm(SimulatedMachine):
         self._halted = threading.Event()
         self._waiting: list[tuple[socket.socket, Callable[[socket.socket], None]]] = []
         self.is_paused = False
-        root = next(path for path in facts["drives"].values())
         super().__init__(
-            disk=SimulatedDisk(root, locked=False),
+            disk=SimulatedDisk(facts["root"], locked=False, base=facts["base"]),
             memory=pages,
             exec_listener=listener or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM),
             console=SimulatedConsole.on_standard_streams(rest["selector"]),
@@ -85,12 +84,13 @@ class SimulatedMicroVm(SimulatedMachine):
         """
         if not Path(boot["kernel_image_path"]).read_bytes()[:4] == b"\x7fELF":
             raise KernelInvalid(boot["kernel_image_path"])
-        facts = {
+        cmdline = boot.get("boot_args") or ""
+        facts = _disks(cmdline, drives) | {
             "cpus": shape["vcpu_count"], "mem_mib": shape["mem_size_mib"], "cards": {},
             "drives": {name: drive["path_on_host"] for name, drive in drives.items()},
             "vsock": None if vsock is None else vsock["uds_path"],
         }  # fmt: skip
-        machine = cls(facts, {}, listener, cmdline=boot.get("boot_args") or "", selector=selector)
+        machine = cls(facts, {}, listener, cmdline=cmdline, selector=selector)
         machine.track = shape["track_dirty_pages"]
         return machine
 
@@ -221,6 +221,17 @@ class SimulatedMicroVm(SimulatedMachine):
     def knows(self, memory: bytes) -> None:
         """Begin to track changes from *memory*."""
         self._seen = memory
+
+
+def _disks(cmdline: str, drives: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    """Return what the guest's first program would mount: the root device, and the base where it is told of one."""
+    ordered = sorted(drives.values(), key=lambda drive: not drive["is_root_device"])
+    devices = {f"/dev/vd{letter}": drive for letter, drive in zip("abcdef", ordered, strict=False)}
+    told = re.search(r"(?:^| )noid\.base=(\S+)", cmdline)
+    base = None if told is None else devices[told[1]]
+    if base is not None and not base["is_read_only"]:
+        raise KernelInvalid("the base of the disk is not read-only")
+    return {"root": ordered[0]["path_on_host"], "base": None if base is None else base["path_on_host"]}
 
 
 def encoded(memory: dict[str, Any]) -> bytes:

@@ -28,21 +28,24 @@ _DELETED = None
 class SimulatedDisk:
     """Files by absolute path, on a chain of layers of which the first is written. Open files are locked as QEMU does.
 
-    Not *locked*, they are as Firecracker leaves them: whoever opens them must see to it.
+    Not *locked*, they are as Firecracker leaves them: whoever opens them must see to it. With a *base*, it is a disk
+    in layers: *path* lies over it, and begins as a file system in which no document is.
 
     Raises:
         OSError: a layer is missing, unreadable, or locked by another machine.
         ValueError: a layer's document is damaged.
     """
 
-    def __init__(self, path: str, *, locked: bool = True) -> None:
+    def __init__(self, path: str, *, locked: bool = True, base: str | None = None) -> None:
         self.path = path
         self._layers: list[_Layer] = []
         name: str | None = path
         while name is not None:
-            layer = _Layer(name, writable=not self._layers, locked=locked)
+            layer = _Layer(name, writable=not self._layers, locked=locked, formatted=base is not None)
             self._layers.append(layer)
             name = layer.backing
+        if base is not None:
+            self._layers.append(_Layer(base, writable=False, locked=locked))
 
     @property
     def sequence(self) -> int:
@@ -89,8 +92,9 @@ class SimulatedDisk:
 class _Layer:
     """One file of the chain. *sequence* is None while nothing was ever written to it."""
 
-    def __init__(self, path: str, *, writable: bool, locked: bool = True) -> None:
+    def __init__(self, path: str, *, writable: bool, locked: bool = True, formatted: bool = False) -> None:
         self.path = path
+        self._formatted = formatted
         self.fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
             if locked:
@@ -121,6 +125,8 @@ class _Layer:
         if len(head) < _HEAD.size or not any(head):
             return
         magic, length = _HEAD.unpack(head)
+        if magic != _MAGIC and self._formatted:
+            return
         text = os.pread(self.fd, length, DOCUMENT_AT + _HEAD.size)
         if magic != _MAGIC or len(text) != length:
             raise ValueError(f"{self.path} does not hold a disk this simulator wrote")

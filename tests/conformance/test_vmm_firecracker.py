@@ -6,11 +6,12 @@ The real one is that of ``NOID_FIRECRACKER``, and runs where KVM works: ``script
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import noid_storage_copy
+import noid_storage_layers
 import pytest
 
 from noid.core.backends import AgentContext
@@ -26,6 +27,8 @@ from noid.testing.vmm_rig import Argv, VmmRig
 
 vmm_firecracker = pytest.importorskip("noid_vmm_firecracker")
 exec_vsock = pytest.importorskip("noid_exec_vsock")
+STORAGE = os.environ.get("NOID_TEST_STORAGE", "copy")
+"""Whose disks the real one's machines have. The simulated one's are in layers, as it gets them on ext4."""
 
 
 def counter(path: str, ignore_term: bool) -> Argv:
@@ -54,7 +57,7 @@ class TestSimulatedFirecracker(VmmConformance):
         for name in ("run", "image"):
             (data_dir / name).mkdir()
         context = AgentContext(data_dir=data_dir, run_dir=shared / "run", database=data_dir / "noid.db")
-        spec, storage = vmm_firecracker.vmm_backend(), noid_storage_copy.storage_backend()
+        spec, storage = vmm_firecracker.vmm_backend(), noid_storage_layers.storage_backend()
         config = spec.config(binary=str(simulated.program))
         async with spec.open(config, context) as backend, storage.open(storage.config(), context) as disks:
             rig = VmmRig(
@@ -85,8 +88,8 @@ class TestFirecracker(VmmConformance):
     @pytest.fixture
     async def rig(self, data_dir: Path, shared: Path, image: Image) -> AsyncIterator[VmmRig]:
         context = AgentContext(data_dir=data_dir, run_dir=shared / "run", database=data_dir / "noid.db")
-        vmm, storage = vmm_firecracker.vmm_backend(), noid_storage_copy.storage_backend()
-        exec_ = exec_vsock.exec_backend()
+        vmm, exec_ = vmm_firecracker.vmm_backend(), exec_vsock.exec_backend()
+        storage = importlib.import_module(f"noid_storage_{STORAGE}").storage_backend()
         async with contextlib.AsyncExitStack() as opened:
             try:
                 config = vmm.config(binary=os.environ["NOID_FIRECRACKER"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from noid.testing.vmm_rig import VmmRig
 
 vmm_qemu = pytest.importorskip("noid_vmm_qemu")
 exec_vsock = pytest.importorskip("noid_exec_vsock")
-storage_copy = pytest.importorskip("noid_storage_copy")
+STORAGE = os.environ.get("NOID_TEST_STORAGE", "copy")
+"""Whose disks the machines have: of those that need nothing, `copy` takes the least time."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,8 @@ class TestQemu(VmmConformance):
     async def rig(self, data_dir: Path, shared: Path, image: Image) -> AsyncIterator[VmmRig]:
         (data_dir / "run").mkdir()
         context = AgentContext(data_dir=data_dir, run_dir=data_dir / "run", database=data_dir / "noid.db")
-        vmm, exec_, storage = vmm_qemu.vmm_backend(), exec_vsock.exec_backend(), storage_copy.storage_backend()
+        vmm, exec_ = vmm_qemu.vmm_backend(), exec_vsock.exec_backend()
+        storage = importlib.import_module(f"noid_storage_{STORAGE}").storage_backend()
         if vmm is None:
             pytest.skip("the QEMU plugin does not offer itself on this host")
         async with contextlib.AsyncExitStack() as opened:
