@@ -24,7 +24,7 @@ BOUND_SECS = 60.0
 
 @contextlib.asynccontextmanager
 async def opened(data_dir: Path, firecracker: SimulatedFirecracker) -> AsyncIterator[tuple[Agent, User]]:
-    backends = Backends(vmm="firecracker", storage="copy", exec=("simulated",), network="none", auth="token")
+    backends = Backends(vmm="firecracker", storage="layers", exec=("simulated",), network="none", auth="token")
     plugins = {"vmm_firecracker": {"binary": str(firecracker.program)}}
     config = simulated_config(data_dir, backends=backends, plugins=plugins)
     async with open_agent(config, simulated_plugins()) as agent:

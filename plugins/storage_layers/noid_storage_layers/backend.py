@@ -10,7 +10,7 @@ of a fresh VM, where a whole copy has a gigabyte.
 
 A freeze has to copy the top, too, where the filesystem shares no blocks. Nearly all of that happens before the pause
 (`noid.rawdisk.copy_ahead`). What is left is reading both and writing what differs: a gigabyte that was written costs a
-pause of a quarter of a second when it is in memory, and nothing when none of it has changed for a moment.
+pause of half a second when it is in memory, and nothing when none of it has changed for a moment.
 """
 
 from __future__ import annotations
