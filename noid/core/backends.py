@@ -20,6 +20,7 @@ from noid.core.model.connections import ConnectRequest
 from noid.core.model.files import FileTransfer
 from noid.core.model.guest_processes import GuestProcessInfo, OutputChunk, ProcessExit
 from noid.core.model.processes import ExecRequest, Gap, TerminalSize
+from noid.core.model.sandbox import SandboxSettings
 from noid.core.model.storage import DiskUsage, FrozenDisk, Volume
 from noid.core.model.users import DEFAULT_TOKEN, TOKEN_SCOPES, Credentials, Grant, Scope, TokenInfo, User
 from noid.core.model.vms import Identity, NetLease, ProcessRef, Receipt
@@ -29,11 +30,15 @@ B_co = TypeVar("B_co", covariant=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentContext:
-    """What a backend is given when opened. *database* is the store's file, for plugins with tables of their own."""
+    """What a backend is given when opened. *database* is the store's file, for plugins with tables of their own.
+
+    *sandbox* is for VMMs: what their processes are to be kept in.
+    """
 
     data_dir: Path
     run_dir: Path
     database: Path
+    sandbox: SandboxSettings = field(default_factory=SandboxSettings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,12 @@ async def open_agent(config: Config, plugins: Plugins) -> AsyncIterator[Agent]:
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(_only_agent(config.data_dir))
         store = stack.enter_context(open_store(config.database))
-        context = AgentContext(data_dir=config.data_dir, run_dir=config.run_dir, database=config.database)
+        context = AgentContext(
+            data_dir=config.data_dir,
+            run_dir=config.run_dir,
+            database=config.database,
+            sandbox=config.sandbox.settings(),
+        )
 
         await trio.to_thread.run_sync(plugins.check_sections, config)
         vmm_spec, vmm_config = await trio.to_thread.run_sync(plugins.vmm, config)

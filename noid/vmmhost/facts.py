@@ -13,6 +13,7 @@ FINGERPRINT_VARIABLE = "NOID_VMM_FINGERPRINT"
 """In the environment of a VMM's process: the fingerprint it was started with, as JSON."""
 
 _LOG_TAIL_BYTES = 2000
+_QCOW2_SIZE_END = 32  # big-endian, in bytes 24 to 31
 _CPU_FACTS = ("vendor_id", "cpu family", "model", "stepping", "flags")
 
 
@@ -23,6 +24,20 @@ def make_sparse(path: Path, size_bytes: int) -> None:
         os.ftruncate(fd, size_bytes)
     finally:
         os.close(fd)
+
+
+def disk_bytes(path: Path, disk_format: str) -> int:
+    """Return how large a guest sees the disk *path*, raw or qcow2.
+
+    Raises:
+        OSError: there is none.
+    """
+    if disk_format == "qcow2":
+        with path.open("rb") as file:
+            head = file.read(_QCOW2_SIZE_END)
+        if len(head) == _QCOW2_SIZE_END:
+            return int.from_bytes(head[-8:], "big")
+    return path.stat().st_size
 
 
 def said_since(log_path: Path, offset: int) -> str:

@@ -22,7 +22,7 @@ def test_the_same_sources_give_the_same_bytes_in_another_place(
     elsewhere = tmp_path / "quite another place" / "guest"
     shutil.copytree(ROOT / hatch_build.GUEST_DIR, elsewhere, ignore=shutil.ignore_patterns("bin"))
     rebuilt = tmp_path / "agent"
-    hatch_build.compile_agent(elsewhere, "x86_64", rebuilt, scratch=ROOT / ".zig-cache")
+    hatch_build.compile_program(elsewhere, "x86_64", rebuilt, scratch=ROOT / ".zig-cache")
     assert rebuilt.read_bytes() == agent_program.read_bytes()
     assert b"quite another" not in rebuilt.read_bytes()
     assert str(ROOT).encode() not in rebuilt.read_bytes()

@@ -7,14 +7,20 @@ How a file becomes these records is in `noid.core.config.reading`, and other way
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from noid.core import paths
+from noid.core.model.sandbox import DEFAULT_UIDS, SandboxMode, SandboxSettings
+from noid.errors import ConfigError
 
 T = TypeVar("T")
+
+UID_END = 2**32 - 1
+"""One more than the greatest user id: this one means none."""
 
 NOT_FROM_FILE = frozenset({"local", "source", "notes"})
 """Fields of `Config` that no file can set."""
@@ -108,6 +114,41 @@ class TlsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxConfig:
+    """What the processes of VMs are kept in. `settings` is what it says."""
+
+    mode: str = setting("auto", one_of=tuple(SandboxMode))
+    uids: str = f"{DEFAULT_UIDS.start}-{DEFAULT_UIDS.stop - 1}"
+    cgroup: str | None = None
+    overhead_mib: int = setting(256, least=64)
+    readable: tuple[str, ...] = ()
+
+    def settings(self) -> SandboxSettings:
+        """Return the settings.
+
+        Raises:
+            ConfigError: *uids* is no range of at least two user ids without root's, or a path is not absolute.
+        """
+        found = re.fullmatch(r"(\d{1,10})-(\d{1,10})", self.uids)
+        first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 0 < first < last < UID_END:
+            raise ConfigError(
+                f"[sandbox] uids is {self.uids!r}; it must be FIRST-LAST, at least two user ids between 1 and "
+                f"{UID_END - 1}."
+            )
+        for what, path in (("cgroup", self.cgroup), *(("readable", path) for path in self.readable)):
+            if path is not None and (not path.startswith("/") or ".." in path.split("/")):
+                raise ConfigError(f"[sandbox] {what} has {path!r}, which is not an absolute path.")
+        return SandboxSettings(
+            mode=SandboxMode(self.mode),
+            uids=range(first, last + 1),
+            cgroup=Path(self.cgroup) if self.cgroup else None,
+            overhead_mib=self.overhead_mib,
+            readable=tuple(map(Path, self.readable)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything the agent was told. *local* agents listen on the unix socket only.
 
@@ -139,6 +180,7 @@ class Config:
     quota: QuotaConfig = field(default_factory=QuotaConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     source: Path | None = None
     notes: tuple[str, ...] = ()

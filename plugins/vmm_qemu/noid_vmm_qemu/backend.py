@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,18 +16,23 @@ from pathlib import Path
 import trio
 
 from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePlan, VmmFeatures
+from noid.core.model.sandbox import SandboxSettings
 from noid.core.model.storage import LAYERS
 from noid.core.model.vms import ProcessRef
 from noid.errors import BackendError, ConfigError, DependencyDown, NoidError, NoSpace
 from noid.hostfs import free_bytes, os_errors
 from noid.vmmhost import console_line
-from noid.vmmhost.facts import FINGERPRINT_VARIABLE, difference, host_cpu, make_sparse, said_since
+from noid.vmmhost.enclosure import SYSTEM, Enclosure, Room
+from noid.vmmhost.facts import FINGERPRINT_VARIABLE, difference, disk_bytes, host_cpu, make_sparse, said_since
+from noid.vmmhost.limits import Shape
 from noid.vmmhost.process import VmmProcess
+from noid.vmmhost.sandbox import Sandbox, opened
 from noid_vmm_qemu.capture import MEMORY_NAME
 from noid_vmm_qemu.command_line import (
     DEVICE_SETS,
     GENERATION_ID_MACHINES,
     MACHINES,
+    READONLY_RAM_SINCE,
     Descriptors,
     Host,
     cpu_model,
@@ -45,6 +51,10 @@ _ACCELERATORS = ("auto", "kvm", "tcg")
 _ADOPT_SECS = 5.0
 _CLEANUP_SECS = 5.0
 _FULL_BYTES = 4 << 20
+#: What emulation may take for translated code, at most.
+_EMULATOR_MIB = 1280
+#: Where QEMU's user network finds the name server that it shows to guests.
+_RESOLVER = (Path("/etc/resolv.conf"),)
 _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "TMPDIR")
 
 log = logging.getLogger(__name__)
@@ -94,15 +104,16 @@ async def open_backend(config: QemuConfig, context: AgentContext) -> AsyncIterat
         sandbox=abilities.sandbox,
         tsc_khz=await trio.to_thread.run_sync(tsc_khz) if accelerator == "tcg" else 0,
     )
-    yield QemuBackend(host)
+    async with opened(context.sandbox, context.data_dir) as sandbox:
+        yield QemuBackend(host, sandbox)
 
 
 class QemuBackend:
-    """`noid.core.backends.VmmBackend` on QEMU. *host* is what every machine is made for."""
+    """`noid.core.backends.VmmBackend` on QEMU. *host* is what every machine is made for, *sandbox* what it runs in."""
 
     name = "qemu"
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, sandbox: Sandbox | None = None) -> None:
         self.features = VmmFeatures(
             accelerator=host.accelerator,
             disk_formats=frozenset({"raw", "qcow2", LAYERS}),
@@ -111,6 +122,10 @@ class QemuBackend:
             vm_generation_id=host.machine in GENERATION_ID_MACHINES,
         )
         self.host = host
+        self._sandbox = sandbox or Sandbox(SandboxSettings())
+        # An older QEMU opens a guest's memory for writing, which no user of a VM may: images are everybody's. So it
+        # opens it as root, which it ceases to be before it has heard a word of the guest.
+        self._becomes_user = host.version[:2] < READONLY_RAM_SINCE
         self._fingerprint = {
             "vmm": "qemu",
             "version": version_text(host.version),
@@ -135,7 +150,18 @@ class QemuBackend:
             if status != "running":
                 raise BackendError(f"QEMU is {status!r} after its start")
 
-        return await self._start(plan, memory, lambda fds: launch_argv(self.host, plan, memory, fds), None, boot)
+        async with self._enclosed(plan, memory) as enclosure:
+            with (
+                os_errors("lending a VM its kernel"),
+                enclosure.lent(plan.kernel) as kernel,
+                enclosure.lent(plan.initrd) as initrd,
+            ):
+                lent = dataclasses.replace(plan, kernel=kernel, initrd=initrd)
+
+                def argv(fds: Descriptors) -> list[str]:
+                    return launch_argv(self.host, lent, memory, fds, runas=self._runas(enclosure))
+
+                return await self._start(plan, memory, enclosure, argv, None, boot)
 
     async def restore(self, plan: RestorePlan) -> QemuMachine:
         """See `VmmBackend.restore`."""
@@ -155,7 +181,12 @@ class QemuBackend:
                     raise BackendError(f"QEMU loaded the checkpoint but is {status!r} instead of running")
 
         try:
-            return await self._start(plan, plan.memory, lambda fds: restore_argv(self.host, plan, fds), state_fd, load)
+            async with self._enclosed(plan, plan.memory) as enclosure:
+
+                def argv(fds: Descriptors) -> list[str]:
+                    return restore_argv(self.host, plan, fds, runas=self._runas(enclosure))
+
+                return await self._start(plan, plan.memory, enclosure, argv, state_fd, load)
         finally:
             os.close(state_fd)
 
@@ -170,7 +201,9 @@ class QemuBackend:
                 await qmp.negotiate()
                 status = (await qmp.execute("query-status"))["status"]
                 events.adopt(paused=status != "running")
-                return self._machine(plan, process, qmp, events, memory, difference(self._fingerprint, ref.pid))
+                enclosure = self._sandbox.adopt(plan.instance, plan.directory, ref.pid)
+                foreign = difference(self._fingerprint, ref.pid)
+                return self._machine(plan, process, qmp, events, memory, enclosure, foreign)
             raise DependencyDown(
                 f"VM process {ref.pid} is alive but did not answer within {_ADOPT_SECS:.0f} s; it may be stuck, or "
                 "another noid-server holds it."
@@ -182,15 +215,54 @@ class QemuBackend:
                     await qmp.aclose()
             raise
 
+    @contextlib.asynccontextmanager
+    async def _enclosed(self, plan: MachinePlan, memory: Path) -> AsyncIterator[Enclosure]:
+        """Yield what a new process is to be started in. It is given back if the block fails: then there is none."""
+        with os_errors("looking at the disk of a VM"):
+            shape = Shape(
+                cpus=plan.cpus,
+                mem_mib=plan.mem_mib,
+                disk_bytes=disk_bytes(plan.volume.path, plan.volume.format),
+                vmm_mib=_EMULATOR_MIB if self.host.accelerator == "tcg" else 0,
+            )
+        enclosure = await trio.to_thread.run_sync(self._sandbox.enclose, plan.instance, plan.directory, shape)
+        try:
+            with os_errors("giving a VM's process its files"):
+                layers = [plan.volume.directory / name for name in plan.volume.files]
+                shared = [path for path in layers if path != plan.volume.path]
+                enclosure.prepare(own=[plan.volume.path], shared=[*shared, memory])
+            yield enclosure
+        except BaseException:
+            with trio.move_on_after(_CLEANUP_SECS, shield=True):
+                await enclosure.release()
+            raise
+
+    def _runas(self, enclosure: Enclosure) -> str:
+        return enclosure.user if enclosure.is_room and self._becomes_user else ""
+
+    def _room(self, plan: MachinePlan, binary: Path) -> Room:
+        connected = plan.lease is not None and plan.lease.kind != "none"
+        return Room(
+            read=(*SYSTEM, binary, *(_RESOLVER if connected else ())),
+            write=(plan.directory,),
+            devices=("null", "urandom", *(("kvm",) if self.host.accelerator == "kvm" else ())),
+            connected=connected,
+            becomes_user=self._becomes_user,
+        )
+
     async def _start(
         self,
         plan: MachinePlan,
         memory: Path,
+        enclosure: Enclosure,
         argv: Callable[[Descriptors], list[str]],
         state_fd: int | None,
         set_off: Callable[[Qmp, MachineEvents], Awaitable[None]],
     ) -> QemuMachine:
         """Spawn QEMU and let *set_off* bring it to run. Whatever fails or is cancelled: no process is left."""
+        binary = shutil.which(self.host.binary)
+        if binary is None:
+            raise DependencyDown(missing(self.host.binary))
         log_path = plan.directory / LOG_NAME
         console = plan.directory / console_line.CONSOLE_LOG, plan.run_dir / console_line.CONSOLE_INPUT
         with (
@@ -202,7 +274,7 @@ class QemuBackend:
             inherited = dataclasses.astuple(sockets) + (() if state_fd is None else (state_fd,))
             try:
                 process = VmmProcess.spawn(
-                    argv(sockets),
+                    enclosure.command([binary, *argv(sockets)[1:]], self._room(plan, Path(binary))),
                     environment=self._environment(plan),
                     stdin=line.stdin,
                     stdout=line.stdout,
@@ -213,6 +285,7 @@ class QemuBackend:
                 raise DependencyDown(missing(self.host.binary)) from error
         qmp: Qmp | None = None
         events = MachineEvents(plan.instance)
+        enclosure.begin_to_enter(process.ref.pid)
         try:
             # The socket has been listening since before the process began, so connecting needs no patience.
             qmp = Qmp(await connected(str(plan.run_dir / QMP_SOCKET)), events.note)
@@ -223,6 +296,7 @@ class QemuBackend:
                     "started. Restart noid-server"
                 )
             await set_off(qmp, events)
+            await enclosure.entered()
         except NoidError as error:
             await _end(process, qmp)
             said = said_since(log_path, logged_bytes)
@@ -235,7 +309,7 @@ class QemuBackend:
         except BaseException:
             await _end(process, qmp)  # noqa: ASYNC102  # shields itself
             raise
-        return self._machine(plan, process, qmp, events, memory)
+        return self._machine(plan, process, qmp, events, memory, enclosure)
 
     def _environment(self, plan: MachinePlan) -> dict[str, str]:
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
@@ -247,10 +321,18 @@ class QemuBackend:
         }
 
     def _machine(
-        self, plan: MachinePlan, process: VmmProcess, qmp: Qmp, events: MachineEvents, memory: Path, foreign: str = ""
+        self,
+        plan: MachinePlan,
+        process: VmmProcess,
+        qmp: Qmp,
+        events: MachineEvents,
+        memory: Path,
+        enclosure: Enclosure,
+        foreign: str = "",
     ) -> QemuMachine:
         return QemuMachine(
             process=process,
+            enclosure=enclosure,
             qmp=qmp,
             events=events,
             channel_path=str(plan.run_dir / CHANNEL_SOCKET),

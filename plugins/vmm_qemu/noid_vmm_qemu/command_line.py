@@ -27,6 +27,9 @@ BASE_ARGUMENT = "noid.base=/dev/vdb"
 """Where the guest finds the second disk of a volume in layers."""
 READONLY_RAM_SINCE = (8, 2)
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+#: For a QEMU that is still to change its user, which it can then do once: the launcher has seen to it that it, and
+#: whatever it might start, can never gain anything.
+SANDBOX_RUNAS = SANDBOX.replace("elevateprivileges=deny", "elevateprivileges=allow")
 MACHINES = {
     # acpi=on: Debian's kernels find virtio-mmio devices through ACPI only. rtc=on: without it Linux waits 2 s at boot.
     "microvm": "microvm,acpi=on,pic=off,pit=off,rtc=on,isa-serial=on",
@@ -54,21 +57,24 @@ class Descriptors:
     channel: int
 
 
-def launch_argv(host: Host, plan: LaunchPlan, memory: Path, fds: Descriptors) -> list[str]:
-    """Return the command that boots *plan*. *memory* is a sparse file of the guest's size, the parent of its pages."""
+def launch_argv(host: Host, plan: LaunchPlan, memory: Path, fds: Descriptors, *, runas: str = "") -> list[str]:
+    """Return the command that boots *plan*. *memory* is a sparse file of the guest's size, the parent of its pages.
+
+    *runas*, ``UID:GID``, is who QEMU is to become once it has opened its files.
+    """
     if "\n" in plan.cmdline or "\0" in plan.cmdline:
         raise InvalidRequest("the kernel command line contains a line break or a NUL byte.")
     base = BASE_ARGUMENT if plan.volume.base_path is not None else ""
     arguments = [kernel_arguments(host), base, plan.cmdline.strip()]
     return [
-        *_common(host, plan, memory, fds),
+        *_common(host, plan, memory, fds, runas),
         *("-kernel", str(plan.kernel)),
         *("-initrd", str(plan.initrd)),
         *("-append", " ".join(part for part in arguments if part)),
     ]
 
 
-def restore_argv(host: Host, plan: RestorePlan, fds: Descriptors) -> list[str]:
+def restore_argv(host: Host, plan: RestorePlan, fds: Descriptors, *, runas: str = "") -> list[str]:
     """Return the command that waits for ``migrate-incoming`` with the devices `launch_argv` gives.
 
     The wait is needed: only a machine that expects a migration skips the reset that would copy ROMs over its memory.
@@ -76,7 +82,7 @@ def restore_argv(host: Host, plan: RestorePlan, fds: Descriptors) -> list[str]:
     for events when the load ends; see `QemuBackend.restore`.
     """
     return [
-        *_common(host, plan, plan.memory, fds),
+        *_common(host, plan, plan.memory, fds, runas),
         # The device state of a checkpoint is written without the section a live migration begins with.
         *("-global", "migration.send-configuration=off"),
         *("-incoming", "defer"),
@@ -138,7 +144,7 @@ def file_node(node: str) -> str:
     return f"{node}-file"
 
 
-def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> list[str]:
+def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors, runas: str) -> list[str]:
     bus = "device" if host.machine == "microvm" else "pci"
     argv = [
         host.binary,
@@ -170,8 +176,10 @@ def _common(host: Host, plan: MachinePlan, memory: Path, fds: Descriptors) -> li
     ]
     if host.machine in GENERATION_ID_MACHINES:
         argv += ["-device", "vmgenid,guid=auto"]  # a new one with every start, also to continue a checkpoint
+    if runas:
+        argv += ["-runas", runas]
     if host.sandbox:
-        argv += ["-sandbox", SANDBOX]
+        argv += ["-sandbox", SANDBOX_RUNAS if runas else SANDBOX]
     return argv
 
 

@@ -21,6 +21,7 @@ from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, No
 from noid.hostfs import os_errors
 from noid.vmmhost import console_line
 from noid.vmmhost.console_log import is_long, shorten
+from noid.vmmhost.enclosure import Enclosure
 from noid.vmmhost.process import VmmProcess
 from noid_vmm_qemu.capture import STATE_NAME, reserve_memory, take
 from noid_vmm_qemu.command_line import DISK_DEVICE, disk_node, file_node
@@ -104,6 +105,7 @@ class QemuMachine:
         self,
         *,
         process: VmmProcess,
+        enclosure: Enclosure,
         qmp: Qmp,
         events: MachineEvents,
         channel_path: str,
@@ -115,6 +117,7 @@ class QemuMachine:
     ) -> None:
         self.ref: ProcessRef = process.ref
         self._process = process
+        self._enclosure = enclosure
         self._qmp = qmp
         self._events = events
         self._channel_path = channel_path
@@ -176,14 +179,24 @@ class QemuMachine:
         if not self._events.paused:
             raise BackendError("this VM is not paused, so its memory and devices cannot be captured as of one instant.")
         state = into / STATE_NAME
-        try:
-            await self._qmp.execute("xen-save-devices-state", {"filename": str(state), "live": False})
-        except QmpError as error:
-            await trio.to_thread.run_sync(_check_room, state)
-            raise BackendError(f"saving the VM's devices to {state} failed: {error.description}") from error
+        if self._enclosure.is_room:
+            # Into its own memory, where QEMU can write, and never into a file that others will continue from.
+            with os_errors("saving the VM's devices"), self._enclosure.outgoing(self.ref.pid) as out:
+                await self._save_devices(out.path)
+                await trio.to_thread.run_sync(_keep, out.fd, state)
+        else:
+            await self._save_devices(state)
         with os_errors("reading the memory of a VM for its checkpoint"):
             reserve, self._reserve = self._reserve, None
             return await trio.to_thread.run_sync(take, self.ref.pid, self._memory, self._mem_mib, into, reserve)
+
+    async def _save_devices(self, path: Path) -> None:
+        try:
+            await self._qmp.execute("xen-save-devices-state", {"filename": str(path), "live": False})
+        except QmpError as error:
+            if not self._enclosure.is_room:
+                await trio.to_thread.run_sync(_check_room, path)
+            raise BackendError(f"saving the VM's devices to {path} failed: {error.description}") from error
 
     async def pivot_disk(self, new_top: Path, format: str) -> None:
         """See `Machine.pivot_disk`. The file's own header must name its backing file already, relatively."""
@@ -246,10 +259,13 @@ class QemuMachine:
             if not over:
                 await self._feed()
         await self._process.wait()
+        await self._enclosure.release()
         told = self._events.shutdown_reason
         if told is not None:
             return MachineExit(reason=_REASONS.get(told, "unknown"), detail=f"QEMU says {told}")
         how = self._process.exit_text or "how is not known, because an earlier agent started it"
+        if why := self._enclosure.why_ended():
+            return MachineExit(reason="killed", detail=why)
         killed = self._killed or self._process.exit_signal in (signal.SIGKILL, signal.SIGTERM)
         return MachineExit(reason="killed" if killed else "unknown", detail=f"the process ended without a word: {how}")
 
@@ -264,6 +280,7 @@ class QemuMachine:
         self._killed = True
         self._process.send_kill()
         await self._process.wait()
+        await self._enclosure.release()
 
     async def aclose(self) -> None:
         """See `Machine.aclose`."""
@@ -284,6 +301,8 @@ class QemuMachine:
         """Open a layer's file without what it lies on."""
         # Any agent that held this machine may have added nodes; chance keeps their names apart.
         layer = _Layer(path=path, node=f"disk-{secrets.token_hex(8)}")
+        with os_errors("giving a VM a new layer of its disk"):
+            self._enclosure.give(path)
         await self._qmp.execute("blockdev-add", disk_node(layer.node, path, "qcow2", backing=False))
         return layer
 
@@ -315,6 +334,14 @@ async def connected(path: str) -> trio.SocketStream:
         socket.close()
         raise
     return trio.SocketStream(socket)
+
+
+def _keep(fd: int, state: Path) -> None:
+    """Write what *fd* holds to the new file *state*."""
+    with os.fdopen(os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+        size, offset = os.fstat(fd).st_size, 0
+        while offset < size:
+            offset += os.sendfile(file.fileno(), fd, offset, size - offset)
 
 
 def _check_room(state: Path) -> None:
