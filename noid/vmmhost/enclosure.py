@@ -63,6 +63,17 @@ class Outgoing:
     path: Path
     fd: int
 
+    def keep(self, target: Path) -> None:
+        """Write what it holds to *target*, a file of the agent's. Blocks.
+
+        Raises:
+            OSError: *target* may hold a part.
+        """
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            size, offset = os.fstat(self.fd).st_size, 0
+            while offset < size:
+                offset += os.sendfile(file.fileno(), self.fd, offset, size - offset)
+
 
 class Enclosure:
     """What one process is in. Without *user* it has the agent's and sees its files, without *cgroup* it has no limits.
@@ -179,22 +190,24 @@ class Enclosure:
             there.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def outgoing(self, pid: int) -> Iterator[Outgoing]:
-        """Yield a file in the root directory of the process *pid*, which is in memory, for it to write. Only in a room.
+    def outgoing(self, pid: int, *, in_memory: bool = True) -> Iterator[Outgoing]:
+        """Yield a file for the process *pid* to write, in its root directory, which is in memory. Only in a room.
 
-        It has no name any more afterwards, and nobody but the process and the agent ever had one for it.
+        If it is not to be *in_memory* it is in the VM's directory. It has no name any more afterwards, and nobody but
+        the process and the agent ever had one for it.
 
         Raises:
             OSError: it cannot be made; the process may have ended.
         """
         name = f"out-{secrets.token_hex(4)}"
-        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        place = Path(f"/proc/{pid}/root") if in_memory else self._directory
+        root = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(name, flags, 0o600, dir_fd=root)
             try:
                 os.fchown(fd, *self._ids)
-                yield Outgoing(path=Path("/", name), fd=fd)
+                yield Outgoing(path=Path("/" if in_memory else self._directory, name), fd=fd)
             finally:
                 os.close(fd)
                 with contextlib.suppress(FileNotFoundError):

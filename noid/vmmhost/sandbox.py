@@ -16,7 +16,7 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from noid.vmmhost.limits import Shape, limits_of
 log = logging.getLogger(__name__)
 
 _TRIAL_SECS = 10.0
+_RELEASE_SECS = 5.0
 _TRIAL_ROOM = Room(read=(LAUNCHER,), devices=("null",))
 
 
@@ -73,6 +74,28 @@ class Sandbox:
         if self._cgroups:
             parts += [f"cgroups (version {self._cgroups.version})"]
         return f"{self.mode}: " + ", ".join([*parts, "rlimits, no new privileges"])
+
+    @contextlib.asynccontextmanager
+    async def enclosed(
+        self, instance: str, directory: Path, shape: Shape, *, own: Sequence[Path], shared: Sequence[Path]
+    ) -> AsyncIterator[Enclosure]:
+        """Yield what the new process of the VM *instance* is to be started in, for the block to start it.
+
+        The process may write to *own* and read *shared*. If the block fails, no process is to be left, and the
+        enclosure is given back; otherwise that is up to whoever holds it.
+
+        Raises:
+            BackendError: it cannot be made.
+        """
+        enclosure = await trio.to_thread.run_sync(self.enclose, instance, directory, shape)
+        try:
+            with os_errors("giving a VM's process its files"):
+                enclosure.prepare(own=own, shared=shared)
+            yield enclosure
+        except BaseException:
+            with trio.move_on_after(_RELEASE_SECS, shield=True):
+                await enclosure.release()
+            raise
 
     def enclose(self, instance: str, directory: Path, shape: Shape) -> Enclosure:
         """Return what the process of the VM *instance* is to be started in. Blocks for a millisecond.

@@ -17,8 +17,10 @@ from noid_vmm_firecracker.probe import Found
 from noid_vmm_firecracker.versions import parsed
 
 from noid.core.backends import LaunchPlan, MachinePlan, RestorePlan
+from noid.core.model.sandbox import SandboxMode, SandboxSettings
 from noid.core.model.storage import Volume
 from noid.errors import BackendError
+from noid.vmmhost.sandbox import opened
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("no_leaks")]
 
@@ -109,17 +111,20 @@ def program() -> str:
     return program
 
 
-@pytest.fixture
-async def bench(data_dir: Path, program: str, no_leaks: None) -> AsyncIterator[Bench]:
+@pytest.fixture(params=[SandboxMode.OFF, SandboxMode.FULL])
+async def bench(request: pytest.FixtureRequest, data_dir: Path, program: str, no_leaks: None) -> AsyncIterator[Bench]:
     del no_leaks
+    if request.param is SandboxMode.FULL and os.geteuid() != 0:
+        pytest.skip("needs root")
     said = await trio.run_process([program, "--version"], capture_stdout=True)
     version = parsed(said.stdout.decode())
     assert version is not None
-    bench = Bench(FirecrackerBackend(Found(path=program, version=version, kvm_refusal="")), data_dir)
-    yield bench
-    for machine in bench.machines:
-        await machine.kill()
-        await machine.aclose()
+    async with opened(SandboxSettings(mode=request.param), data_dir) as sandbox:
+        bench = Bench(FirecrackerBackend(Found(path=program, version=version, kvm_refusal=""), sandbox), data_dir)
+        yield bench
+        for machine in bench.machines:
+            await machine.kill()
+            await machine.aclose()
 
 
 async def test_checkpoints_hold_what_changed_and_clones_count_on(bench: Bench) -> None:

@@ -17,6 +17,7 @@ import h11
 import trio
 
 from noid.errors import BackendError, DependencyDown, NoSpace
+from noid.vmmhost.sockets import socket_itself
 
 BODY_BYTES_MAX = 1 << 20
 DEADLINE_SECS = 10.0
@@ -184,7 +185,8 @@ class FirecrackerApi:
             raise trio.ClosedResourceError("noid has let go of this VM")
         socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
         try:
-            await socket.connect(str(self._path))
+            with socket_itself(self._path) as name:
+                await socket.connect(name)
         except BaseException:
             socket.close()
             raise

@@ -20,15 +20,19 @@ from pathlib import Path
 import trio
 
 from noid.core.backends import AgentContext, LaunchPlan, MachinePlan, RestorePlan, VmmFeatures
+from noid.core.model.sandbox import SandboxSettings
 from noid.core.model.storage import LAYERS
 from noid.core.model.vms import ProcessRef
 from noid.errors import BackendError, DependencyDown, InvalidRequest, NoidError, NoSpace, Unsupported
 from noid.hostfs import free_bytes, os_errors
 from noid.vmmhost import console_line
+from noid.vmmhost.enclosure import Enclosure, Room
 from noid.vmmhost.facts import FINGERPRINT_VARIABLE, difference, host_cpu, make_sparse, said_since
+from noid.vmmhost.limits import Shape
 from noid.vmmhost.process import VmmProcess
+from noid.vmmhost.sandbox import Sandbox, opened
 from noid_vmm_firecracker.api import SNAPSHOT_SECS, FirecrackerApi, Refused
-from noid_vmm_firecracker.machine import API_SOCKET, VSOCK_SOCKET, FirecrackerMachine, Places
+from noid_vmm_firecracker.machine import API_SOCKET, LOG_NAME, VSOCK_SOCKET, FirecrackerMachine, Places
 from noid_vmm_firecracker.memory import MEMORY_NAME, Lineage
 from noid_vmm_firecracker.probe import Found, probe
 from noid_vmm_firecracker.versions import abilities, shown
@@ -51,6 +55,7 @@ ADOPT_SECS = 5.0
 _LISTEN_LOOK_SECS = 0.001
 _CLEANUP_SECS = 5.0
 _FULL_BYTES = 4 << 20
+_ROOM_MIB = 64
 _PASSED_ON = ("PATH", "TMPDIR")
 _NO_CLOCK = "clock_realtime requested but not present"
 
@@ -84,7 +89,8 @@ async def open_backend(config: FirecrackerConfig, context: AgentContext) -> Asyn
             f"Firecracker cannot run a guest here, because KVM does not work: {found.kvm_refusal}. "
             'QEMU can, without KVM: [backends] vmm = "qemu".'
         )
-    yield FirecrackerBackend(found, track_dirty_pages=config.track_dirty_pages)
+    async with opened(context.sandbox, context.data_dir) as sandbox:
+        yield FirecrackerBackend(found, sandbox, track_dirty_pages=config.track_dirty_pages)
 
 
 class FirecrackerBackend:
@@ -92,7 +98,7 @@ class FirecrackerBackend:
 
     name = "firecracker"
 
-    def __init__(self, found: Found, *, track_dirty_pages: bool = True) -> None:
+    def __init__(self, found: Found, sandbox: Sandbox | None = None, *, track_dirty_pages: bool = True) -> None:
         self.features = VmmFeatures(
             accelerator="kvm",
             disk_formats=frozenset({"raw", LAYERS}),
@@ -102,6 +108,7 @@ class FirecrackerBackend:
             capture_cuts_channel=True,
         )
         self._found = found
+        self._sandbox = sandbox or Sandbox(SandboxSettings())
         # Only a snapshot of a host that keeps its time by the TSC holds the time; the first one that does not, tells.
         self._sets_clock = abilities(found.version).clock_realtime
         self._track = track_dirty_pages
@@ -125,12 +132,17 @@ class FirecrackerBackend:
         with os_errors("making the memory file of a VM"):
             make_sparse(memory, plan.mem_mib << 20)
 
-        async def boot(api: FirecrackerApi) -> None:
+        async def boot(api: FirecrackerApi, enclosure: Enclosure) -> None:
             base = plan.volume.base_path
             layered = "" if base is None else BASE_ARGUMENT
             arguments = " ".join(filter(None, (KERNEL_ARGUMENTS, layered, plan.cmdline.strip())))
             await api.machine_config(cpus=plan.cpus, mem_mib=plan.mem_mib, track_dirty_pages=self._track)
-            await api.boot_source(kernel=plan.kernel, initrd=plan.initrd, arguments=arguments)
+            with (
+                os_errors("lending a VM its kernel"),
+                enclosure.lent(plan.kernel) as kernel,
+                enclosure.lent(plan.initrd) as initrd,
+            ):  # Firecracker opens them now, and reads them when it starts
+                await api.boot_source(kernel=kernel, initrd=initrd, arguments=arguments)
             await api.drive(DISK_NAME, DISK_NAME, is_root=True)
             if base is not None:
                 await api.drive(BASE_NAME, BASE_NAME, is_read_only=True)
@@ -155,14 +167,17 @@ class FirecrackerBackend:
                 self._sets_clock = False
         return await self._start(plan, plan.memory, functools.partial(self._load, plan, clock_realtime=False))
 
-    async def _load(self, plan: RestorePlan, api: FirecrackerApi, *, clock_realtime: bool) -> None:
-        await api.load_snapshot(
-            state=plan.state,
-            memory=plan.memory,
-            track_dirty_pages=self._track,
-            taps=_taps(plan),
-            clock_realtime=clock_realtime,
-        )
+    async def _load(
+        self, plan: RestorePlan, api: FirecrackerApi, enclosure: Enclosure, *, clock_realtime: bool
+    ) -> None:
+        with os_errors("lending a VM the state of a checkpoint"), enclosure.lent(plan.state) as state:
+            await api.load_snapshot(
+                state=state,
+                memory=plan.memory,
+                track_dirty_pages=self._track,
+                taps=_taps(plan),
+                clock_realtime=clock_realtime,
+            )
 
     async def adopt(self, ref: ProcessRef, plan: MachinePlan, memory: Path) -> FirecrackerMachine:
         """See `VmmBackend.adopt`."""
@@ -178,7 +193,13 @@ class FirecrackerBackend:
                     lineage.adopt()
                 foreign = difference(self._fingerprint, ref.pid)
                 return FirecrackerMachine(
-                    process=process, api=api, places=_places(plan), memory=lineage, paused=paused, foreign=foreign
+                    process=process,
+                    enclosure=self._sandbox.adopt(plan.instance, plan.directory, ref.pid),
+                    api=api,
+                    places=_places(plan),
+                    memory=lineage,
+                    paused=paused,
+                    foreign=foreign,
                 )
             raise DependencyDown(
                 f"VM process {ref.pid} is alive but did not answer within {patience_secs:g} s; it may be stuck."
@@ -191,9 +212,41 @@ class FirecrackerBackend:
             raise
 
     async def _start(
-        self, plan: MachinePlan, memory: Path, set_off: Callable[[FirecrackerApi], Awaitable[None]]
+        self, plan: MachinePlan, memory: Path, set_off: Callable[[FirecrackerApi, Enclosure], Awaitable[None]]
     ) -> FirecrackerMachine:
         """Spawn Firecracker and let *set_off* bring it to run. Whatever fails or is cancelled: no process is left."""
+        base, log_path = plan.volume.base_path, plan.directory / LOG_NAME
+        with os_errors("looking at the files of a VM"):
+            log_path.touch(0o600)  # Firecracker opens it itself
+            # A checkpoint's pause holds what has changed in memory: that much again, at most.
+            size = plan.volume.path.stat().st_size
+            shape = Shape(cpus=plan.cpus, mem_mib=plan.mem_mib, disk_bytes=size, vmm_mib=plan.mem_mib)
+        async with self._sandbox.enclosed(
+            plan.instance,
+            plan.directory,
+            shape,
+            own=[plan.volume.path, plan.run_dir, log_path],
+            shared=[memory, *([base] if base else [])],
+        ) as enclosure:
+            return await self._start_in(enclosure, plan, memory, set_off)
+
+    def _room(self, plan: MachinePlan) -> Room:
+        connected = bool(_taps(plan))
+        return Room(
+            read=(Path(self._found.path).absolute(),),
+            write=(plan.directory, plan.run_dir),
+            devices=("kvm", "null", "urandom", *(("net/tun",) if connected else ())),
+            connected=connected,
+            memory_kib=(plan.mem_mib + _ROOM_MIB) << 10,
+        )
+
+    async def _start_in(
+        self,
+        enclosure: Enclosure,
+        plan: MachinePlan,
+        memory: Path,
+        set_off: Callable[[FirecrackerApi, Enclosure], Awaitable[None]],
+    ) -> FirecrackerMachine:
         if plan.volume.format not in self.features.disk_formats:
             raise Unsupported(self.name, f"open {plan.volume.format} disks")
         places = _places(plan)
@@ -206,7 +259,7 @@ class FirecrackerBackend:
             _clear(plan)
             try:
                 process = VmmProcess.spawn(
-                    self._argv(plan, places.vmm_log),
+                    enclosure.command(self._argv(plan, places.vmm_log), self._room(plan), directory=plan.run_dir),
                     environment=self._environment(plan),
                     stdin=line.stdin,
                     stdout=line.stdout,
@@ -218,9 +271,11 @@ class FirecrackerBackend:
                 raise DependencyDown(f"{self._found.path} is not there any more. Install Firecracker again.") from error
         api = FirecrackerApi(plan.run_dir / API_SOCKET)
         lineage = Lineage(plan.directory, plan.mem_mib << 20)
+        enclosure.begin_to_enter(process.ref.pid)
         try:
             await _answering(process, api)
-            await set_off(api)
+            await set_off(api, enclosure)
+            await enclosure.entered()
             with os_errors("keeping the memory image of a VM"):
                 lineage.begin(memory)
         except NoidError as error:
@@ -235,11 +290,11 @@ class FirecrackerBackend:
         except BaseException:
             await _end(process, api, lineage)  # noqa: ASYNC102  # shields itself
             raise
-        return FirecrackerMachine(process=process, api=api, places=places, memory=lineage)
+        return FirecrackerMachine(process=process, enclosure=enclosure, api=api, places=places, memory=lineage)
 
     def _argv(self, plan: MachinePlan, log_path: Path) -> list[str]:
         return [
-            self._found.path,
+            str(Path(self._found.path).absolute()),
             *("--id", plan.instance),
             *("--api-sock", API_SOCKET),
             *("--log-path", str(log_path), "--level", "Warn"),

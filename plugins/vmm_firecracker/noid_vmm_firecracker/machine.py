@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from noid.errors import BackendError, Conflict, DependencyDown, Incompatible, No
 from noid.hostfs import os_errors, write_out
 from noid.vmmhost import console_line
 from noid.vmmhost.console_log import is_long, shorten
+from noid.vmmhost.enclosure import Enclosure
 from noid.vmmhost.process import VmmProcess
+from noid.vmmhost.sockets import socket_itself
 from noid_vmm_firecracker.api import Cut, FirecrackerApi
 from noid_vmm_firecracker.endings import ending, says_halted, tail, vcpu_runtime_ns
-from noid_vmm_firecracker.memory import STATE_NAME, Layer, Lineage
+from noid_vmm_firecracker.memory import STATE_NAME, Layer, Lineage, has_room
 
 AGENT_PORT = 5005
 API_SOCKET = "api.sock"
@@ -62,6 +65,7 @@ class FirecrackerMachine:
         self,
         *,
         process: VmmProcess,
+        enclosure: Enclosure,
         api: FirecrackerApi,
         places: Places,
         memory: Lineage,
@@ -70,6 +74,7 @@ class FirecrackerMachine:
     ) -> None:
         self.ref: ProcessRef = process.ref
         self._process = process
+        self._enclosure = enclosure
         self._api = api
         self._places = places
         self._memory = memory
@@ -118,16 +123,35 @@ class FirecrackerMachine:
             )
         if not self._paused:
             raise BackendError("this VM is not paused, so its memory and devices cannot be captured as of one instant.")
-        with os_errors("making room for the memory of a VM"):
-            layer = await trio.to_thread.run_sync(self._memory.next_layer, into)
+        if not self._enclosure.is_room:
+            with os_errors("making room for the memory of a VM"):
+                layer = await trio.to_thread.run_sync(self._memory.next_layer, into)
+            await self._snapshot(layer, into / STATE_NAME, layer.path)
+            return self._memory.add(layer, into)
+        # Into files of its own, where Firecracker can write: never into one that others will continue from.
+        pid, in_memory = self.ref.pid, has_room(self._memory.size_bytes)
+        with (
+            os_errors("making room for a snapshot of a VM"),
+            self._enclosure.outgoing(pid) as state,
+            self._enclosure.outgoing(pid, in_memory=in_memory) as memory,
+        ):
+            layer = await trio.to_thread.run_sync(self._memory.next_layer, into, os.dup(memory.fd))
+            await self._snapshot(layer, state.path, memory.path)
+            try:
+                await trio.to_thread.run_sync(state.keep, into / STATE_NAME)
+            except BaseException:
+                self._lose(layer)
+                raise
+        return self._memory.add(layer, into)
+
+    async def _snapshot(self, layer: Layer, state: Path, memory: Path) -> None:
         try:
-            await self._api.create_snapshot(state=into / STATE_NAME, memory=layer.path, diff=not layer.whole)
+            await self._api.create_snapshot(state=state, memory=memory, diff=not layer.whole)
         except BaseException:
             self._lose(layer)
             raise
         finally:
             self._close_channel()
-        return self._memory.add(layer, into)
 
     def _lose(self, layer: Layer) -> None:
         """Firecracker may have forgotten what changed, so nothing but all of memory is sure to be right next time."""
@@ -177,7 +201,8 @@ class FirecrackerMachine:
         stream = self._knocking = trio.SocketStream(socket)
         answer = b""
         try:
-            await socket.connect(str(path))
+            with socket_itself(path) as name:
+                await socket.connect(name)
             await stream.send_all(f"CONNECT {AGENT_PORT}\n".encode())
             while not answer.endswith(b"\n"):  # byte by byte: what follows the line is the agent's
                 byte = await stream.receive_some(1)
@@ -224,6 +249,7 @@ class FirecrackerMachine:
                 with trio.move_on_after(_LOOK_SECS) as scope:
                     await self._process.wait()
                 if not scope.cancelled_caught:
+                    await self._enclosure.release()
                     return self._ending()
                 if self._watcher is None:
                     self._watcher = me
@@ -236,6 +262,8 @@ class FirecrackerMachine:
     def _ending(self) -> MachineExit:
         if self._halted:
             return MachineExit(reason="shutdown", detail="the guest has switched itself off")
+        if why := self._enclosure.why_ended():
+            return MachineExit(reason="killed", detail=why)
         how = self._process.exit_text or "how is not known, because an earlier agent started it"
         killed = self._killed or self._process.exit_signal in (signal.SIGKILL, signal.SIGTERM)
         return ending(tail(self._places.console_log), killed=killed, how=how)
@@ -270,6 +298,7 @@ class FirecrackerMachine:
         self._killed = True
         self._process.send_kill()
         await self._process.wait()
+        await self._enclosure.release()
 
     async def aclose(self) -> None:
         """See `Machine.aclose`."""

@@ -63,7 +63,7 @@ class Lineage:
 
     def __init__(self, directory: Path, size_bytes: int) -> None:
         self._base_path = directory / BASE_NAME
-        self._size_bytes = size_bytes
+        self.size_bytes = size_bytes
         self._base_fd = -1
         self._layers: list[Layer] = []
         self._lost: list[Layer] = []
@@ -93,17 +93,18 @@ class Lineage:
         """Whether the next snapshot must hold all of memory."""
         return self._base_fd < 0 and not self._layers
 
-    def next_layer(self, beside: Path) -> Layer:
+    def next_layer(self, beside: Path, fd: int | None = None) -> Layer:
         """Return an empty layer for the snapshot that is about to be taken. Blocks for a moment.
 
-        From here on a death of this process makes the next snapshot a Full one.
+        It is the empty file *fd*, which is its own from now on, or one in memory or *beside* the checkpoint. From here
+        on a death of this process makes the next snapshot a Full one.
         """
         if len(self._layers) >= LAYERS_MAX:
             self.forget()
         self._base_path.unlink(missing_ok=True)
-        layer = Layer(_nameless(beside, self._size_bytes), self.needs_full)
+        layer = Layer(_nameless(beside, self.size_bytes) if fd is None else fd, self.needs_full)
         try:
-            os.ftruncate(layer.fd, self._size_bytes)
+            os.ftruncate(layer.fd, self.size_bytes)
         except OSError:
             layer.close()
             raise
@@ -218,7 +219,7 @@ class FirecrackerCapture:
 
 def _nameless(beside: Path, size_bytes: int) -> int:
     """Return a file without a name: in memory, where there is room for *size_bytes*, else on the disk of *beside*."""
-    if _available_bytes() > size_bytes + _RESERVE_BYTES:
+    if has_room(size_bytes):
         return os.memfd_create("noid-memory", os.MFD_CLOEXEC)
     try:
         return os.open(beside, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -229,6 +230,11 @@ def _nameless(beside: Path, size_bytes: int) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     path.unlink()
     return fd
+
+
+def has_room(size_bytes: int) -> bool:
+    """Whether so much of a guest's memory may be held in the host's."""
+    return _available_bytes() > size_bytes + _RESERVE_BYTES
 
 
 def _available_bytes() -> int:

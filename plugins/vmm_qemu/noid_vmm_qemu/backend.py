@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,9 +216,7 @@ class QemuBackend:
                     await qmp.aclose()
             raise
 
-    @contextlib.asynccontextmanager
-    async def _enclosed(self, plan: MachinePlan, memory: Path) -> AsyncIterator[Enclosure]:
-        """Yield what a new process is to be started in. It is given back if the block fails: then there is none."""
+    def _enclosed(self, plan: MachinePlan, memory: Path) -> AbstractAsyncContextManager[Enclosure]:
         with os_errors("looking at the disk of a VM"):
             shape = Shape(
                 cpus=plan.cpus,
@@ -225,17 +224,10 @@ class QemuBackend:
                 disk_bytes=disk_bytes(plan.volume.path, plan.volume.format),
                 vmm_mib=_EMULATOR_MIB if self.host.accelerator == "tcg" else 0,
             )
-        enclosure = await trio.to_thread.run_sync(self._sandbox.enclose, plan.instance, plan.directory, shape)
-        try:
-            with os_errors("giving a VM's process its files"):
-                layers = [plan.volume.directory / name for name in plan.volume.files]
-                shared = [path for path in layers if path != plan.volume.path]
-                enclosure.prepare(own=[plan.volume.path], shared=[*shared, memory])
-            yield enclosure
-        except BaseException:
-            with trio.move_on_after(_CLEANUP_SECS, shield=True):
-                await enclosure.release()
-            raise
+        layers = [plan.volume.directory / name for name in plan.volume.files]
+        shared = [path for path in layers if path != plan.volume.path]
+        own = [plan.volume.path]
+        return self._sandbox.enclosed(plan.instance, plan.directory, shape, own=own, shared=[*shared, memory])
 
     def _runas(self, enclosure: Enclosure) -> str:
         return enclosure.user if enclosure.is_room and self._becomes_user else ""

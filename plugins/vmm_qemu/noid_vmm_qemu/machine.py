@@ -183,7 +183,7 @@ class QemuMachine:
             # Into its own memory, where QEMU can write, and never into a file that others will continue from.
             with os_errors("saving the VM's devices"), self._enclosure.outgoing(self.ref.pid) as out:
                 await self._save_devices(out.path)
-                await trio.to_thread.run_sync(_keep, out.fd, state)
+                await trio.to_thread.run_sync(out.keep, state)
         else:
             await self._save_devices(state)
         with os_errors("reading the memory of a VM for its checkpoint"):
@@ -334,14 +334,6 @@ async def connected(path: str) -> trio.SocketStream:
         socket.close()
         raise
     return trio.SocketStream(socket)
-
-
-def _keep(fd: int, state: Path) -> None:
-    """Write what *fd* holds to the new file *state*."""
-    with os.fdopen(os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-        size, offset = os.fstat(fd).st_size, 0
-        while offset < size:
-            offset += os.sendfile(file.fileno(), fd, offset, size - offset)
 
 
 def _check_room(state: Path) -> None:
