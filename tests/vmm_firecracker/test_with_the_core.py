@@ -9,7 +9,7 @@ from pathlib import Path
 import trio
 
 from noid.core.agent import Agent
-from noid.core.config.settings import Backends
+from noid.core.config.settings import Backends, SandboxConfig
 from noid.core.model.guest_processes import OutputChunk
 from noid.core.model.processes import ExecRequest
 from noid.core.model.users import User
@@ -26,7 +26,9 @@ BOUND_SECS = 60.0
 async def opened(data_dir: Path, firecracker: SimulatedFirecracker) -> AsyncIterator[tuple[Agent, User]]:
     backends = Backends(vmm="firecracker", storage="layers", exec=("simulated",), network="none", auth="token")
     plugins = {"vmm_firecracker": {"binary": str(firecracker.program)}}
-    config = simulated_config(data_dir, backends=backends, plugins=plugins)
+    # The simulated program is Python, which needs half of the host to be there.
+    sandbox = SandboxConfig(mode="limits")
+    config = simulated_config(data_dir, backends=backends, plugins=plugins, sandbox=sandbox)
     async with open_agent(config, simulated_plugins()) as agent:
         yield agent, agent.local_user()
 
