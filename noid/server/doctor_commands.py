@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from noid.core.config.settings import Config
     from noid.core.plugins import Plugins
 
+SANDBOX_SAYS = "sandbox "
+"""How the line begins by which `noid.vmmhost.sandbox` says what is in force."""
 TRIAL_SECS = 30.0
 FREE_BYTES_LITTLE = 4 << 30
 FREE_BYTES_TOO_LITTLE = 256 << 20
@@ -131,7 +133,12 @@ def _backends(config: Config, plugins: Plugins) -> Iterator[Finding]:
     said: list[str] = []
     with tempfile.TemporaryDirectory(prefix="noid-doctor-") as scratch, _quiet(said):
         run_dir = Path(scratch)
-        context = AgentContext(data_dir=config.data_dir, run_dir=run_dir, database=run_dir / "noid.db")
+        context = AgentContext(
+            data_dir=config.data_dir,
+            run_dir=run_dir,
+            database=run_dir / "noid.db",
+            sandbox=config.sandbox.settings(),
+        )
         vmm_finding, storage_finding = [], []
 
         async def job() -> None:
@@ -151,11 +158,14 @@ def _backends(config: Config, plugins: Plugins) -> Iterator[Finding]:
             problem = str(error)
         except trio.TooSlowError:
             problem = f"it did not answer within {TRIAL_SECS:.0f} s"
+    in_force = [line.removeprefix(SANDBOX_SAYS) for line in said if line.startswith(SANDBOX_SAYS)]
+    said = [line for line in said if not line.startswith(SANDBOX_SAYS)]
     if vmm_finding:
         status = "warn" if said else "ok"
         hint = "VMs work all the same, and are slower." if "accelerator tcg" in vmm_finding[0] else ""
         text = " ".join("; ".join([*vmm_finding, *said]).split())
         yield Finding(check="vmm", status=status, text=text, next=hint)
+        yield from map(_sandbox, in_force)
     else:
         yield Finding(check="vmm", status="fail", text=problem)
         return
@@ -170,6 +180,13 @@ def _backends(config: Config, plugins: Plugins) -> Iterator[Finding]:
         )
     else:
         yield Finding(check="storage", status="fail", text=problem)
+
+
+def _sandbox(in_force: str) -> Finding:
+    """Judge what the VMM says its processes are kept in."""
+    full = in_force.startswith("full:") and "; " not in in_force
+    hint = "" if full else "See docs/sandbox.md for what each mode protects against, and what it needs."
+    return Finding(check="sandbox", status="ok" if full else "warn", text=in_force, next=hint)
 
 
 def _images(config: Config, plugins: Plugins) -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """A cgroup for each VM's process, in version 2's one hierarchy or version 1's several.
 
-All of an agent's lie below one directory with a name made of its data directory, and each is named by its VM's
+All of an agent's lie below one directory with a name made of its run directory, and each is named by its VM's
 instance, so that what a killed agent leaves behind is found by name. A cgroup with processes cannot be removed, so
 removing those without needs no list of who lives.
 
@@ -90,6 +90,11 @@ def _below(path: str, root: str) -> str:
     return path if path.startswith("/") and not path.startswith("/..") else "/"
 
 
+def own_name(run_dir: Path) -> str:
+    """Return what the directory of the cgroups of the agent of *run_dir* is called."""
+    return "noid-" + hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:12]
+
+
 class Cgroup:
     """The cgroup of one VM. It may be gone, or never have been there: then there is nothing to say of it."""
 
@@ -146,8 +151,8 @@ class Cgroups:
         self._leftovers = set(self._names())
 
     @classmethod
-    def open(cls, data_dir: Path, below: Path | None) -> Cgroups:
-        """Find or make the place for the VMs of the agent of *data_dir*, and try it. Blocks.
+    def open(cls, run_dir: Path, below: Path | None) -> Cgroups:
+        """Find or make the place for the VMs of the agent of *run_dir*, and try it. Blocks.
 
         *below* is a path in each hierarchy that is made if needed. None: of version 1 below the agent's own cgroup; of
         version 2 below the root, or, without root, beside the agent's own, if that is delegated.
@@ -157,7 +162,7 @@ class Cgroups:
         """
         try:
             hierarchies = mounted(_MOUNTS.read_text(), _OWN.read_text())
-            name = "noid-" + hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:12]
+            name = own_name(run_dir)
             directories = {}
             for controller, mount in hierarchies.mounts.items():
                 above = _place(hierarchies, controller, below)

@@ -133,13 +133,16 @@ class Sandbox:
 
 
 @contextlib.asynccontextmanager
-async def opened(settings: SandboxSettings, data_dir: Path) -> AsyncIterator[Sandbox]:
+async def opened(settings: SandboxSettings, data_dir: Path, run_dir: Path) -> AsyncIterator[Sandbox]:
     """Find out what can be in force here, say so in the log, and offer it. Closing it disturbs no VM.
+
+    There is one at a time for a *run_dir*: what is below the cgroup named after that is its own, to be swept. Files of
+    VMs are in *data_dir*.
 
     Raises:
         ConfigError: more is demanded than works here; says what is missing.
     """
-    sandbox, cgroups = await _found(settings, data_dir)
+    sandbox, cgroups = await _found(settings, data_dir, run_dir)
     try:
         (log.warning if sandbox.lacks else log.info)("sandbox %s", "; ".join([sandbox.describe(), *sandbox.lacks]))
         yield sandbox
@@ -149,7 +152,7 @@ async def opened(settings: SandboxSettings, data_dir: Path) -> AsyncIterator[San
                 cgroups.close()
 
 
-async def _found(settings: SandboxSettings, data_dir: Path) -> tuple[Sandbox, Cgroups | None]:
+async def _found(settings: SandboxSettings, data_dir: Path, run_dir: Path) -> tuple[Sandbox, Cgroups | None]:
     mode = settings.mode
     if mode is SandboxMode.OFF:
         return Sandbox(settings), None
@@ -174,7 +177,7 @@ async def _found(settings: SandboxSettings, data_dir: Path) -> tuple[Sandbox, Cg
             identities = Identities(settings.uids, taken)
     cgroups: Cgroups | None = None
     try:
-        cgroups = await trio.to_thread.run_sync(Cgroups.open, data_dir, settings.cgroup)
+        cgroups = await trio.to_thread.run_sync(Cgroups.open, run_dir, settings.cgroup)
     except NoCgroups as error:
         if mode is not SandboxMode.AUTO:
             raise ConfigError(

@@ -13,6 +13,7 @@ import pytest
 from noid.core.backends import AgentContext
 from noid.core.images import Images
 from noid.core.model.images import Image
+from noid.core.model.sandbox import SandboxMode, SandboxSettings
 from noid.errors import ConfigError, DependencyDown
 from noid.testing.vmm_conformance import VmmConformance
 from noid.testing.vmm_rig import VmmRig
@@ -46,7 +47,12 @@ class TestQemu(VmmConformance):
     @pytest.fixture
     async def rig(self, data_dir: Path, shared: Path, image: Image) -> AsyncIterator[VmmRig]:
         (data_dir / "run").mkdir()
-        context = AgentContext(data_dir=data_dir, run_dir=data_dir / "run", database=data_dir / "noid.db")
+        context = AgentContext(
+            data_dir=data_dir,
+            run_dir=data_dir / "run",
+            database=data_dir / "noid.db",
+            sandbox=SandboxSettings(mode=SandboxMode.AUTO),  # as root all of it
+        )
         vmm, exec_ = vmm_qemu.vmm_backend(), exec_vsock.exec_backend()
         storage = importlib.import_module(f"noid_storage_{STORAGE}").storage_backend()
         if vmm is None:

@@ -33,6 +33,7 @@ from noid.errors import DependencyDown
 from noid.testing.guests import tiny_image
 from noid.testing.processes import marked_processes
 from noid.testing.reaper import clean, mounts_below
+from noid.vmmhost.cgroups import own_name
 
 PATIENCE_SECS = 100.0
 SOON_SECS = 20.0
@@ -217,7 +218,13 @@ class House:
         strays = [f"machine {instance} ({pid})" for instance, pid in self.machines().items() if instance not in known]
         strays += [str(d) for p in places if p.is_dir() for d in p.iterdir() if d.is_dir() and d.name not in known]
         strays += [str(partial) for partial in self.data_dir.rglob("*.partial")]
+        strays += [f"cgroup {path}" for path in self.cgroups() if path.name not in known]
         return strays + [f"mount {point}" for point in mounts_below(self.data_dir)]
+
+    def cgroups(self) -> list[Path]:
+        """Return the cgroups of VMs of this house, there or half removed."""
+        place = own_name(self.layout.run("x").parent)
+        return [path for path in Path("/sys/fs/cgroup").glob(f"**/{place}/*") if path.is_dir()]
 
     @staticmethod
     def eventually(holds: Callable[[], object]) -> None:
@@ -246,6 +253,7 @@ class House:
         self.end_agent(signal.SIGTERM)
         assert marked_processes(self.data_dir) == {}
         assert self.strays() == []
+        assert list(Path("/sys/fs/cgroup").glob(f"**/{own_name(self.layout.run('x').parent)}")) == []
 
 
 def _linked(source: str, target: str) -> None:

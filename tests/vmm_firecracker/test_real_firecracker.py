@@ -119,7 +119,7 @@ async def bench(request: pytest.FixtureRequest, data_dir: Path, program: str, no
     said = await trio.run_process([program, "--version"], capture_stdout=True)
     version = parsed(said.stdout.decode())
     assert version is not None
-    async with opened(SandboxSettings(mode=request.param), data_dir) as sandbox:
+    async with opened(SandboxSettings(mode=request.param), data_dir, data_dir) as sandbox:
         bench = Bench(FirecrackerBackend(Found(path=program, version=version, kvm_refusal=""), sandbox), data_dir)
         yield bench
         for machine in bench.machines:

@@ -123,6 +123,9 @@ class SandboxConfig:
     overhead_mib: int = setting(256, least=64)
     readable: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.settings()
+
     def settings(self) -> SandboxSettings:
         """Return the settings.
 

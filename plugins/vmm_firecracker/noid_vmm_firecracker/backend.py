@@ -89,7 +89,7 @@ async def open_backend(config: FirecrackerConfig, context: AgentContext) -> Asyn
             f"Firecracker cannot run a guest here, because KVM does not work: {found.kvm_refusal}. "
             'QEMU can, without KVM: [backends] vmm = "qemu".'
         )
-    async with opened(context.sandbox, context.data_dir) as sandbox:
+    async with opened(context.sandbox, context.data_dir, context.run_dir) as sandbox:
         yield FirecrackerBackend(found, sandbox, track_dirty_pages=config.track_dirty_pages)
 
 

@@ -105,7 +105,7 @@ async def open_backend(config: QemuConfig, context: AgentContext) -> AsyncIterat
         sandbox=abilities.sandbox,
         tsc_khz=await trio.to_thread.run_sync(tsc_khz) if accelerator == "tcg" else 0,
     )
-    async with opened(context.sandbox, context.data_dir) as sandbox:
+    async with opened(context.sandbox, context.data_dir, context.run_dir) as sandbox:
         yield QemuBackend(host, sandbox)
 
 
