@@ -20,6 +20,7 @@ from noid.core.backends import (
     NetworkBackend,
     StorageBackend,
     VmmBackend,
+    VmmSetup,
 )
 from noid.core.model.users import User
 from noid.core.model.vms import NetLease, VmSpec
@@ -109,6 +110,11 @@ def on_event(event: Event) -> None:
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def vmm_setup() -> VmmSetup | None:
+    """Say how the programs of a VMM come onto a host, for ``noid-server setup``. Called when that is typed."""
 
 
 @hookspec

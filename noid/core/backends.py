@@ -7,7 +7,7 @@ Blocking work belongs in ``trio.to_thread``; a method without ``async`` must not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -268,6 +268,39 @@ class VmmBackend(Protocol):
             DependencyDown: it lives but does not answer within a few seconds; the caller kills it by *ref*.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetupFinding:
+    """What was found of a host: *status* is ok, warn or fail, *next* what to do about it."""
+
+    what: str
+    status: str
+    text: str
+    next: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmmSetup:
+    """How the programs of a VMM come onto a host, for ``noid-server setup --vmm NAME``. noid downloads nothing.
+
+    Attributes:
+        name: What ``[backends] vmm`` selects; its section has a setting ``binary``.
+        source: Where its release is and what its files are called, line by line.
+        programs: What is installed, by name. The first is the VMM itself, the others may be missing.
+        in_archive: What a program is called in a release's archive, with ``{program}`` for its name: a pattern of
+            `re` that the whole path has to match.
+        version_of: Called with a program's name and its file, which it runs. Raises `NoidError` for what is no such
+            program, or is too old.
+        examine: Called with the installed VMM: tries what it needs of the host. At most some seconds.
+    """
+
+    name: str
+    source: tuple[str, ...]
+    programs: tuple[str, ...]
+    in_archive: str
+    version_of: Callable[[str, Path], Awaitable[str]]
+    examine: Callable[[Path], Awaitable[list[SetupFinding]]]
 
 
 # --- storage ------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "remove-user": "noid.server.user_commands:remove_user",
     "rotate-token": "noid.server.user_commands:rotate_token",
     "serve": "noid.server.serve_commands:serve",
+    "setup": "noid.server.vmm_setup_command:setup",
     "systemd-unit": "noid.server.setup_commands:systemd_unit",
     "token": "noid.server.token_commands:token",
     "user": "noid.server.user_commands:user",

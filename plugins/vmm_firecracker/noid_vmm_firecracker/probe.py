@@ -50,7 +50,7 @@ async def probe(binary: str, run_dir: Path) -> Found:
             f"{RELEASES} and put its program, renamed to firecracker, on the PATH, or name it as `binary` in "
             "server.toml [plugins.vmm_firecracker]."
         )
-    version = await _version(path)
+    version = await version_of(path)
     key = _key(path, version)
     memory = run_dir / _MEMORY_NAME
     if _is_remembered(memory, key):
@@ -61,7 +61,12 @@ async def probe(binary: str, run_dir: Path) -> Found:
     return Found(path=path, version=version, kvm_refusal=refusal)
 
 
-async def _version(path: str) -> Version:
+async def version_of(path: str) -> Version:
+    """Return the version of the Firecracker, or jailer, at *path*, by asking it.
+
+    Raises:
+        DependencyDown: it does not answer, is something else, or is older than `VERSION_MIN`.
+    """
     result = await _run([path, "--version"], _ANSWER_SECS)
     if result is None:
         raise DependencyDown(f"{path} --version did not answer within {_ANSWER_SECS:.0f} s. Install it again.")

@@ -11,6 +11,8 @@ VERSION_MIN: Version = (1, 15, 0)
 WHY_MIN = (
     "older ones write diff snapshots of more than 3 GiB that are corrupt, and noid's checkpoints are diff snapshots"
 )
+NEWEST_KNOWN: Version = (1, 16, 1)
+"""The newest release this plugin was read against. Newer ones are used, too."""
 _CLOCK_REALTIME_SINCE: Version = (1, 16, 0)
 
 
@@ -31,8 +33,11 @@ def abilities(version: Version) -> Abilities:
 
 
 def parsed(text: str) -> Version | None:
-    """Return the version in what ``--version`` prints, or None. A development build counts as what it becomes."""
-    found = re.search(r"Firecracker v(\d+)\.(\d+)\.(\d+)", text)
+    """Return the version in what ``--version`` prints, or None. A development build counts as what it becomes.
+
+    The jailer is a program of the same release and says so in the same way.
+    """
+    found = re.search(r"(?:Firecracker|Jailer) v(\d+)\.(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
 
 
