@@ -40,6 +40,28 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_stderr] = os.dup(2)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option."""
+    parser.addoption("--results", metavar="FILE", help="write the table of results to FILE, as JSON")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table of results, where there were tests that belong in it."""
+    from noid.testing.results import Results, table, written
+
+    results = Results()
+    for kind in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(kind, ()):
+            if hasattr(report, "user_properties"):
+                results.add(report)
+    if rows := results.rows():
+        terminalreporter.section("results")
+        terminalreporter.write_line(table(rows))
+    if file := config.getoption("--results"):
+        Path(file).write_text(written(rows))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Give it back."""
     import os
@@ -82,9 +104,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """End a run that hangs where no cancellation reaches."""
     import faulthandler
 
+    from noid.testing.results import running
+
     faulthandler.dump_traceback_later(deadline_of(item) + HARD_GRACE_SECS, exit=True, file=item.config.stash[_stderr])
     try:
-        return (yield)
+        with running(item.user_properties):
+            return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -33,6 +33,7 @@ from noid.core.model.storage import FrozenDisk, Volume
 from noid.core.model.vms import Identity
 from noid.testing.pace import slowness
 from noid.testing.processes import marked_processes
+from noid.testing.results import tell
 
 ANSWER_SECS = 60.0 * slowness()
 TICK_SECS = 0.05
@@ -96,6 +97,7 @@ class VmmRig:
         data_dir: New for each test.
         shared: Survives the test: the first one that wants a machine puts a capture there, the others clone it.
         counter: The command that counts, given a path and whether it shall ignore SIGTERM.
+        simulated: Whether all of it is made up, as the table of results says.
         echo: The command that serves TCP port 7, which gives back what it hears until that ends.
     """
 
@@ -108,8 +110,18 @@ class VmmRig:
     mem_mib: int = 128
     counter: Callable[[str, bool], Argv] = shell_counter
     echo: Argv = ("nc", "-ll", "-p", "7", "-e", "cat")
+    simulated: bool = False
     _machines: list[Machine] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    def __post_init__(self) -> None:
+        """Tell the table of results what this test is about."""
+        facts = self.vmm.fingerprint()
+        name = f"{facts.get('vmm', self.vmm.name)} {facts.get('version', '')}".strip()
+        accelerator = self.vmm.features.accelerator or "none"
+        if self.simulated:
+            name, accelerator = f"simulated {name}", "none"
+        tell("promises of a VMM", name.replace("simulated simulated", "simulated"), accelerator)
 
     # --- machines --------------------------------------------------------------------------------------------------
 

@@ -68,6 +68,7 @@ class TestSimulatedFirecracker(VmmConformance):
                 data_dir=data_dir,
                 shared=shared,
                 counter=counter,
+                simulated=True,
             )
             yield rig
             await rig.close()

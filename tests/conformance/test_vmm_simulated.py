@@ -45,6 +45,7 @@ async def simulated_rig(
             data_dir=data_dir,
             shared=shared,
             counter=counter,
+            simulated=True,
             echo=("sleep", "1000"),  # it has that port without being asked
         )
         yield rig

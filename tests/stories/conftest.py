@@ -25,20 +25,50 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
 
 from noid.core import paths
 from noid.core.images import Images
 from noid.core.layout import Layout
 from noid.errors import DependencyDown
 from noid.testing.guests import tiny_image
+from noid.testing.pace import slowness
 from noid.testing.processes import marked_processes
 from noid.testing.reaper import clean, mounts_below
 from noid.vmmhost.cgroups import own_name
 
-PATIENCE_SECS = 100.0
-SOON_SECS = 20.0
+PATIENCE_SECS = 100.0 * slowness()
+SOON_SECS = 20.0 * slowness()
 MEM_MIB = 96
 AGENT = "noid.server"
+
+
+class StoryVmm:
+    """The VMM the stories are about: QEMU, or with ``NOID_STORIES_VMM=firecracker`` that of ``NOID_FIRECRACKER``."""
+
+    def __init__(self) -> None:
+        self.name = os.environ.get("NOID_STORIES_VMM", "qemu")
+        if self.name not in ("qemu", "firecracker"):
+            raise ValueError(f"NOID_STORIES_VMM is {self.name!r}; it must be qemu or firecracker.")
+
+    def settings(self, text: str) -> str:
+        """Return the settings *text*, with those that make an agent use this VMM."""
+        if self.name == "qemu":
+            return text
+        settings = tomlkit.parse(text)
+        backends = settings.setdefault("backends", tomlkit.table())
+        backends.update({"vmm": "firecracker", "storage": "copy", "network": "none"})
+        plugins = settings.setdefault("plugins", tomlkit.table())
+        plugins["vmm_firecracker"] = {"binary": os.environ["NOID_FIRECRACKER"]}
+        return tomlkit.dumps(settings)
+
+    def only(self, name: str, reason: str) -> None:
+        """Skip the test unless the stories are about the VMM *name*, for a *reason*."""
+        if self.name != name:
+            pytest.skip(reason)
+
+
+VMM = StoryVmm()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +267,8 @@ class House:
     # --- the house itself --------------------------------------------------------------------------------------------
 
     def settings(self, text: str) -> None:
-        """Write server.toml. The agent reads it when it starts."""
-        (self.data_dir / "server.toml").write_text(text)
+        """Write server.toml, with the VMM the stories are about. The agent reads it when it starts."""
+        (self.data_dir / "server.toml").write_text(VMM.settings(text))
 
     def furnish(self, other: House) -> None:
         """Take over another house's images and templates, by hard links where they can be."""
