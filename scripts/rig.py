@@ -36,6 +36,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few tests of each, some minutes")
     parser.add_argument("--write-table", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="of a run elsewhere: add it to the table",
+    )
     parser.add_argument("pytest", nargs="*", help="run this instead, in level 1")
     wanted = parser.parse_args()
     given = os.environ.get("NOID_FIRECRACKER")
@@ -55,6 +63,7 @@ def main() -> int:
     except NoidError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    rows = together([rows, *(read(file.read_text()) for file in wanted.results)])
     print(f"\n{table(rows)}")
     if wanted.write_table:
         write_page(PAGE, rows)

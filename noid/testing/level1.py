@@ -54,6 +54,9 @@ MODULES = ("irqbypass", "ccp", "kvm", "kvm_amd", "tun", "loop")
 """In the order they are loaded. A kernel that has one built in, or not at all, goes without."""
 TESTING = ("pytest", "pytest-trio", "hypothesis", "trio-websocket")
 
+BUILT = ("plugins/exec_vsock/noid_exec_vsock/guest/bin", "noid/vmmhost/launcher/bin")
+"""What is compiled into a checkout, and not in git."""
+
 ROOT = Path(noid.__file__).parents[1]
 _IMAGE = "level1"
 _USER = ("-u", "root")
@@ -236,15 +239,15 @@ def _check_python(data_dir: Path) -> None:
 
 
 def checkout(tree: Path) -> None:
-    """Copy what git knows of this checkout, as it is on the disk, and the guest agent, and compile it."""
+    """Copy what git knows of this checkout, as it is on the disk, and what is built into it, and compile it."""
     said = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
         check=False,
     )
     names = _checked(said, ["git", "ls-files"]).decode().split("\0")
-    agents = (ROOT / "plugins/exec_vsock/noid_exec_vsock/guest/bin").glob("*")
-    for name in [*filter(None, names), *(str(path.relative_to(ROOT)) for path in agents)]:
+    built = [str(path.relative_to(ROOT)) for place in BUILT for path in (ROOT / place).iterdir()]
+    for name in [*filter(None, names), *built]:
         source, target = ROOT / name, tree / name
         if source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)

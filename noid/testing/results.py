@@ -19,6 +19,7 @@ PROPERTY = "noid-results"
 HEADER = ("suite", "VMM", "accelerator", "kept", "broken", "not put to it, and why", "date")
 BEGIN, END = "<!-- results: written by scripts/rig --write-table -->", "<!-- results end -->"
 _KEPT, _BROKEN = "", "broken"
+_KEY_CELLS = 3  # suite, VMM, accelerator
 
 
 @dataclass(kw_only=True)
@@ -126,19 +127,24 @@ def together(runs: Sequence[Sequence[Row]]) -> list[Row]:
 
 def table(rows: Iterable[Row]) -> str:
     """Return *rows* as a Markdown table."""
-    lines = [HEADER, ("---",) * len(HEADER), *(row.cells for row in rows)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return _table(row.cells for row in rows)
 
 
 def write_page(page: Path, rows: Iterable[Row]) -> None:
-    """Put the table of *rows* where *page* has its marks.
+    """Put *rows* into the table of *page*, in the place of those about the same; the others stay.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no table.
     """
-    text = page.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.read_text().partition(BEGIN)
+    old, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} has no place for a table: {BEGIN} and {END}.")
-    page.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+    lines = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in old.strip().splitlines()[2:]]
+    cells = {line[:_KEY_CELLS]: line for line in lines} | {row.cells[:_KEY_CELLS]: row.cells for row in rows}
+    page.write_text(f"{before}{BEGIN}\n{_table(line for _, line in sorted(cells.items()))}\n{END}{after}")
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [HEADER, ("---",) * len(HEADER), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

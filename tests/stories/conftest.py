@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import tomlkit
+from noid_vmm_firecracker.versions import parsed, shown
 
 from noid.core import paths
 from noid.core.images import Images
@@ -35,6 +36,7 @@ from noid.testing.guests import tiny_image
 from noid.testing.pace import slowness
 from noid.testing.processes import marked_processes
 from noid.testing.reaper import clean, mounts_below
+from noid.testing.results import tell
 from noid.vmmhost.cgroups import own_name
 
 PATIENCE_SECS = 100.0 * slowness()
@@ -62,10 +64,12 @@ class StoryVmm:
         plugins["vmm_firecracker"] = {"binary": os.environ["NOID_FIRECRACKER"]}
         return tomlkit.dumps(settings)
 
-    def only(self, name: str, reason: str) -> None:
-        """Skip the test unless the stories are about the VMM *name*, for a *reason*."""
-        if self.name != name:
-            pytest.skip(reason)
+    def tell(self) -> None:
+        """Let the table of results count the story that is told now. Of QEMU's the accelerator is not known here."""
+        if self.name == "firecracker":
+            said = subprocess.run([os.environ["NOID_FIRECRACKER"], "--version"], capture_output=True, check=True)
+            version = parsed(said.stdout.decode())
+            tell("stories", f"firecracker {shown(version) if version else ''}".strip(), "kvm")
 
 
 VMM = StoryVmm()
@@ -315,6 +319,7 @@ def shared_house(data_dir_root: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def noid(shared_house: House) -> Iterator[House]:
     """The command line. Its VMs go when the test does."""
+    VMM.tell()
     yield shared_house
     for name in shared_house.states():
         shared_house.ok("destroy", name)
@@ -335,6 +340,7 @@ def host(noid: House) -> House:
 @pytest.fixture
 def house(data_dir: Path, tmp_path: Path, shared_house: House) -> Iterator[House]:
     """A house of one's own, to break. Whatever happened in it, it can be emptied afterwards."""
+    VMM.tell()
     house = House(data_dir, tmp_path)
     house.furnish(shared_house)
     house.settings("[pool]\nsize = 0\n")

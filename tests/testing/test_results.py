@@ -60,17 +60,18 @@ def test_runs_about_the_same_are_summed() -> None:
     assert (two.vmm, two.kept) == ("vmm 2", 1)
 
 
-def test_the_page_keeps_all_but_its_table(tmp_path: Path) -> None:
+def test_the_page_keeps_all_but_the_rows_that_are_new(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
 
-    write_page(page, [a_row(kept=2)])
+    write_page(page, [a_row(kept=2), a_row(vmm="vmm 2", kept=9)])
     write_page(page, [a_row(kept=3)])
 
     assert page.read_text().startswith(f"before\n{BEGIN}\n| suite | VMM |")
     assert "| promises | vmm 1 | kvm | 3 of 3 | - | - | 2026-01-02 |\n" in page.read_text()
+    assert "| promises | vmm 2 | kvm | 9 of 9 | - | - | 2026-01-02 |\n" in page.read_text()
+    assert "2 of 2" not in page.read_text()
     assert page.read_text().endswith(f"{END}\nafter\n")
-    assert "old" not in page.read_text()
     page.write_text("no marks")
     with pytest.raises(ValueError, match="no place for a table"):
         write_page(page, [])
