@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import stat
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import trio
 
-from noid.hostfs import clone_file, os_errors
+from noid.hostfs import clone_file
 from noid.vmmhost.cgroups import Cgroup
 from noid.vmmhost.identities import Identities
 from noid.vmmhost.launcher import LAUNCHER
@@ -98,7 +99,6 @@ class Enclosure:
         self._identities = identities
         self._readable = readable
         self._entering: threading.Thread | None = None
-        self._entering_failed: OSError | None = None
         self._why_ended = ""
 
     @property
@@ -215,37 +215,37 @@ class Enclosure:
         finally:
             os.close(root)
 
-    def begin_to_enter(self, pid: int) -> None:
-        """Begin to move the new process *pid* into its cgroup. `entered` says when it is done.
+    def enter(self, pid: int) -> None:
+        """Begin to move the new process *pid*, a child of ours, into its cgroup. If that fails, it is ended.
 
-        The kernel lets whoever moves a process wait for some 20 ms, but not the process. So it starts meanwhile.
+        Nobody waits for it, for the kernel lets whoever moves a process wait for some 20 ms, but not the process.
+        `entered` does.
         """
         cgroup = self._cgroup
         if cgroup is None:
             return
+        pidfd = os.pidfd_open(pid)
 
-        def enter() -> None:
+        def move() -> None:
             try:
                 cgroup.enter(pid)
             except OSError as error:
-                self._entering_failed = error
+                self._why_ended = f"noid ended it, because it could not be moved into its cgroup: {error}"
+                log.exception("machine %s cannot have its limits and is ended", self._directory.name)
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
 
-        self._entering = threading.Thread(target=enter, name=f"cgroup of {pid}", daemon=True)
+        self._entering = threading.Thread(target=move, name=f"cgroup of {pid}", daemon=True)
         self._entering.start()
 
     async def entered(self) -> None:
-        """Return once the process is in its cgroup.
-
-        Raises:
-            BackendError: it could not be moved.
-        """
+        """Return once the process is in its cgroup, or has been ended because it could not be."""
         if self._entering is not None:
             if self._entering.is_alive():
                 await trio.to_thread.run_sync(self._entering.join)
             self._entering = None
-        if self._entering_failed is not None:
-            with os_errors("moving a VM's process into its cgroup"):
-                raise self._entering_failed
 
     def why_ended(self) -> str:
         """Return why the host has ended the process, as far as its limits tell; empty: not for these."""
@@ -261,9 +261,7 @@ class Enclosure:
 
         A cgroup that does not go away stays for the agent's next start; the log says so.
         """
-        if self._entering is not None:
-            await trio.to_thread.run_sync(self._entering.join)
-            self._entering = None
+        await self.entered()
         if self._identities is not None and self._user is not None:
             self._identities.release(self._user[0])
             self._identities = None

@@ -30,7 +30,7 @@ class Limits:
 
     Attributes:
         memory_bytes: Guest and VMM together, the page cache of its files included, which gives way.
-        cpu_weight: Its share of a busy host, 100 for each vCPU.
+        cpu_weight: Its share of a busy host: 100 for each vCPU, and 100 for the VMM's own threads, which answer us.
         cpu_quota_us: CPU time in each `CPU_PERIOD_US`: the vCPUs', and one CPU for the VMM's own threads.
         threads: Threads at a time.
         open_files: Descriptors.
@@ -57,7 +57,7 @@ def limits_of(shape: Shape, overhead_mib: int) -> Limits:
     """Return what a VM of *shape* may use."""
     return Limits(
         memory_bytes=(shape.mem_mib + shape.vmm_mib + overhead_mib) * _MIB,
-        cpu_weight=min(100 * shape.cpus, 10_000),
+        cpu_weight=min(100 * (shape.cpus + 1), 10_000),
         cpu_quota_us=(shape.cpus + 1) * CPU_PERIOD_US,
         threads=shape.cpus + _OTHER_THREADS,
         open_files=_OPEN_FILES,

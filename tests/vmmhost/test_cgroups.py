@@ -27,7 +27,7 @@ VERSION_1 = [mount("cgroup", f"/cg/{name}", name) for name in ("cpu,cpuacct", "m
 
 def test_limits_are_those_of_the_shape() -> None:
     assert LIMITS.memory_bytes == 128 << 20
-    assert (LIMITS.cpu_weight, LIMITS.cpu_quota_us, LIMITS.threads) == (200, 300_000, 130)
+    assert (LIMITS.cpu_weight, LIMITS.cpu_quota_us, LIMITS.threads) == (300, 300_000, 130)
     huge = limits_of(Shape(cpus=200, mem_mib=100, disk_bytes=4 << 40), overhead_mib=28)
     assert huge.cpu_weight == 10_000
     assert huge.file_bytes == 9 << 40
@@ -103,7 +103,7 @@ def test_in_version_2_controllers_are_handed_down_and_limits_written(version_2: 
         assert (above / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
     files = {path.name: path.read_text() for path in (directory / "web").iterdir()}
     assert files["memory.max"] == str(128 << 20)
-    assert (files["cpu.weight"], files["cpu.max"], files["pids.max"]) == ("200", "300000 100000", "130")
+    assert (files["cpu.weight"], files["cpu.max"], files["pids.max"]) == ("300", "300000 100000", "130")
     assert [path.name for path in directory.iterdir() if path.is_dir()] == ["web"], "the trial is over"
 
     (directory / "web" / "memory.events").write_text("oom 1\noom_kill 0\n")

@@ -13,8 +13,8 @@ from noid.core.config.settings import SandboxConfig
 from noid.core.model.sandbox import DEFAULT_UIDS, SandboxMode, SandboxSettings
 from noid.errors import BackendError, ConfigError
 from noid.vmmhost import sandbox as module
-from noid.vmmhost.cgroups import Cgroups, NoCgroups
-from noid.vmmhost.enclosure import Room
+from noid.vmmhost.cgroups import Cgroup, Cgroups, NoCgroups
+from noid.vmmhost.enclosure import Enclosure, Room
 from noid.vmmhost.identities import Identities
 from noid.vmmhost.launcher import LAUNCHER
 from noid.vmmhost.limits import Shape
@@ -88,7 +88,7 @@ async def test_a_process_is_adopted_with_its_user_by_an_agent_that_gives_none(tm
                 log_path=directory / "log",
                 pass_fds=(),
             )
-            enclosure.begin_to_enter(process.ref.pid)
+            enclosure.enter(process.ref.pid)
             await enclosure.entered()
         uid, gid = map(int, enclosure.user.split(":"))
         assert (disk.stat().st_uid, shared.stat().st_uid, shared.stat().st_gid) == (uid, os.geteuid(), gid)
@@ -113,6 +113,25 @@ async def test_a_process_is_adopted_with_its_user_by_an_agent_that_gives_none(tm
         assert enclosure.why_ended() == ""
         await enclosure.release()
         await enclosure.release()
+
+
+class Refusing(Cgroup):
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def enter(self, pid: int) -> None:
+        raise PermissionError(1, f"not {pid}")
+
+
+async def test_a_process_that_cannot_have_its_limits_is_ended_and_says_why(tmp_path: Path) -> None:
+    process = VmmProcess.spawn(["sleep", "1000"], environment={}, log_path=tmp_path / "log", pass_fds=())
+    enclosure = Enclosure(directory=tmp_path, cgroup=Refusing())
+    enclosure.enter(process.ref.pid)
+    await process.wait()
+    process.close()
+    assert process.exit_signal == 9
+    await enclosure.release()
+    assert "could not be moved into its cgroup" in enclosure.why_ended()
 
 
 def test_user_ids_are_given_once_until_they_are_given_back() -> None:

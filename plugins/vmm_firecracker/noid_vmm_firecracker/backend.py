@@ -271,11 +271,10 @@ class FirecrackerBackend:
                 raise DependencyDown(f"{self._found.path} is not there any more. Install Firecracker again.") from error
         api = FirecrackerApi(plan.run_dir / API_SOCKET)
         lineage = Lineage(plan.directory, plan.mem_mib << 20)
-        enclosure.begin_to_enter(process.ref.pid)
+        enclosure.enter(process.ref.pid)
         try:
             await _answering(process, api)
             await set_off(api, enclosure)
-            await enclosure.entered()
             with os_errors("keeping the memory image of a VM"):
                 lineage.begin(memory)
         except NoidError as error:

@@ -277,7 +277,7 @@ class QemuBackend:
                 raise DependencyDown(missing(self.host.binary)) from error
         qmp: Qmp | None = None
         events = MachineEvents(plan.instance)
-        enclosure.begin_to_enter(process.ref.pid)
+        enclosure.enter(process.ref.pid)
         try:
             # The socket has been listening since before the process began, so connecting needs no patience.
             qmp = Qmp(await connected(str(plan.run_dir / QMP_SOCKET)), events.note)
@@ -288,7 +288,6 @@ class QemuBackend:
                     "started. Restart noid-server"
                 )
             await set_off(qmp, events)
-            await enclosure.entered()
         except NoidError as error:
             await _end(process, qmp)
             said = said_since(log_path, logged_bytes)
