@@ -134,6 +134,14 @@ def test_the_wheel_has_a_guest_agent_for_each_architecture(wheel: Path) -> None:
     assert bundled == {f"noid-agent-{architecture}" for architecture in ELF_MACHINES}
 
 
+def test_the_wheel_has_a_launcher_of_vmms_for_each_architecture(wheel: Path) -> None:
+    contents = dict(members(wheel))
+    for architecture, machine in ELF_MACHINES.items():
+        program = contents[f"noid/vmmhost/launcher/bin/noid-launcher-{architecture}"]
+        assert program[:5] == b"\x7fELF\x02"
+        assert struct.unpack_from("<H", program, 18) == (machine,)
+
+
 def test_nothing_in_the_wheel_knows_where_it_was_built(wheel: Path) -> None:
     places = [os.fsencode(ROOT), os.fsencode(wheel.parents[1]), os.fsencode(Path.home() / ".cache")]
     assert [name for name, content in members(wheel) for place in places if place in content] == []

@@ -314,7 +314,8 @@ def test_the_unit_for_systemd_names_this_program_and_the_configuration(run: Run,
     unit = tmp_path / "noid.service"
     unit.write_text(out.replace("User=noid\nGroup=noid\n", ""))
     done = subprocess.run([systemd_analyze, "verify", str(unit)], capture_output=True, text=True, check=False)
-    assert "noid.service" not in done.stderr, done.stderr
+    complaints = [line for line in done.stderr.splitlines() if "DelegateSubgroup" not in line]  # known from 254 on
+    assert "noid.service" not in "\n".join(complaints), done.stderr
 
 
 # --- a life ----------------------------------------------------------------------------------------------------------
