@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GUEST_BIN = "plugins/exec_vsock/noid_exec_vsock/guest/bin"
+COMPILED = ("plugins/exec_vsock/noid_exec_vsock/guest/bin", "noid/vmmhost/launcher/bin")
 PACKAGES = {
     "noid",
     "noid_auth_token",
@@ -58,8 +58,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name and (ROOT / name).is_file():
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, checkout / name)
-    if (ROOT / GUEST_BIN).is_dir():  # what is up to date there is not compiled again, which would take a minute
-        shutil.copytree(ROOT / GUEST_BIN, checkout / GUEST_BIN, dirs_exist_ok=True)
+    for programs in COMPILED:  # what is up to date there is not compiled again, which would take a minute
+        if (ROOT / programs).is_dir():
+            shutil.copytree(ROOT / programs, checkout / programs, dirs_exist_ok=True)
     for name in LITTER:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("litter")
@@ -160,9 +161,9 @@ def test_the_sdist_has_the_sources_and_no_litter(built: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= {"README.md", "pyproject.toml", "scripts/hatch_build.py", "scripts/test", "tests/test_packaging.py"}
     assert names >= {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
-    assert f"{GUEST_BIN.rpartition('/')[0]}/agent.c" in names
+    assert names >= {f"{COMPILED[0].rpartition('/')[0]}/agent.c", f"{COMPILED[1].rpartition('/')[0]}/launcher.c"}
     assert names.isdisjoint(LITTER)
-    assert [name for name in names if name.startswith(f"{GUEST_BIN}/")] == []
+    assert [name for name in names if name.startswith(tuple(f"{programs}/" for programs in COMPILED))] == []
 
 
 # --- a client without a server ---------------------------------------------------------------------------------------
