@@ -10,9 +10,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from noid.core.paths import run_dir
 from noid.testing.processes import kill_marked
+from noid.vmmhost.cgroups import clear
 
 _BOOTSTRAP = "import sys; sys.path.append(sys.argv.pop(1)); from noid.testing.reaper import main; main()"
 
@@ -38,7 +41,14 @@ def clean(root: Path) -> None:
     kill_marked(root)
     for point in mounts_below(root):
         subprocess.run(["umount", "-l", point], check=False)
+    clear(_run_dirs(root))
     shutil.rmtree(root, ignore_errors=True)
+
+
+def _run_dirs(root: Path) -> Iterator[Path]:
+    """Yield what may have been run directories of agents in *root* and its directories."""
+    for directory in (root, *(entry for entry in root.glob("*/") if entry.is_dir())):
+        yield from {directory, directory / "run", run_dir(directory)}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,6 +228,27 @@ class Cgroups:
             with contextlib.suppress(OSError):  # it is tried again
                 if Cgroup({key: directory / name for key, directory in self._directories.items()}).remove():
                     self._leftovers.discard(name)
+
+
+def clear(run_dirs: Iterable[Path]) -> None:
+    """Remove the cgroups that agents of *run_dirs* have left in the usual place, unless there is somebody in them.
+
+    For agents that will not start again: one that does sees to it itself. Blocks.
+
+    Raises:
+        OSError: one cannot be removed for another reason.
+    """
+    try:
+        hierarchies = mounted(_MOUNTS.read_text(), _OWN.read_text())
+        above = {
+            name: mount / _place(hierarchies, name, None).lstrip("/") for name, mount in hierarchies.mounts.items()
+        }
+    except NoCgroups:
+        return
+    for name in map(own_name, run_dirs):
+        directories = {controller: directory / name for controller, directory in above.items()}
+        if any(directory.is_dir() for directory in directories.values()):
+            Cgroups(hierarchies.version, {key: path for key, path in directories.items() if path.is_dir()}).close()
 
 
 _WHERE_THERE_IS = frozenset({"memory.oom.group", "cpu.cfs_quota_us", "cpu.cfs_period_us"})

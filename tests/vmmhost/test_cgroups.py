@@ -142,6 +142,16 @@ def test_what_a_killed_agent_left_goes_away_unless_somebody_lives_in_it(version_
     assert not directory.exists()
 
 
+def test_what_agents_left_that_will_not_come_back_can_be_cleared(version_2: Path, tmp_path: Path) -> None:
+    Cgroups.open(tmp_path / "gone", None).create("vm", LIMITS)
+    other = Cgroups.open(tmp_path / "other", None)
+    other.create("vm", LIMITS)
+
+    cgroups.clear([tmp_path / "gone", tmp_path / "never"])
+
+    assert [path.name for path in version_2.glob("noid-*")] == [cgroups.own_name(tmp_path / "other")]
+
+
 # --- what this host has ----------------------------------------------------------------------------------------------
 
 
