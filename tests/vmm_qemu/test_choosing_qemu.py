@@ -106,6 +106,23 @@ async def test_a_kvm_that_kills_or_hangs_its_guests_is_not_used(
 
     assert "did not come to its end" in found.kvm_refusal
     assert found.sandbox
+    assert not (context.run_dir / "qemu-probe.json").exists(), "a host that was busy once is held for one without KVM"
+
+
+async def test_a_kvm_that_interprets_its_guests_is_given_up_by_the_processors_time_and_remembered(
+    context: AgentContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: True)
+    monkeypatch.setattr("noid_vmm_qemu.probe._KVM_CPU_SECS", 1)
+    fake = program(
+        tmp_path,
+        'case "$*" in *--version) echo "QEMU emulator version 7.2.22";; *kvm*) while :; do :; done;; *) exit 0;; esac',
+    )
+
+    found = await probe(fake, context.run_dir, try_kvm=True)
+
+    assert "processor's time" in found.kvm_refusal
+    assert (context.run_dir / "qemu-probe.json").exists()
 
 
 async def test_a_kvm_whose_trial_guest_says_the_word_is_used(

@@ -21,7 +21,7 @@ from noid_vmm_firecracker.versions import VERSION_MIN, WHY_MIN, Version, parsed,
 
 RELEASES = "https://github.com/firecracker-microvm/firecracker/releases"
 _ANSWER_SECS = 10.0
-_KVM_SECS = 3.0
+_KVM_SECS = 15.0
 _FORMAT = 1
 _MEMORY_NAME = "firecracker-probe.json"
 
