@@ -85,6 +85,38 @@ def bench_cli(as_json: bool, rounds: int, directory: Path | None) -> int:
     return _show(measure_command_line(rounds, directory or paths.data_dir()), as_json)
 
 
+@bench.command(
+    name="firecracker",
+    cls=Command,
+    epilog="noid bench firecracker\nnoid bench firecracker --binary /opt/firecracker --json",
+)
+@_with_choices
+@click.option("--image", metavar="IMAGE", help="The image to measure. [default, else a tiny one]")
+@click.option(
+    "--binary",
+    metavar="PATH",
+    default="firecracker",
+    show_default=True,
+    help="Firecracker's program.",
+)
+@click.option("--simulated", is_flag=True, help="A made-up Firecracker and guest: to try the bench.")
+def bench_firecracker(
+    as_json: bool, image: str | None, rounds: int, directory: Path | None, binary: str, simulated: bool
+) -> int:
+    """Measure checkpoint, create and restore on Firecracker beside bare API calls.
+
+    The calls are those of a script, made in the same run, of the same program, with the same snapshots.
+    """
+    import trio
+
+    with _needs_a_server():
+        from noid_bench.firecracker import measure_firecracker
+        from noid_bench.rig import MEM_MIB
+    work = directory or paths.data_dir()
+    figures = trio.run(measure_firecracker, None if simulated else binary, image, rounds, work)
+    return _show(figures, as_json, guest_mem_mib=MEM_MIB)
+
+
 @contextlib.contextmanager
 def _needs_a_server() -> Iterator[None]:
     try:

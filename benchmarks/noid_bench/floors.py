@@ -83,7 +83,7 @@ class BareMachine:
                 while json.loads(stream.readline()).get("event") != "RESUME":
                     pass
         with _connected(self.channel) as channel:
-            _ping(channel)
+            ping(channel)
         return time.perf_counter() - started
 
     @property
@@ -127,8 +127,8 @@ class BareMachine:
         return _SOCKET.sub(lambda found: f"socket,id={found[1]},fd={listeners[found[1]].fileno()}", word)
 
 
-def _ping(channel: socket.socket) -> None:
-    """Begin a conversation with the agent and wait for one pong."""
+def ping(channel: socket.socket) -> None:
+    """Begin a conversation with the agent on *channel* and wait for one pong."""
     epoch = secrets.randbits(32)
     decoder = FrameDecoder(epoch)
     for number, (question, answer) in enumerate(((Message.SYNC, Message.HELLO), (Message.PING, Message.PONG))):

@@ -83,9 +83,17 @@ async def open_rig(data_dir: Path, storage: str, image: str, images: Path) -> As
     """Open an agent on *data_dir* with the image linked in from *images*; destroy its VMs at the end."""
     layout = Layout(data_dir)
     link_image(images / image, layout.images / image)
-    config = Config(data_dir=data_dir, local=True, backends=Backends(storage=storage))
-    async with open_agent(config, Plugins()) as agent:
-        rig = Rig(agent=agent, user=agent.local_user(), layout=layout, image=image)
+    async with driven(
+        Config(data_dir=data_dir, local=True, backends=Backends(storage=storage)), Plugins(), image
+    ) as rig:
+        yield rig
+
+
+@contextlib.asynccontextmanager
+async def driven(config: Config, plugins: Plugins, image: str) -> AsyncIterator[Rig]:
+    """Open the agent of *config*, whose data directory has the image; destroy its VMs at the end."""
+    async with open_agent(config, plugins) as agent:
+        rig = Rig(agent=agent, user=agent.local_user(), layout=Layout(config.data_dir), image=image)
         try:
             yield rig
         finally:

@@ -118,7 +118,7 @@ class RestorePlan(MachinePlan):
 
 
 class Capture(Protocol):
-    """What a paused machine left behind: the device state is on disk, changed memory is held until `finish`."""
+    """What a paused machine left behind: device state and changed memory, held until `finish`."""
 
     changed_bytes: int
 
@@ -172,12 +172,12 @@ class Machine(Protocol):
         ...
 
     async def capture(self, into: Path) -> Capture:
-        """Write the device state to ``into/state`` and take hold of changed memory. Only while paused.
+        """Take hold of the device state and of changed memory, in part already in *into*. Only while paused.
 
         Time in here is time the guest loses: proportional to changed memory, not to memory.
 
         Raises:
-            NoSpace: nothing but a part of ``into/state`` was changed.
+            NoSpace: nothing but a part of *into* was changed.
             BackendError: the machine is still paused and can be resumed.
         """
         ...

@@ -383,7 +383,7 @@ def _leave_after(run: Callable[[], Awaitable[None]]) -> NoReturn:
     """The forked process: run, and leave without any of its parent's clean-up."""
     try:
         trio.run(run)
-    except BaseException:  # nobody is left to raise it to
+    except Exception:  # nobody is left to raise it to
         traceback.print_exc()
     finally:
         os._exit(1)

@@ -18,7 +18,7 @@ import trio
 import trio.testing
 
 from noid.errors import BackendError, NoSpace
-from noid.testing.vmm_rig import Taken, VmmRig, identity, run, ticks_within
+from noid.testing.vmm_rig import Running, Taken, VmmRig, identity, run, ticks_within
 
 YEAR_SECS = 365 * 86400
 
@@ -232,20 +232,20 @@ class CheckpointSpecification:
         await running.machine.pause()
 
         with pytest.raises(BackendError):
-            await running.machine.capture(rig.data_dir / "missing")
+            await captured(running, rig.data_dir / "missing")
 
         await running.machine.resume()
         assert (await rig.run(running, "true")).status == 0
         clone = await rig.clone(await rig.checkpoint(running))
         assert (await rig.run(clone, "true")).status == 0
 
-    async def test_a_full_disk_fails_the_capture_and_nothing_else(self, rig: VmmRig, full_disk: Path) -> None:
+    async def test_a_full_disk_fails_the_checkpoint_and_nothing_else(self, rig: VmmRig, full_disk: Path) -> None:
         running = await rig.fresh()
         fill(full_disk)
         await running.machine.pause()
 
         with pytest.raises(NoSpace):
-            await running.machine.capture(full_disk)
+            await captured(running, full_disk)
 
         await running.machine.resume()
         assert (await rig.run(running, "true")).status == 0
@@ -264,3 +264,12 @@ class CheckpointSpecification:
         capture.discard()
         assert (await rig.run(running, "true")).status == 0
         await rig.checkpoint(running)
+
+
+async def captured(running: Running, into: Path) -> None:
+    """Capture a paused machine and finish that: a VMM may need *into* only then."""
+    capture = await running.machine.capture(into)
+    try:
+        await capture.finish()
+    finally:
+        capture.discard()

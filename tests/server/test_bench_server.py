@@ -41,3 +41,19 @@ def test_commands_are_measured_beside_python_and_a_bare_click_program(
     ]  # fmt: skip
     assert all(figure["p50"] > 0 for figure in figures)
     assert list((data_dir / "work").iterdir()) == []
+
+
+@pytest.mark.deadline(120)
+def test_firecracker_is_measured_beside_bare_calls_and_nothing_is_left(data_dir: Path) -> None:
+    words = ["bench", "--json", "firecracker", "--simulated", "--rounds", "1", "--dir", str(data_dir / "work")]
+    done = CliRunner().invoke(cli, words, standalone_mode=False)
+    assert done.exception is None, done.exception
+    figures = {figure["name"].partition(",")[0]: figure for figure in json.loads(done.stdout)["figures"]}
+    pause, inside = figures["checkpoint pause"], figures["bytes written inside the pause"]
+    assert pause["p50"] > 0 < pause["floor_p50"]
+    assert inside["p50"] == pytest.approx(inside["floor_p50"], abs=0.01), (
+        "noid makes Firecracker write as much as it must"
+    )
+    assert figures["bytes written by a checkpoint in total"]["p50"] > inside["p50"]
+    assert {figure["must"] for figure in figures.values()} == {1.1, 1.3, None}
+    assert list((data_dir / "work").iterdir()) == []

@@ -21,7 +21,7 @@ from noid.vmmhost.process import VmmProcess
 from noid.vmmhost.sockets import socket_itself
 from noid_vmm_firecracker.api import Cut, FirecrackerApi
 from noid_vmm_firecracker.endings import ending, says_halted, tail, vcpu_runtime_ns
-from noid_vmm_firecracker.memory import STATE_NAME, Layer, Lineage, has_room
+from noid_vmm_firecracker.memory import Layer, Lineage, has_room
 
 AGENT_PORT = 5005
 API_SOCKET = "api.sock"
@@ -89,8 +89,11 @@ class FirecrackerMachine:
         self._watcher: object | None = None
 
     async def prepare_pause(self, new_top: Path | None) -> None:
-        """See `Machine.prepare_pause`. Writes out the disk, so that its freeze finds little to do."""
+        """See `Machine.prepare_pause`. Writes out the disk, so that its freeze finds little to do, and makes room."""
         del new_top  # this VMM does not move disks
+        if not self._enclosure.is_room:
+            with os_errors("making room for the memory of a VM before its pause"):
+                await trio.to_thread.run_sync(self._memory.prepare, self._places.directory)
         with os_errors("writing out the disk of a VM before its pause"):
             await trio.to_thread.run_sync(write_out, self._places.disk)
 
@@ -125,8 +128,8 @@ class FirecrackerMachine:
             raise BackendError("this VM is not paused, so its memory and devices cannot be captured as of one instant.")
         if not self._enclosure.is_room:
             with os_errors("making room for the memory of a VM"):
-                layer = await trio.to_thread.run_sync(self._memory.next_layer, into)
-            await self._snapshot(layer, into / STATE_NAME, layer.path)
+                layer = self._memory.next_layer(self._places.directory)  # prepared, so it takes no thread
+            await self._snapshot(layer, layer.state_path, layer.path)
             return self._memory.add(layer, into)
         # Into files of its own, where Firecracker can write: never into one that others will continue from.
         pid, in_memory = self.ref.pid, has_room(self._memory.size_bytes)
@@ -135,13 +138,8 @@ class FirecrackerMachine:
             self._enclosure.outgoing(pid) as state,
             self._enclosure.outgoing(pid, in_memory=in_memory) as memory,
         ):
-            layer = await trio.to_thread.run_sync(self._memory.next_layer, into, os.dup(memory.fd))
+            layer = self._memory.next_layer(self._places.directory, (os.dup(memory.fd), os.dup(state.fd)))
             await self._snapshot(layer, state.path, memory.path)
-            try:
-                await trio.to_thread.run_sync(state.keep, into / STATE_NAME)
-            except BaseException:
-                self._lose(layer)
-                raise
         return self._memory.add(layer, into)
 
     async def _snapshot(self, layer: Layer, state: Path, memory: Path) -> None:

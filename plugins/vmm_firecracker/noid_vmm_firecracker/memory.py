@@ -6,8 +6,8 @@ Diff belongs to is known to the process that has taken the last; for one that co
 the VM's directory, which is only there while image and Diff meet without a layer in between. Where they do not, the
 next snapshot is a Full one: slower, never wrong.
 
-Layers are files without a name, in memory where that has room for all of a guest's, so that a pause does not wait for
-a disk, else beside the checkpoint.
+Layers, with the state of the devices, are files without a name, in memory where that has room for all of a guest's,
+so that a pause does not wait for a disk, else in the VM's directory.
 """
 
 from __future__ import annotations
@@ -35,27 +35,38 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """What changed between two snapshots, or, *whole*, all of memory. *fd* is a file with holes."""
+    """What changed between two snapshots, or, *whole*, all of memory: *fd* is a file with holes.
+
+    *state_fd* is the state of the devices at the later one: a file in memory too, because Firecracker waits until what
+    it has written is on the disk, and the guest with it.
+    """
 
     fd: int
+    state_fd: int
     whole: bool
 
     @property
     def path(self) -> Path:
-        """Where another process of this user finds it."""
-        return Path(f"/proc/{os.getpid()}/fd/{self.fd}")
+        """Where another process of this user finds the memory."""
+        return _path(self.fd)
+
+    @property
+    def state_path(self) -> Path:
+        """Where it finds the state."""
+        return _path(self.state_fd)
 
     def occupied_bytes(self) -> int:
-        """Return how much it holds."""
+        """Return how much memory it holds."""
         return os.fstat(self.fd).st_blocks * 512
 
     def copy(self) -> Layer:
-        """Return one more descriptor of it."""
-        return Layer(os.dup(self.fd), self.whole)
+        """Return one more descriptor of each."""
+        return Layer(os.dup(self.fd), os.dup(self.state_fd), self.whole)
 
     def close(self) -> None:
         """Let go of it."""
         os.close(self.fd)
+        os.close(self.state_fd)
 
 
 class Lineage:
@@ -67,6 +78,7 @@ class Lineage:
         self._base_fd = -1
         self._layers: list[Layer] = []
         self._lost: list[Layer] = []
+        self._blank: tuple[int, int] | None = None  # for the memory and the state of the next layer
 
     def begin(self, image: Path) -> None:
         """Take note that the machine has begun with *image*. Blocks for a moment.
@@ -93,17 +105,32 @@ class Lineage:
         """Whether the next snapshot must hold all of memory."""
         return self._base_fd < 0 and not self._layers
 
-    def next_layer(self, beside: Path, fd: int | None = None) -> Layer:
-        """Return an empty layer for the snapshot that is about to be taken. Blocks for a moment.
+    def prepare(self, beside: Path) -> None:
+        """Make what the next `next_layer` returns, which then takes microseconds. Blocks for a moment."""
+        if self._blank is not None:
+            return
+        fd = _nameless(beside, self.size_bytes)
+        try:
+            self._blank = fd, os.memfd_create("noid-state", os.MFD_CLOEXEC)
+        except OSError:
+            os.close(fd)
+            raise
 
-        It is the empty file *fd*, which is its own from now on, or one in memory or *beside* the checkpoint. From here
-        on a death of this process makes the next snapshot a Full one.
+    def next_layer(self, beside: Path, given: tuple[int, int] | None = None) -> Layer:
+        """Return an empty layer for the snapshot that is about to be taken. Blocks for a moment, unless prepared.
+
+        It consists of the empty files *given*, for memory and state, which are its own from now on, or of nameless ones
+        in memory or *beside*. From here on a death of this process makes the next snapshot a Full one.
         """
         if len(self._layers) >= LAYERS_MAX:
             self.forget()
-        self._base_path.unlink(missing_ok=True)
-        layer = Layer(_nameless(beside, self.size_bytes) if fd is None else fd, self.needs_full)
+        if given is None:
+            self.prepare(beside)
+            given, self._blank = self._blank, None
+        assert given is not None  # noqa: S101  just made
+        layer = Layer(*given, self.needs_full)
         try:
+            self._base_path.unlink(missing_ok=True)
             os.ftruncate(layer.fd, self.size_bytes)
         except OSError:
             layer.close()
@@ -155,6 +182,9 @@ class Lineage:
     def close(self, *, is_over: bool) -> None:
         """Let go of it all. Unless Firecracker *is_over*, what was lost stays open until this process ends."""
         self.forget()
+        for fd in self._blank or ():
+            os.close(fd)
+        self._blank = None
         if is_over:
             self._close_lost()
         self._lost.clear()
@@ -178,7 +208,7 @@ class FirecrackerCapture:
         self._over = False
 
     async def finish(self) -> None:
-        """Build ``memory``. See `noid.core.backends.Capture.finish`."""
+        """Build ``memory``, and write ``state``. See `noid.core.backends.Capture.finish`."""
         if self._over:
             raise BackendError("this capture was finished or discarded already; take another one.")
         self._over = True
@@ -203,6 +233,7 @@ class FirecrackerCapture:
             self._base_fd = -1
 
     def _build(self) -> None:
+        _write_copy(self._layers[-1].state_fd, self._into / STATE_NAME)
         image = self._into / MEMORY_NAME
         if self._base_fd >= 0:
             # By descriptor: the VM, and with it the image's name, may have been destroyed meanwhile.
@@ -235,6 +266,18 @@ def _nameless(beside: Path, size_bytes: int) -> int:
 def has_room(size_bytes: int) -> bool:
     """Whether so much of a guest's memory may be held in the host's."""
     return _available_bytes() > size_bytes + _RESERVE_BYTES
+
+
+def _path(fd: int) -> Path:
+    return Path(f"/proc/{os.getpid()}/fd/{fd}")
+
+
+def _write_copy(source: int, path: Path) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        _copy(source, fd, 0, os.fstat(source).st_size)
+    finally:
+        os.close(fd)
 
 
 def _available_bytes() -> int:
