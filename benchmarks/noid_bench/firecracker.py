@@ -18,7 +18,7 @@ from noid_vmm_firecracker.machine import API_SOCKET
 
 from noid.core import paths
 from noid.core.checkpoints.templates import verified
-from noid.core.config.settings import Backends, Config, PoolConfig
+from noid.core.config.settings import Backends, Config, PoolConfig, SandboxConfig
 from noid.core.layout import Layout
 from noid.core.model.vms import Vm
 from noid.core.plugins import Plugins
@@ -209,6 +209,7 @@ async def _real(directory: Path, binary: str, image: str | None) -> AsyncIterato
         backends=Backends(vmm="firecracker", network="none"),
         plugins={"vmm_firecracker": {"binary": binary}},
         pool=PoolConfig(size=0),
+        sandbox=SandboxConfig(mode="off"),  # as the bare calls have none
     )
     async with driven(config, Plugins(), name) as rig:
         yield Bench(rig=rig, program=binary, answer=ping, noise=_NOISE)
