@@ -222,7 +222,8 @@ async def _simulated(directory: Path) -> AsyncIterator[Bench]:
     give_default_image(data_dir)
     backends = Backends(vmm="firecracker", storage="copy", exec=("simulated",), network="none", auth="token")
     plugins = {"vmm_firecracker": {"binary": program}}
-    config = simulated_config(data_dir, backends=backends, plugins=plugins)
+    sandbox = SandboxConfig(mode="off")
+    config = simulated_config(data_dir, backends=backends, plugins=plugins, sandbox=sandbox)
     async with driven(config, simulated_plugins(), "default") as rig:
         yield Bench(rig=rig, program=program, answer=_simulated_ping, noise=_SIMULATED_NOISE)
 

@@ -30,7 +30,7 @@ import trio
 from noid_vmm_firecracker import api, backend
 
 from noid.core.agent import Agent
-from noid.core.config.settings import Backends
+from noid.core.config.settings import Backends, SandboxConfig
 from noid.core.database.store import open_store
 from noid.core.layout import Layout
 from noid.core.model.storage import Checkpoint
@@ -357,7 +357,9 @@ class FaultWorld:
     async def _opened(self) -> AsyncIterator[Agent]:
         backends = Backends(vmm="firecracker", storage="copy", exec=("simulated",), network="none", auth="token")
         plugins = {"vmm_firecracker": {"binary": str(self._firecracker.program)}}
-        config = simulated_config(self.data_dir, backends=backends, plugins=plugins)
+        # The simulated program is Python, which needs half of the host to be there.
+        sandbox = SandboxConfig(mode="limits")
+        config = simulated_config(self.data_dir, backends=backends, plugins=plugins, sandbox=sandbox)
         async with open_agent(config, simulated_plugins()) as agent:
             yield agent
 
