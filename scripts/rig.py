@@ -3,8 +3,8 @@
 Usage: scripts/rig [--quick] [--write-table] [-- PYTEST ARGUMENTS]
 
 Without arguments: the conformance suite of QEMU with KVM, and with ``NOID_FIRECRACKER=/path/to/firecracker``, a static
-binary, that of Firecracker and its stories. That takes about half an hour each, because level 1 is emulated; with
-``--quick``, a few tests of each. Ends with a table of what was kept; ``--write-table`` puts it on docs/conformance.md.
+binary, that of Firecracker. That takes about ten minutes each, because level 1 is emulated; with ``--quick``, a few
+tests of each. Ends with a table of what was kept; ``--write-table`` puts it on docs/conformance.md.
 """
 
 from __future__ import annotations
