@@ -85,6 +85,7 @@ class Level1:
             if firecracker is not None:
                 shutil.copy2(firecracker, tree / "firecracker")
                 self._environment["NOID_FIRECRACKER"] = f"{_PLACE}/firecracker"
+                self._environment["NOID_STORIES_VMM"] = "firecracker"
             _carried(self.data_dir, self.name, tree, fresh="noid")
         plugins = sorted(f"plugins/{path.name}" for path in (ROOT / "plugins").iterdir() if path.is_dir())
         lines = [f"{_PLACE}/noid", *(f"{_PLACE}/noid/{name}" for name in ("benchmarks", *plugins)), f"{_PLACE}/site"]
