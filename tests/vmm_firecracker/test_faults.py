@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import noid_vmm_firecracker.api
 import noid_vmm_firecracker.backend
+import noid_vmm_firecracker.memory
 import pytest
 import trio
 import trio.testing
@@ -250,3 +252,24 @@ async def test_a_snapshot_without_the_time_is_continued_without_and_no_other_is_
     assert firecracker.calls()[before:].count("PUT /snapshot/load") == 3
     assert set(rig.processes()) >= {clone.machine.ref.pid for clone in clones}
     assert len(rig.processes()) == 3
+
+
+@pytest.mark.parametrize(
+    ("tracked", "swap", "whole"), [(True, True, False), (False, False, False), (False, True, True)]
+)
+def test_what_was_swapped_out_is_in_a_snapshot_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracked: bool, swap: bool, whole: bool
+) -> None:
+    (image := tmp_path / "image").write_bytes(bytes(4096))
+    (swaps := tmp_path / "swaps").write_text(
+        "Filename Type Size Used Priority\n" + "/dev/vdb partition 1 0 -2\n" * swap
+    )
+    monkeypatch.setattr(noid_vmm_firecracker.memory, "_SWAPS", swaps)
+    lineage = noid_vmm_firecracker.memory.Lineage(tmp_path, 4096, tracked=tracked)
+    lineage.begin(image)
+
+    layer = lineage.next_layer(tmp_path)
+
+    assert layer.whole is whole
+    layer.close()
+    lineage.close(is_over=True)

@@ -184,7 +184,7 @@ class FirecrackerBackend:
         del memory  # what its next checkpoint lies over, the VM's directory says
         process = VmmProcess.adopt(ref)
         api = FirecrackerApi(plan.run_dir / API_SOCKET)
-        lineage = Lineage(plan.directory, plan.mem_mib << 20)
+        lineage = Lineage(plan.directory, plan.mem_mib << 20, tracked=self._track)
         patience_secs = SNAPSHOT_SECS if lineage.may_be_capturing else ADOPT_SECS
         try:
             with trio.move_on_after(patience_secs):
@@ -270,7 +270,7 @@ class FirecrackerBackend:
             except FileNotFoundError as error:
                 raise DependencyDown(f"{self._found.path} is not there any more. Install Firecracker again.") from error
         api = FirecrackerApi(plan.run_dir / API_SOCKET)
-        lineage = Lineage(plan.directory, plan.mem_mib << 20)
+        lineage = Lineage(plan.directory, plan.mem_mib << 20, tracked=self._track)
         enclosure.enter(process.ref.pid)
         try:
             await _answering(process, api)

@@ -31,6 +31,7 @@ BASE_NAME = "memory.base"
 LAYERS_MAX = 4
 _RESERVE_BYTES = 512 << 20
 _CHUNK_BYTES = 4 << 20
+_SWAPS = Path("/proc/swaps")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +73,8 @@ class Layer:
 class Lineage:
     """The memory of one machine, in the VM's *directory*: see the module. Methods that block say so."""
 
-    def __init__(self, directory: Path, size_bytes: int) -> None:
+    def __init__(self, directory: Path, size_bytes: int, *, tracked: bool = True) -> None:
+        self._tracked = tracked
         self._base_path = directory / BASE_NAME
         self.size_bytes = size_bytes
         self._base_fd = -1
@@ -102,8 +104,12 @@ class Lineage:
 
     @property
     def needs_full(self) -> bool:
-        """Whether the next snapshot must hold all of memory."""
-        return self._base_fd < 0 and not self._layers
+        """Whether the next snapshot must hold all of memory.
+
+        Where KVM does not note what is written, a Diff has the pages that are in the host's memory: those that were
+        written and are in its swap space would be missing.
+        """
+        return (self._base_fd < 0 and not self._layers) or (not self._tracked and swaps())
 
     def prepare(self, beside: Path) -> None:
         """Make what the next `next_layer` returns, which then takes microseconds. Blocks for a moment."""
@@ -278,6 +284,14 @@ def _write_copy(source: int, path: Path) -> None:
         _copy(source, fd, 0, os.fstat(source).st_size)
     finally:
         os.close(fd)
+
+
+def swaps() -> bool:
+    """Whether this host has swap space, in use or not."""
+    try:
+        return len(_SWAPS.read_text().splitlines()) > 1
+    except FileNotFoundError:  # a kernel without swapping
+        return False
 
 
 def _available_bytes() -> int:
