@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from noid.testing.firecracker_machine import KernelInvalid, RestoreError, SimulatedMicroVm, restored, runs_trial
+from noid.testing.simulated_tap import attached
 
 Answer = tuple[int, Any]
 _CMDLINE_BYTES_MAX = 2048
@@ -170,6 +171,7 @@ class Api:
         if content.get("iface_id") != card_id:
             raise Refusal("The id from the path does not match the id from the body!")
         self._accept_device(content)
+        _connect_card(content["host_dev_name"])
         self._cards[card_id] = content
 
     def _put_vsock(self, content: dict[str, Any]) -> None:
@@ -258,7 +260,15 @@ class Api:
             )
         memory = (content.get("mem_backend") or {}).get("backend_path") or content["mem_file_path"]
         try:
-            self.machine = restored(content, memory, self._version, self._selector, _bound_vsock, _see_disk)
+            self.machine = restored(
+                content,
+                memory,
+                self._version,
+                self._selector,
+                bind=_bound_vsock,
+                see_disk=_see_disk,
+                connect=attached,
+            )
         except (RestoreError, Refusal) as error:
             self.exit_status = 1  # too dirty to recover, the real one says
             raise Refusal(f"Load snapshot error: Failed to restore from snapshot: {error}") from error
@@ -271,6 +281,17 @@ def _see_disk(path: str) -> None:
             "Drive config error: Unable to create the virtio block device: Virtio backend error: Error manipulating "
             f"the backing file: No such file or directory (os error 2) {path}"
         )
+
+
+def _connect_card(tap: str) -> None:
+    try:
+        attached(tap)  # the descriptor is the process's, until it ends
+    except OSError as error:
+        raise Refusal(
+            "Network config error: Could not create the network device: Open tap device failed: Error while creating "
+            f"ifreq structure: {error.strerror} (os error {error.errno}). Invalid TUN/TAP Backend provided by {tap}. "
+            "Check our documentation on setting up the network devices."
+        ) from error
 
 
 def _bound_vsock(path: str) -> socket.socket:

@@ -246,8 +246,10 @@ def restored(
     memory_path: str,
     version: str,
     selector: selectors.BaseSelector,
+    *,
     bind: Callable[[str], socket.socket],
     see_disk: Callable[[str], None],
+    connect: Callable[[str], object],
 ) -> SimulatedMicroVm:
     """Continue a snapshot.
 
@@ -284,6 +286,17 @@ def restored(
         see_disk(path)
     for override in content.get("network_overrides") or ():
         facts["cards"][override["iface_id"]]["host_dev_name"] = override["host_dev_name"]
+    for card in facts["cards"].values():
+        tap = card["host_dev_name"]
+        try:
+            connect(tap)
+        except OSError as error:
+            raise RestoreError(
+                "Failed to build microVM from snapshot: Failed to restore devices: Error restoring MMIO devices: Net: "
+                "Failed to create a network device: Open tap device failed: Error while creating ifreq structure: "
+                f"{error.strerror} (os error {error.errno}). Invalid TUN/TAP Backend provided by {tap}. Check our "
+                "documentation on setting up the network devices."
+            ) from error
     if content.get("vsock_override"):
         facts["vsock"] = content["vsock_override"]["uds_path"]
     listener = None if facts["vsock"] is None else bind(facts["vsock"])

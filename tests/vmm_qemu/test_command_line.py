@@ -147,8 +147,16 @@ def test_a_user_lease_is_a_card_and_none_is_no_card() -> None:
 
 
 def test_a_lease_of_another_kind_is_unsupported() -> None:
-    with pytest.raises(Unsupported, match="tap"):
-        launch_argv(HOST, dataclasses.replace(LAUNCH, lease=NetLease(kind="tap", tap_name="t0")), MEMORY, FDS)
+    with pytest.raises(Unsupported, match="bridge"):
+        launch_argv(HOST, dataclasses.replace(LAUNCH, lease=NetLease(kind="bridge")), MEMORY, FDS)
+
+
+def test_a_tap_is_taken_by_its_name_and_no_script_is_run() -> None:
+    lease = NetLease(kind="tap", tap_name="t,0", mac="52:54:00:12:34:56")
+    argv = launch_argv(HOST, dataclasses.replace(LAUNCH, lease=lease), MEMORY, FDS)
+
+    assert value_of(argv, "-netdev") == "tap,id=net0,ifname=t,,0,script=no,downscript=no"
+    assert "virtio-net-device,netdev=net0,mac=52:54:00:12:34:56" in argv
 
 
 def test_commas_and_spaces_in_paths_stay_in_the_paths() -> None:

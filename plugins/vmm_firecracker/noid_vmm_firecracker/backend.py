@@ -31,6 +31,7 @@ from noid.vmmhost.facts import FINGERPRINT_VARIABLE, difference, host_cpu, make_
 from noid.vmmhost.limits import Shape
 from noid.vmmhost.process import VmmProcess
 from noid.vmmhost.sandbox import Sandbox, opened
+from noid.vmmhost.taps import busy_tap, check_tap, tap_of
 from noid_vmm_firecracker.api import SNAPSHOT_SECS, FirecrackerApi, Refused
 from noid_vmm_firecracker.machine import API_SOCKET, LOG_NAME, VSOCK_SOCKET, FirecrackerMachine, Places
 from noid_vmm_firecracker.memory import MEMORY_NAME, Lineage
@@ -249,6 +250,7 @@ class FirecrackerBackend:
     ) -> FirecrackerMachine:
         if plan.volume.format not in self.features.disk_formats:
             raise Unsupported(self.name, f"open {plan.volume.format} disks")
+        check_tap(plan.lease)
         places = _places(plan)
         logged_bytes = places.vmm_log.stat().st_size if places.vmm_log.exists() else 0
         with (
@@ -285,7 +287,8 @@ class FirecrackerBackend:
                     f"VM {plan.instance} did not start: the disk of {plan.directory} is full. Free space there and "
                     f"try again. ({error} Firecracker's log: {said})"
                 ) from error
-            raise BackendError(f"VM {plan.instance} did not start: {error} Firecracker's log: {said}") from error
+            text = f"{busy_tap(plan.lease, str(error))}{error}"
+            raise BackendError(f"VM {plan.instance} did not start: {text} Firecracker's log: {said}") from error
         except BaseException:
             await _end(process, api, lineage)  # noqa: ASYNC102  # shields itself
             raise
@@ -318,9 +321,10 @@ def _taps(plan: MachinePlan) -> dict[str, str]:
     lease = plan.lease
     if lease is None or lease.kind == "none":
         return {}
-    if lease.kind != "tap" or lease.tap_name is None:
+    tap = tap_of(lease)
+    if tap is None:
         raise Unsupported("firecracker", f"connect a VM by a {lease.kind!r} lease")
-    return {CARD_NAME: lease.tap_name}
+    return {CARD_NAME: tap}
 
 
 def _clear(plan: MachinePlan) -> None:

@@ -28,6 +28,7 @@ from noid.vmmhost.facts import FINGERPRINT_VARIABLE, difference, disk_bytes, hos
 from noid.vmmhost.limits import Shape
 from noid.vmmhost.process import VmmProcess
 from noid.vmmhost.sandbox import Sandbox, opened
+from noid.vmmhost.taps import TAP, busy_tap, check_tap, tap_of
 from noid_vmm_qemu.capture import MEMORY_NAME
 from noid_vmm_qemu.command_line import (
     DEVICE_SETS,
@@ -119,7 +120,7 @@ class QemuBackend:
             accelerator=host.accelerator,
             disk_formats=frozenset({"raw", "qcow2", LAYERS}),
             disk_pivot=True,
-            network_kinds=frozenset({"none", "user"}),
+            network_kinds=frozenset({"none", "user", TAP}),
             vm_generation_id=host.machine in GENERATION_ID_MACHINES,
         )
         self.host = host
@@ -234,10 +235,11 @@ class QemuBackend:
 
     def _room(self, plan: MachinePlan, binary: Path) -> Room:
         connected = plan.lease is not None and plan.lease.kind != "none"
+        tun = ("net/tun",) if tap_of(plan.lease) else ()
         return Room(
             read=(*SYSTEM, binary, *(_RESOLVER if connected else ())),
             write=(plan.directory,),
-            devices=("null", "urandom", *(("kvm",) if self.host.accelerator == "kvm" else ())),
+            devices=("null", "urandom", *tun, *(("kvm",) if self.host.accelerator == "kvm" else ())),
             connected=connected,
             becomes_user=self._becomes_user,
         )
@@ -255,6 +257,7 @@ class QemuBackend:
         binary = shutil.which(self.host.binary)
         if binary is None:
             raise DependencyDown(missing(self.host.binary))
+        check_tap(plan.lease)
         log_path = plan.directory / LOG_NAME
         console = plan.directory / console_line.CONSOLE_LOG, plan.run_dir / console_line.CONSOLE_INPUT
         with (
@@ -296,7 +299,8 @@ class QemuBackend:
                     f"VM {plan.instance} did not start: the disk of {plan.directory} is full. Free space there and "
                     f"try again. ({error} QEMU's own words: {said})"
                 ) from error
-            raise BackendError(f"VM {plan.instance} did not start: {error} QEMU's own words: {said}") from error
+            text = f"{busy_tap(plan.lease, said)}{error}"
+            raise BackendError(f"VM {plan.instance} did not start: {text} QEMU's own words: {said}") from error
         except BaseException:
             await _end(process, qmp)  # noqa: ASYNC102  # shields itself
             raise

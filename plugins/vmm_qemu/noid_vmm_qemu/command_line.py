@@ -15,6 +15,7 @@ from typing import Any
 
 from noid.core.backends import LaunchPlan, MachinePlan, RestorePlan
 from noid.errors import InvalidRequest, Unsupported
+from noid.vmmhost.taps import tap_of
 
 DEVICE_SETS = {"microvm": "1", "q35": "2"}
 #: Machines that show a guest the VM generation id: it is in ACPI tables that microvm does not make.
@@ -213,12 +214,14 @@ def _network(plan: MachinePlan, bus: str) -> list[str]:
     lease = plan.lease
     if lease is None or lease.kind == "none":
         return []
-    if lease.kind != "user":
+    tap = tap_of(lease)
+    if tap is None and lease.kind != "user":
         raise Unsupported("qemu", f"connect a VM by a {lease.kind!r} lease")
     device = f"virtio-net-{bus},netdev=net0"
     if lease.mac:
         device += f",mac={lease.mac}"
-    return ["-netdev", "user,id=net0", "-device", device]
+    backend = "user,id=net0" if tap is None else f"tap,id=net0,ifname={_escaped(tap)},script=no,downscript=no"
+    return ["-netdev", backend, "-device", device]
 
 
 def _escaped(text: str) -> str:
