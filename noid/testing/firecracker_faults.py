@@ -344,7 +344,9 @@ class FaultWorld:
         return {
             "process": Counter(_named(words, instances) for words in marked_processes(self.data_dir).values()),
             "file": Counter(_named(name, instances) for name in kept),
-            "cgroup": Counter(path.name for path in _cgroups() if any(name in path.name for name in instances)),
+            "cgroup": Counter(
+                _named(path.name, instances) for path in _cgroups() if any(name in path.name for name in instances)
+            ),
             "row": Counter(rows),
             "operation": Counter(operations),
         }
