@@ -62,7 +62,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
     """Lists no VM, and has files."""
 
     def do_GET(self) -> None:
-        if self.path != "/v1/vms":
+        if self.path.partition("?")[0] != "/v1/vms":
             super().do_GET()
             return
         self.send_response(200)

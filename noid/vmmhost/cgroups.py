@@ -187,7 +187,7 @@ class Cgroups:
         Raises:
             OSError: it cannot be made, or does not take the limits.
         """
-        self._sweep()
+        self.sweep()
         for controller, directory in self._directories.items():
             place = directory / instance
             place.mkdir(exist_ok=True)
@@ -206,7 +206,7 @@ class Cgroups:
 
     def close(self) -> None:
         """Remove the agent's own place, if no VM is left in it."""
-        self._sweep()
+        self.sweep()
         Cgroup(self._directories).remove()
 
     def _try(self) -> None:
@@ -223,11 +223,13 @@ class Cgroups:
         for directory in self._directories.values():
             yield from (entry.name for entry in directory.iterdir() if entry.is_dir())
 
-    def _sweep(self) -> None:
+    def sweep(self) -> bool:
+        """Remove what earlier agents have left empty; return whether they have left anything else. Blocks."""
         for name in list(self._leftovers):
             with contextlib.suppress(OSError):  # it is tried again
                 if Cgroup({key: directory / name for key, directory in self._directories.items()}).remove():
                     self._leftovers.discard(name)
+        return bool(self._leftovers)
 
 
 def clear(run_dirs: Iterable[Path]) -> None:

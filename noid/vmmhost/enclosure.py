@@ -266,12 +266,12 @@ class Enclosure:
             self._identities.release(self._user[0])
             self._identities = None
         self.why_ended()
-        cgroup, self._cgroup = self._cgroup, None
-        if cgroup is None:
+        if self._cgroup is None:
             return
         try:
-            with trio.move_on_after(_REMOVE_SECS):
-                while not cgroup.remove():  # noqa: ASYNC110  # the kernel tells nobody when it is empty
+            # Shielded: who waits for the machine's end is no longer needed once it is known, and then cancelled.
+            with trio.move_on_after(_REMOVE_SECS, shield=True):
+                while not self._cgroup.remove():  # noqa: ASYNC110  # the kernel tells nobody when it is empty
                     await trio.sleep(_REMOVE_LOOK_SECS)
                 return
             log.warning("the cgroup of %s still has a process in it", self._directory.name)

@@ -16,7 +16,8 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _TRIAL_SECS = 10.0
 _RELEASE_SECS = 5.0
+_SWEEP_SECS = (0.1, 60.0)
 _TRIAL_ROOM = Room(read=(LAUNCHER,), devices=("null",))
 
 
@@ -145,11 +147,34 @@ async def opened(settings: SandboxSettings, data_dir: Path, run_dir: Path) -> As
     sandbox, cgroups = await _found(settings, data_dir, run_dir)
     try:
         (log.warning if sandbox.lacks else log.info)("sandbox %s", "; ".join([sandbox.describe(), *sandbox.lacks]))
-        yield sandbox
+        with _swept(cgroups) if cgroups is not None else contextlib.nullcontext():
+            yield sandbox
     finally:
         if cgroups is not None:
             with os_errors("removing the cgroup of the agent's VMs"):
                 cgroups.close()
+
+
+@contextlib.contextmanager
+def _swept(cgroups: Cgroups) -> Iterator[None]:
+    """Meanwhile remove what an earlier agent has left, as its processes end: soon after the start nobody's are ended.
+
+    A thread and no task: a nursery here would wrap whatever fails in the agent.
+    """
+    over = threading.Event()
+
+    def sweep() -> None:
+        delay_secs, most_secs = _SWEEP_SECS
+        while cgroups.sweep() and not over.wait(delay_secs):
+            delay_secs = min(2 * delay_secs, most_secs)
+
+    thread = threading.Thread(target=sweep, name="cgroups of earlier agents", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 async def _found(settings: SandboxSettings, data_dir: Path, run_dir: Path) -> tuple[Sandbox, Cgroups | None]:

@@ -246,19 +246,25 @@ class House:
         self.eventually(lambda: instance not in self.machines())
 
     def strays(self) -> list[str]:
-        """Return what is in this house and belongs to no VM of the list: machines, directories, sockets, mounts."""
+        """Return what is in this house and belongs to no VM of the list: machines, directories, sockets, mounts.
+
+        The cgroups of processes that an agent has found when it started go away soon after these.
+        """
+        with contextlib.suppress(AssertionError):  # they are told below
+            self.eventually(lambda: not self._stray_cgroups())
         known = {instance for (instance,) in self.rows("SELECT instance FROM vms")}
         places = (self.layout.vms, self.layout.scratch, self.layout.run("x").parent)
         strays = [f"machine {instance} ({pid})" for instance, pid in self.machines().items() if instance not in known]
         strays += [str(d) for p in places if p.is_dir() for d in p.iterdir() if d.is_dir() and d.name not in known]
         strays += [str(partial) for partial in self.data_dir.rglob("*.partial")]
-        strays += [f"cgroup {path}" for path in self.cgroups() if path.name not in known]
+        strays += [f"cgroup {path}" for path in self._stray_cgroups()]
         return strays + [f"mount {point}" for point in mounts_below(self.data_dir)]
 
-    def cgroups(self) -> list[Path]:
-        """Return the cgroups of VMs of this house, there or half removed."""
+    def _stray_cgroups(self) -> list[Path]:
+        known = {instance for (instance,) in self.rows("SELECT instance FROM vms")}
         place = own_name(self.layout.run("x").parent)
-        return [path for path in Path("/sys/fs/cgroup").glob(f"**/{place}/*") if path.is_dir()]
+        found = Path("/sys/fs/cgroup").glob(f"**/{place}/*")
+        return [path for path in found if path.is_dir() and path.name not in known]
 
     @staticmethod
     def eventually(holds: Callable[[], object]) -> None:

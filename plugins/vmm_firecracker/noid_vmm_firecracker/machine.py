@@ -301,7 +301,10 @@ class FirecrackerMachine:
     async def aclose(self) -> None:
         """See `Machine.aclose`."""
         self._close_channel()
-        self._memory.close(is_over=self._process.has_ended())
+        is_over = self._process.has_ended()
+        self._memory.close(is_over=is_over)
+        if is_over and not self._process.is_let_go:  # ended by somebody who did not ask `kill`
+            await self._enclosure.release()
         self._process.close()
         await self._api.aclose()
 

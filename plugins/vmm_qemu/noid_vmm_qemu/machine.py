@@ -286,6 +286,8 @@ class QemuMachine:
         """See `Machine.aclose`."""
         if self._channel is not None:
             await trio.aclose_forcefully(self._channel)
+        if self._process.has_ended() and not self._process.is_let_go:  # ended by somebody who did not ask `kill`
+            await self._enclosure.release()
         self._process.close()
         await self._qmp.aclose()
 

@@ -19,6 +19,7 @@ from noid.errors import BackendError, DependencyDown
 
 LINE_BYTES_MAX = 1 << 20
 _READ_BYTES = 65536
+_NEGOTIATED = "negotiation is already complete"
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,12 @@ class Qmp:
         await self._read_until(lambda: self._greeting is not None)
         assert self._greeting is not None  # noqa: S101  what the line above waited for
         version = self._greeting["version"]["qemu"]
-        await self.execute("qmp_capabilities")
+        try:
+            await self.execute("qmp_capabilities")
+        except QmpError as error:
+            # A QEMU that stood still may carry out what an earlier connection had asked for on this one, first.
+            if _NEGOTIATED not in error.description:
+                raise
         return f"{version['major']}.{version['minor']}.{version['micro']}"
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:  # JSON of any shape
