@@ -20,7 +20,8 @@ import trio
 from noid.core.backends import FreezePlan, Machine, StorageFeatures
 from noid.core.model.storage import DiskUsage, FrozenDisk, Volume
 from noid.errors import BackendError, Damaged, Incompatible
-from noid.hostfs import clone_file, extent_bytes, next_data, os_errors, reflink, sparse_copy, write_out
+from noid.hostextents import extent_bytes
+from noid.hostfs import clone_file, next_data, os_errors, reflink, sparse_copy, write_out
 
 DISK_NAME = "disk.raw"
 AHEAD_NAME = "disk.ahead"

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from quart import Response, request, websocket
 from quart.typing import ResponseTypes
 
-from noid import __version__, hostfs
+from noid import __version__, hostextents
 from noid.core.agent import Agent
 from noid.core.backends import Event
 from noid.core.layout import Layout
@@ -170,7 +170,7 @@ def _stored_bytes(layout: Layout) -> dict[str, int]:
     before: list[Path] = []
     for kind, root in roots.items():
         own = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
-        stored[kind] = hostfs.occupied_bytes(own, before)
+        stored[kind] = hostextents.occupied_bytes(own, before)
         before += own
     return stored
 

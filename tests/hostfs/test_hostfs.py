@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from noid.errors import BackendError, NoidError, NoSpace
+from noid.hostextents import extent_bytes
 from noid.hostfs import (
     clone_file,
-    extent_bytes,
     filesystem_name,
     free_bytes,
     fsync_tree,

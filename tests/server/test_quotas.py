@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from noid import hostfs
+from noid import hostextents, hostfs
 from noid.core.config.settings import LimitsConfig, QuotaConfig
 
 Server = Any  # see conftest.py
@@ -167,9 +167,9 @@ def test_what_files_share_counts_once_and_what_others_have_too_not_at_all(tmp_pa
     with (mine / "sparse").open("wb") as sparse:
         sparse.truncate(64 * MIB)
     own = [mine / "a", mine / "sparse", links / "again", links / "theirs", mine / "gone"]
-    assert hostfs.occupied_bytes(own, [everybody / "b"]) == MIB
-    assert hostfs.occupied_bytes(own) == 2 * MIB
-    assert hostfs.occupied_bytes([]) == 0
+    assert hostextents.occupied_bytes(own, [everybody / "b"]) == MIB
+    assert hostextents.occupied_bytes(own) == 2 * MIB
+    assert hostextents.occupied_bytes([]) == 0
 
 
 def test_blocks_that_files_share_count_once(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_blocks_that_files_share_count_once(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * MIB)
     hostfs.fsync_tree(tmp_path)
     hostfs.reflink(tmp_path / "a", tmp_path / "b")
-    assert hostfs.occupied_bytes([tmp_path / "a", tmp_path / "b"]) == MIB
+    assert hostextents.occupied_bytes([tmp_path / "a", tmp_path / "b"]) == MIB
 
 
 async def test_what_a_user_occupies_is_measured_once_for_all_who_ask_at_the_same_time(

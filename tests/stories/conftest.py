@@ -59,7 +59,7 @@ class StoryVmm:
             return text
         settings = tomlkit.parse(text)
         backends = settings.setdefault("backends", tomlkit.table())
-        backends.update({"vmm": "firecracker", "storage": "copy", "network": "none"})
+        backends.update({"vmm": "firecracker", "storage": "auto", "network": "none"})
         plugins = settings.setdefault("plugins", tomlkit.table())
         plugins["vmm_firecracker"] = {"binary": os.environ["NOID_FIRECRACKER"]}
         return tomlkit.dumps(settings)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from noid import hostfs
+from noid import hostextents, hostfs
 from noid.core.config.settings import LimitsConfig, QuotaConfig
 from noid.core.database.store import Store, Tx
 from noid.core.layout import Layout
@@ -194,8 +194,8 @@ class _Measurement:
 
 
 def _occupied(own: list[Path], everybody: list[Path]) -> int:
-    """Return what *own* occupies together, without what it shares with *everybody*: see `hostfs.occupied_bytes`."""
-    return hostfs.occupied_bytes(_files(own), _files(everybody))
+    """Return what *own* occupies together, without what it shares with *everybody*: see `occupied_bytes`."""
+    return hostextents.occupied_bytes(_files(own), _files(everybody))
 
 
 def _files(directories: list[Path]) -> Iterator[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from noid.core.backends import AgentContext, BackendSpec, StorageBackend
 from noid.core.model.storage import LAYERS
 from noid.errors import ConfigError, DependencyDown
 from noid.hookspecs import hookimpl
-from noid.hostfs import os_errors, reflink_works
+from noid.hostfs import hard_links_work, os_errors, reflink_works
 from noid_storage_layers.backend import NAME, LayersStorage
 from noid_storage_layers.emptydisk import MKE2FS, mke2fs_path
 
@@ -41,28 +40,13 @@ async def open_storage(config: LayersConfig, context: AgentContext) -> AsyncIter
             "server.toml [backends]."
         )
     with os_errors(f"looking at the filesystem of {context.data_dir}"):
-        if not await trio.to_thread.run_sync(_hard_links_work, context.data_dir):
+        if not await trio.to_thread.run_sync(hard_links_work, context.data_dir):
             raise ConfigError(
                 f'storage = "{NAME}" needs hard links, which the filesystem of {context.data_dir} does not have. Set '
                 'storage = "auto" in server.toml [backends], or move data_dir.'
             )
         shares_blocks = await trio.to_thread.run_sync(reflink_works, context.data_dir)
     yield LayersStorage(shares_blocks=shares_blocks)
-
-
-def _hard_links_work(directory: Path) -> bool:
-    """Return whether a file in *directory* (or its nearest ancestor that exists) can have two names, by doing it."""
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    with tempfile.TemporaryDirectory(prefix=".noid-probe-", dir=directory) as place:
-        one = Path(place) / "one"
-        one.touch()
-        try:
-            (Path(place) / "two").hardlink_to(one)
-        except OSError as error:
-            logger.info("storage %s: no hard links in %s: %s", NAME, directory, error)
-            return False
-        return True
 
 
 @hookimpl
@@ -80,7 +64,7 @@ def probe_storage(data_dir: Path, vmm_disk_formats: frozenset[str]) -> str | Non
     if LAYERS not in vmm_disk_formats or "qcow2" in vmm_disk_formats or mke2fs_path() is None:
         return None
     try:
-        return NAME if _hard_links_work(data_dir) else None
+        return NAME if hard_links_work(data_dir) else None
     except OSError as error:
         logger.warning("storage %s: cannot try the filesystem of %s: %s", NAME, data_dir, error)
         return None

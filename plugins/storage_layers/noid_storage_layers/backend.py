@@ -24,7 +24,8 @@ import trio
 from noid.core.backends import FreezePlan, Machine, StorageFeatures
 from noid.core.model.storage import LAYERS, DiskUsage, FrozenDisk, Volume
 from noid.errors import Damaged, Incompatible
-from noid.hostfs import clone_file, extent_bytes, os_errors, write_out
+from noid.hostextents import extent_bytes
+from noid.hostfs import clone_file, os_errors, write_out
 from noid.rawdisk import AHEAD_NAME, copy_ahead, finish_copy, link_or_copy
 from noid_storage_layers.emptydisk import make_empty_disk
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import trio
 from noid.core.backends import AgentContext, BackendSpec, StorageBackend
 from noid.errors import ConfigError, DependencyDown
 from noid.hookspecs import hookimpl
-from noid.hostfs import os_errors
+from noid.hostfs import hard_links_work, os_errors
 from noid_storage_overlay.backend import NAME, QEMU_IMG, OverlayStorage
 
 logger = logging.getLogger(__name__)
@@ -46,21 +45,6 @@ async def open_storage(config: OverlayConfig, context: AgentContext) -> AsyncIte
                 'storage = "auto" in server.toml [backends], or move data_dir.'
             )
     yield OverlayStorage()
-
-
-def hard_links_work(directory: Path) -> bool:
-    """Return whether a file in *directory* (or its nearest ancestor that exists) can have two names, by doing it."""
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    with tempfile.TemporaryDirectory(prefix=".noid-probe-", dir=directory) as place:
-        one = Path(place) / "one"
-        one.touch()
-        try:
-            (Path(place) / "two").hardlink_to(one)
-        except OSError as error:
-            logger.info("storage %s: no hard links in %s: %s", NAME, directory, error)
-            return False
-        return True
 
 
 @hookimpl

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import trio
 
 from noid.errors import DependencyDown
 from noid.hostfs import os_errors
+from noid.vmmhost.asking import answer_of
 from noid.vmmhost.process import boot_id
 from noid_vmm_firecracker.kvm_trial import WORD, write_files
 from noid_vmm_firecracker.versions import VERSION_MIN, WHY_MIN, Version, parsed, shown
@@ -67,7 +67,7 @@ async def version_of(path: str) -> Version:
     Raises:
         DependencyDown: it does not answer, is something else, or is older than `VERSION_MIN`.
     """
-    result = await _run([path, "--version"], _ANSWER_SECS)
+    result = await answer_of([path, "--version"], _ANSWER_SECS)
     if result is None:
         raise DependencyDown(f"{path} --version did not answer within {_ANSWER_SECS:.0f} s. Install it again.")
     status, output = result
@@ -89,30 +89,13 @@ async def _kvm_refusal(path: str) -> str:
     with os_errors("preparing a trial of KVM"), tempfile.TemporaryDirectory(prefix="noid-kvm-") as directory:
         config = await trio.to_thread.run_sync(write_files, Path(directory))
         argv = [path, "--no-api", "--config-file", str(config), "--log-path", f"{directory}/log", "--level", "Error"]
-        result = await _run(argv, _KVM_SECS)
+        result = await answer_of(argv, _KVM_SECS)
     if result is None:
         return f"a trial guest did not come to its end within {_KVM_SECS:.0f} s"
     status, output = result
     if WORD not in output.encode():
         return f"a trial guest failed (status {status}): {output.strip()[-500:] or 'it said nothing'}"
     return ""
-
-
-async def _run(argv: list[str], deadline_secs: float) -> tuple[int, str] | None:
-    """Run a short program; None when it had to be killed."""
-    with trio.move_on_after(deadline_secs):
-        try:
-            done = await trio.run_process(
-                argv, stdin=b"", capture_stdout=True, stderr=subprocess.STDOUT, check=False, deliver_cancel=_kill
-            )
-        except OSError as error:
-            return 127, str(error)
-        return done.returncode, done.stdout.decode(errors="replace")
-    return None
-
-
-async def _kill(process: trio.Process) -> None:
-    process.kill()
 
 
 def _key(path: str, version: Version) -> str:

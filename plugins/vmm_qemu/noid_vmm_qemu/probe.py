@@ -9,7 +9,6 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import trio
 
 from noid.errors import DependencyDown
 from noid.hostfs import os_errors
+from noid.vmmhost.asking import answer_of
 from noid.vmmhost.process import boot_id
 from noid_vmm_qemu.command_line import SANDBOX, cpu_model
 from noid_vmm_qemu.kvm_trial import EXIT_STATUS, rom
@@ -108,7 +108,7 @@ def version_text(version: tuple[int, int, int]) -> str:
 
 
 async def _version(path: str) -> tuple[int, int, int]:
-    result = await _run([path, "--version"], _ANSWER_SECS)
+    result = await answer_of([path, "--version"], _ANSWER_SECS)
     if result is None:
         raise DependencyDown(f"{path} --version did not answer within {_ANSWER_SECS:.0f} s. Reinstall QEMU.")
     status, output = result
@@ -128,7 +128,7 @@ async def _sandbox_works(path: str) -> bool:
     argv = [path, "-nodefaults", "-no-user-config", "-display", "none", "-M", "none", "-accel", "tcg"]
     argv += ["-sandbox", SANDBOX, "-S", "-qmp", "stdio"]
     quits = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
-    result = await _run(argv, _ANSWER_SECS, quits)
+    result = await answer_of(argv, _ANSWER_SECS, quits)
     if result is None or result[0] != 0:
         log.warning("QEMU runs without its sandbox here: %s", "no answer" if result is None else result[1].strip())
         return False
@@ -148,7 +148,7 @@ async def _kvm_refusal(path: str) -> str:
         if (prlimit := shutil.which("prlimit")) is not None:
             # Judged by a processor's time: of the clock's, a busy host may give a trial as little as it likes.
             argv = [prlimit, f"--cpu={_KVM_CPU_SECS}:{_KVM_CPU_SECS + 1}", *argv]
-        result = await _run(argv, _KVM_SECS)
+        result = await answer_of(argv, _KVM_SECS)
     if result is None:
         return _UNDECIDED
     status, output = result
@@ -157,28 +157,6 @@ async def _kvm_refusal(path: str) -> str:
     if status != EXIT_STATUS:
         return f"a trial guest failed on it (status {status}): {output.strip()[-300:]}"
     return ""
-
-
-async def _run(argv: list[str], deadline_secs: float, stdin: bytes = b"") -> tuple[int, str] | None:
-    """Run a short program; None when it had to be killed. Blocking work on /dev/kvm can make that take a moment."""
-    with trio.move_on_after(deadline_secs):
-        try:
-            done = await trio.run_process(
-                argv,
-                stdin=stdin,
-                capture_stdout=True,
-                stderr=subprocess.STDOUT,
-                check=False,
-                deliver_cancel=_kill,
-            )
-        except OSError as error:
-            return 127, str(error)
-        return done.returncode, done.stdout.decode(errors="replace")
-    return None
-
-
-async def _kill(process: trio.Process) -> None:
-    process.kill()
 
 
 def _key(path: str, version: tuple[int, int, int], *, try_kvm: bool) -> str:
