@@ -23,6 +23,9 @@ _NOT_TLS = (
     "PACKET_LENGTH_TOO_LONG",
     "RECORD_LAYER_FAILURE",
 )
+# By name: plain sockets do without importing ssl.
+_TLS_WAITS = ("SSLWantReadError", "SSLWantWriteError")
+_TLS_HAS_ENDED = ("SSLEOFError", "SSLZeroReturnError")
 RECEIVE_BYTES = 1 << 17  # more than a TLS record holds: nothing that cannot be waited for stays inside the TLS layer
 
 
@@ -50,6 +53,7 @@ class Connection:
         """Send the beginning of *data*, and return how much that was.
 
         Raises:
+            BrokenPipeError: the other side has hung up; what it said before that can still be received.
             OSError: it is broken.
         """
         try:
@@ -57,6 +61,8 @@ class Connection:
         except OSError as error:
             if would_block(error):
                 return 0
+            if type(error).__name__ in _TLS_HAS_ENDED:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
             raise
 
     async def receive(self, secs: float | None = None) -> bytes:
@@ -94,7 +100,7 @@ def would_block(error: OSError) -> bool:
     """Return whether *error* only says that there is nothing to do now."""
     if isinstance(error, (BlockingIOError, InterruptedError)):
         return True
-    return type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")  # without importing ssl for plain sockets
+    return type(error).__name__ in _TLS_WAITS
 
 
 async def connect(endpoint: Endpoint, waiting: Waiting) -> Connection:

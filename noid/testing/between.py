@@ -20,6 +20,7 @@ class Between:
         answer: What is to be done with a request in place of asking the server: None, or what is answered; nothing at
             all closes the connection.
         loses: How many answers of the server are thrown away, when they have begun, with their connections.
+        hung_up: How many connections it has closed after an answer of its own.
         ended: How many connections their clients have closed while they were open.
     """
 
@@ -27,6 +28,7 @@ class Between:
         self.requests: list[str] = []
         self.answer: Callable[[str], bytes | None] = lambda _: None
         self.loses = 0
+        self.hung_up = 0
         self.ended = 0
         self._changed = threading.Condition()
         self._target, self._tls = target, tls
@@ -78,6 +80,10 @@ class Between:
                 own = self.answer(request)
                 if own is not None:
                     client.sendall(own)
+                    client.close()
+                    with self._changed:
+                        self.hung_up += 1
+                        self._changed.notify_all()
                     return
                 server.settimeout(PATIENCE_SECS)
                 server.connect(str(self._target))

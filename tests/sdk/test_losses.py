@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ import trio
 import trustme
 
 import noid
+from noid.client import http
+from noid.client.settings import Endpoint
+from noid.client.waiting import Blocking, finished
 from noid.testing.between import Between, between
 
 HTML = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 22\r\n\r\n<html>Log in</html>\r\n\r\n"
@@ -135,6 +139,35 @@ async def test_it_speaks_tls_in_both_directions(
         assert (await vm.run(["cat"], input=data)).stdout == data
         with pytest.raises(noid.ServerError, match="cannot copy files"):  # said before all of it was sent
             await vm.write_file("/root/data", data)
+
+
+@pytest.mark.parametrize("secret", [False, True], ids=["plain", "TLS"])
+async def test_an_answer_that_came_before_the_server_hung_up_is_told_although_sending_failed(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: bool
+) -> None:
+    context = None
+    if secret:
+        authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("localhost").configure_cert(context)
+        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with between(server.socket, context) as proxy:
+        proxy.answer = lambda _: b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n"
+
+        def content() -> Iterator[bytes]:
+            proxy.wait_until(lambda: proxy.hung_up == 1)
+            while True:
+                yield bytes(100_000)
+
+        def put() -> int:
+            endpoint = Endpoint(url=proxy.url, token="any")
+            sending = http.exchange(endpoint, Blocking(), "PUT", "/", {"Transfer-Encoding": "chunked"}, content())
+            with contextlib.closing(finished(sending)) as answer:
+                return answer.status
+
+        with trio.fail_after(20):
+            assert await trio.to_thread.run_sync(put) == 413
 
 
 # --- cancellation: trio's alone -------------------------------------------------------------------------------------
