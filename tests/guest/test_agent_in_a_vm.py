@@ -103,6 +103,16 @@ async def test_a_machine_boots_into_the_agent_takes_an_identity_and_powers_off(r
         assert (await running.machine.wait()).reason == "shutdown"
 
 
+async def test_where_processes_cannot_begin_in_a_cgroup_they_run_beside_the_agent(rig: VmmRig) -> None:
+    running = await rig.launch(await rig.launch_plan())
+    with trio.fail_after(BOOT_SECS):
+        async with rig.guest(running) as guest:
+            for hide in ("mount -t tmpfs none /sys/fs/cgroup", "mkdir /sys/fs/cgroup/noid"):  # no cgroup2, no cgroup
+                assert (await run(guest, "sh", "-c", hide)).status == 0
+                seen = await run(guest, "sh", "-c", "cat /proc/self/cgroup; cat /proc/self/oom_score_adj")
+                assert seen.stdout == b"0::/\n0\n"
+
+
 async def test_a_root_that_cannot_be_mounted_is_said_to_the_host_and_on_the_console(rig: VmmRig) -> None:
     plan = await rig.launch_plan()
     running = await rig.launch(replace(plan, cmdline=plan.cmdline + " rootfstype=no-such-fs"))

@@ -158,9 +158,7 @@ static void reap_abandoned(void) {
         if (abandoned[i] > 0 && waitpid(abandoned[i], NULL, WNOHANG) != 0) abandoned[i] = 0;
 }
 
-static _Noreturn void run_child(const struct hook *hook, const char *path, int output) {
-    char cgroup[80];
-    cgroup_path(cgroup, sizeof cgroup, current, "");
+static _Noreturn void run_child(const struct hook *hook, const char *path, const char *cgroup, int output) {
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
     dup2(null, STDIN_FILENO);
     dup2(output, STDOUT_FILENO);
@@ -205,7 +203,7 @@ static bool is_program(const char *path) {
 
 // True if it runs now.
 static bool begin(struct hook *hook) {
-    char path[128];
+    char path[128], cgroup[80];
     int pair[2];
     snprintf(path, sizeof path, "%s/%s", hooks_directory, hook->name);
     if (hook->name[0] && !is_program(path)) {
@@ -217,10 +215,12 @@ static bool begin(struct hook *hook) {
         return false;
     }
     make_cgroup(current);
+    cgroup_path(cgroup, sizeof cgroup, current, "");
     pid = -1;
     if (pipe2(pair, O_CLOEXEC) == 0) {
         output_fd = pair[0];
-        if (fcntl(output_fd, F_SETFL, O_NONBLOCK) == 0 && (pid = fork()) == 0) run_child(hook, path, pair[1]);
+        if (fcntl(output_fd, F_SETFL, O_NONBLOCK) == 0 && (pid = start_fork(true, cgroup)) == 0)
+            run_child(hook, path, cgroup, pair[1]);
         int error = errno;
         close(pair[1]);
         errno = error;

@@ -152,7 +152,8 @@ static void start(uint32_t id, const uint8_t *body, size_t length) {
     }
     pid_t pid = -1;
     int pidfd = -1;
-    if (open_ends(&ends, &request, &user) && (pid = fork()) == 0) run_child(&ends, &request, &user);
+    if (open_ends(&ends, &request, &user) && (pid = start_fork(owns_machine, start_cgroup)) == 0)
+        run_child(&ends, &request, &user);
     if (pid > 0) pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     if (pid < 0 || pidfd < 0) {
         snprintf(text, sizeof text, pid < 0 ? "cannot start a process: %s" : "pidfd_open: %s (needs Linux 5.3)",

@@ -39,8 +39,15 @@ enum { FAILED_INVALID = 1, FAILED_RESOURCES = 2, FAILED_NO_ROOT = 3, FAILED_NO_P
 // The limit of open files children get; the agent's own is higher.
 extern struct rlimit start_file_limit;
 
-// In any child, after fork: leaves the agent's session, signals, limits, precedence and, in a guest, its cgroup for
-// `cgroup`, a directory below /sys/fs/cgroup.
+// The cgroup of the processes that were asked for; hooks have one each.
+extern const char start_cgroup[];
+
+// As fork(), for a child that calls `start_apart` with the same arguments. The agent has one thread: nothing of the C
+// library has to be told.
+pid_t start_fork(bool owns_machine, const char *cgroup);
+
+// In any such child: leaves the agent's session, signals, limits, precedence and, in a guest, its cgroup for `cgroup`,
+// a directory below /sys/fs/cgroup.
 void start_apart(bool owns_machine, const char *cgroup);
 
 // In the child, after fork: becomes the program. A program that is missing or may not run ends the child as a shell
