@@ -20,6 +20,7 @@ import trio.testing
 from noid.errors import BackendError, NoSpace
 from noid.testing.vmm_rig import Running, Taken, VmmRig, identity, run, ticks_within
 
+AGE_SECS = 2.0
 YEAR_SECS = 365 * 86400
 
 
@@ -87,6 +88,18 @@ class CheckpointSpecification:
         assert before <= number <= after + ticks_within(time.monotonic() - began)
         assert await rig.read(clone, "/dev/shm/memory", "/root/disk") == "thenthen"
         await rig.count_beyond(clone, "/dev/shm/n", number)
+
+    async def test_a_clones_timers_go_on_where_its_checkpoint_left_them(self, rig: VmmRig) -> None:
+        source = await rig.fresh()
+        taken = await rig.checkpoint(source)
+        after = float((await rig.read(source, "/proc/uptime")).split()[0])
+        await trio.sleep(AGE_SECS)  # what is measured, not waited for: a clone must miss this time
+
+        began = time.monotonic()
+        clone = await rig.clone(taken)
+        uptime = float((await rig.read(clone, "/proc/uptime")).split()[0])
+
+        assert uptime < after + time.monotonic() - began + AGE_SECS / 2
 
     async def test_clones_and_their_source_do_not_see_each_other(self, rig: VmmRig) -> None:
         source = await rig.fresh()

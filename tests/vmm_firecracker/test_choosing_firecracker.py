@@ -20,9 +20,9 @@ def context(data_dir: Path) -> AgentContext:
     return AgentContext(data_dir=data_dir, run_dir=run_dir, database=data_dir / "noid.db")
 
 
-async def refusal(program: Path, context: AgentContext) -> str:
+async def refusal(program: Path, context: AgentContext, **settings: bool) -> str:
     with pytest.raises(DependencyDown) as caught:
-        async with open_backend(FirecrackerConfig(binary=str(program)), context):
+        async with open_backend(FirecrackerConfig(binary=str(program), **settings), context):
             pass
     return str(caught.value)
 
@@ -49,6 +49,14 @@ async def test_an_old_one_is_refused_with_the_reason(data_dir: Path, context: Ag
     assert "1.14.2" in said
     assert "at least 1.15.0" in said
     assert "corrupt" in said
+
+
+async def test_a_setting_it_is_too_old_for_is_refused(data_dir: Path, context: AgentContext) -> None:
+    old = SimulatedFirecracker(data_dir / "old", version="1.15.1")
+
+    said = await refusal(old.program, context, clock_realtime=True)
+
+    assert "1.15.1 has no clock_realtime, which came with 1.16.0" in said
 
 
 async def test_a_kvm_on_which_guests_do_nothing_is_found_out(

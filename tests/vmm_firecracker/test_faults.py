@@ -11,6 +11,8 @@ import noid_vmm_firecracker.memory
 import pytest
 import trio
 import trio.testing
+from noid_vmm_firecracker.backend import FirecrackerBackend
+from noid_vmm_firecracker.probe import Found
 
 from noid.errors import BackendError, DependencyDown, NoidError, NoSpace
 from noid.testing.firecracker import SimulatedFirecracker
@@ -241,6 +243,8 @@ async def test_the_next_agent_knows_what_it_may_build_on(
 async def test_a_snapshot_without_the_time_is_continued_without_and_no_other_is_asked_for_it(
     rig: VmmRig, firecracker: SimulatedFirecracker
 ) -> None:
+    found = Found(path=str(firecracker.program), version=(1, 17, 0), kvm_refusal="")
+    rig.vmm = FirecrackerBackend(found, clock_realtime=True)
     taken = await rig.checkpoint(await rig.launch())
     firecracker.arm("PUT /snapshot/load", "refuse", text="clock_realtime requested but not present in the snapshot")
     before = len(firecracker.calls())

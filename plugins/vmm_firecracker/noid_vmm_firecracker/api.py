@@ -183,13 +183,13 @@ class FirecrackerApi:
         """
         if self._closed:
             raise trio.ClosedResourceError("noid has let go of this VM")
-        socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-        try:
-            with socket_itself(self._path) as name:
+        with socket_itself(self._path) as name:  # first: who waits for it asks often, and making a socket takes longer
+            socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+            try:
                 await socket.connect(name)
-        except BaseException:
-            socket.close()
-            raise
+            except BaseException:
+                socket.close()
+                raise
         self._stream, self._http = trio.SocketStream(socket), h11.Connection(h11.CLIENT)
 
     async def aclose(self) -> None:

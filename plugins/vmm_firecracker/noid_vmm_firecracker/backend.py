@@ -36,7 +36,7 @@ from noid_vmm_firecracker.api import SNAPSHOT_SECS, FirecrackerApi, Refused
 from noid_vmm_firecracker.machine import API_SOCKET, LOG_NAME, VSOCK_SOCKET, FirecrackerMachine, Places
 from noid_vmm_firecracker.memory import MEMORY_NAME, Lineage
 from noid_vmm_firecracker.probe import Found, probe
-from noid_vmm_firecracker.versions import abilities, shown
+from noid_vmm_firecracker.versions import CLOCK_REALTIME_SINCE, abilities, shown
 
 DEVICE_SET = "1"
 """Of what a guest sees: whoever changes that raises it, and checkpoints of before are refused."""
@@ -71,10 +71,13 @@ class FirecrackerConfig:
         binary: Firecracker's program, by name or path.
         track_dirty_pages: Let KVM note which pages a guest writes. Checkpoints then hold what changed since the last
             one; without, every page that was ever touched, and the guest writes a little faster.
+        clock_realtime: Let a guest's clocks, the monotonic one too, jump by the age of its checkpoint when it wakes:
+            for roots without our agent, which sets the time of day alone. Every timer that ran is over then.
     """
 
     binary: str = "firecracker"
     track_dirty_pages: bool = True
+    clock_realtime: bool = False
 
 
 @contextlib.asynccontextmanager
@@ -90,8 +93,15 @@ async def open_backend(config: FirecrackerConfig, context: AgentContext) -> Asyn
             f"Firecracker cannot run a guest here, because KVM does not work: {found.kvm_refusal}. "
             'QEMU can, without KVM: [backends] vmm = "qemu".'
         )
+    if config.clock_realtime and not abilities(found.version).clock_realtime:
+        raise DependencyDown(
+            f"Firecracker {shown(found.version)} has no clock_realtime, which came with {shown(CLOCK_REALTIME_SINCE)}. "
+            "Install a newer one, or leave that out of [plugins.vmm_firecracker] in server.toml."
+        )
     async with opened(context.sandbox, context.data_dir, context.run_dir) as sandbox:
-        yield FirecrackerBackend(found, sandbox, track_dirty_pages=config.track_dirty_pages)
+        yield FirecrackerBackend(
+            found, sandbox, track_dirty_pages=config.track_dirty_pages, clock_realtime=config.clock_realtime
+        )
 
 
 class FirecrackerBackend:
@@ -99,7 +109,14 @@ class FirecrackerBackend:
 
     name = "firecracker"
 
-    def __init__(self, found: Found, sandbox: Sandbox | None = None, *, track_dirty_pages: bool = True) -> None:
+    def __init__(
+        self,
+        found: Found,
+        sandbox: Sandbox | None = None,
+        *,
+        track_dirty_pages: bool = True,
+        clock_realtime: bool = False,
+    ) -> None:
         self.features = VmmFeatures(
             accelerator="kvm",
             disk_formats=frozenset({"raw", LAYERS}),
@@ -111,7 +128,7 @@ class FirecrackerBackend:
         self._found = found
         self._sandbox = sandbox or Sandbox(SandboxSettings())
         # Only a snapshot of a host that keeps its time by the TSC holds the time; the first one that does not, tells.
-        self._sets_clock = abilities(found.version).clock_realtime
+        self._sets_clock = clock_realtime
         self._track = track_dirty_pages
         self._fingerprint = {
             "vmm": "firecracker",

@@ -202,11 +202,7 @@ class FirecrackerMachine:
             with socket_itself(path) as name:
                 await socket.connect(name)
             await stream.send_all(f"CONNECT {AGENT_PORT}\n".encode())
-            while not answer.endswith(b"\n"):  # byte by byte: what follows the line is the agent's
-                byte = await stream.receive_some(1)
-                if not byte or len(answer) >= _ANSWER_BYTES_MAX:
-                    break
-                answer += byte
+            answer = await _line(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError):  # closed by a capture, which cuts it off
             answer = b""
         except OSError as error:
@@ -314,6 +310,20 @@ class FirecrackerMachine:
             if stream is not None:
                 stream.socket.close()
         self._channel = None
+
+
+async def _line(stream: trio.SocketStream) -> bytes:
+    """Return the first line that comes, and nothing behind it, which is the agent's. At the end, what there was."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < _ANSWER_BYTES_MAX:
+        try:
+            seen = await stream.socket.recv(_ANSWER_BYTES_MAX, trio.socket.MSG_PEEK)
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+        if not seen:
+            break
+        line += await stream.receive_some(seen.find(b"\n") + 1 or len(seen))
+    return line
 
 
 class _Looks:

@@ -13,7 +13,7 @@ WHY_MIN = (
 )
 NEWEST_KNOWN: Version = (1, 16, 1)
 """The newest release this plugin was read against. Newer ones are used, too."""
-_CLOCK_REALTIME_SINCE: Version = (1, 16, 0)
+CLOCK_REALTIME_SINCE: Version = (1, 16, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class Abilities:
     """What one version can do beyond `VERSION_MIN`.
 
     Attributes:
-        clock_realtime: A load can set the guest's clock to the host's.
+        clock_realtime: A load can set the guest's clocks on by the age of the snapshot.
     """
 
     clock_realtime: bool
@@ -29,7 +29,7 @@ class Abilities:
 
 def abilities(version: Version) -> Abilities:
     """Return what *version* can do."""
-    return Abilities(clock_realtime=version >= _CLOCK_REALTIME_SINCE)
+    return Abilities(clock_realtime=version >= CLOCK_REALTIME_SINCE)
 
 
 def parsed(text: str) -> Version | None:
