@@ -76,7 +76,7 @@ async def recover(services: Services, templates: Templates) -> list[Vm]:
                 nursery.start_soon(_adopt, services, vm, at_once)
     rebooting = []
     for operation in services.store.open_operations():
-        undoing = any(event != "doing" for _, event in operation["events"])
+        undoing = any(event != "planned" for _, event in operation["events"])
         if operation["kind"] == power.REBOOT_VM.kind and not undoing:
             rebooting.append((operation["owner"], operation["vm_name"]))
         try:
@@ -187,7 +187,7 @@ async def _unwind(services: Services, templates: Templates, operation: dict[str,
         work.machine = live.machine if live and kind == checkpointing.CHECKPOINT_VM.kind else None
     except NotFound:
         pass  # a create that died before its row
-    page = Journal(services.store, operation["id"])
+    page = Journal(services.store, operation["id"], facts)
     if table.forward and work.vm is not None and work.vm.id == facts["vm_id"]:
         logger.info("carrying on %s of %s", kind, operation["vm_name"])
         performance = Performance(
@@ -209,8 +209,8 @@ async def _unwind(services: Services, templates: Templates, operation: dict[str,
             page=page,
         )
         return
-    began = {step for step, event in operation["events"] if event == "doing"}
-    steps = [step for step in table.steps if step.name in began]
+    planned = {step for step, event in operation["events"] if event == "planned"}
+    steps = [step for step in table.steps if step.name in planned]
     logger.info("unwinding %s of %s", kind, operation["vm_name"])
     await saga.unwind(table, work, facts, page, steps, None)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -77,22 +79,43 @@ class Tale:
         return [user.name for user in self.store.users()] == ["committed"]
 
 
-async def test_the_journal_says_doing_before_each_step_and_finished_with_the_commit(store: Store) -> None:
+async def test_the_journal_has_all_steps_when_it_opens_and_finished_with_the_commit(store: Store) -> None:
     tale = Tale(store)
     timings = await tale.run()
-    assert tale.page() == ("finished", ["doing a", "doing b", "doing c"])
+    assert tale.page() == ("finished", ["planned a", "planned b", "planned c"])
     assert tale.committed
     assert list(timings) == ["a", "b", "c"]
 
 
-async def test_a_step_reads_in_the_journal_before_it_happens(store: Store) -> None:
-    tale = Tale(store, b="hang")
+async def test_the_journal_has_every_step_before_the_first_begins(store: Store) -> None:
+    tale = Tale(store, a="hang")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tale.run)
-        while tale.events != ["do a", "do b"]:
+        while tale.events != ["do a"]:
             await trio.testing.wait_all_tasks_blocked(0.005)
-        assert store.open_operations()[0]["events"] == [("a", "doing"), ("b", "doing")]
+        assert store.open_operations()[0]["events"] == [("a", "planned"), ("b", "planned"), ("c", "planned")]
         nursery.cancel_scope.cancel()
+
+
+async def test_a_saga_whose_steps_have_nothing_to_tell_is_two_transactions(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tale = Tale(store)
+
+    async def silent(_: Tale, __: Facts) -> None:
+        await trio.lowlevel.checkpoint()
+
+    tale.saga = dataclasses.replace(tale.saga, steps=tuple(Step(name, silent) for name in "abc"))
+    writes = []
+    write = Store.write
+
+    async def counted(self: Store, *args: Any, **kwargs: Any) -> Any:
+        writes.append(args)
+        return await write(self, *args, **kwargs)
+
+    monkeypatch.setattr(Store, "write", counted)
+    await tale.run()
+    assert len(writes) == 2
 
 
 async def test_what_began_is_undone_last_first_and_the_error_is_raised(store: Store) -> None:
@@ -102,7 +125,7 @@ async def test_what_began_is_undone_last_first_and_the_error_is_raised(store: St
     assert tale.events == ["do a", "do b", "do c", "undo c", "undo a"]
     outcome, journal = tale.page()
     assert outcome == "unwound"
-    assert journal[3:] == ["undoing c", "undone c", "undoing a", "undone a"]
+    assert journal[3:] == ["failed c", "undoing c", "undone c", "undoing a", "undone a"]
     assert not tale.committed
 
 
@@ -144,7 +167,9 @@ async def test_a_saga_that_only_goes_forward_is_left_to_the_next_start_when_the_
     assert tale.events == ["do a", "do b"]
     (page,) = store.open_operations()
     tale.breaks.clear()
-    await saga.run(tale.saga, tale, store, owner="me", vm_name="web", facts={}, page=saga.Journal(store, page["id"]))
+    await saga.run(
+        tale.saga, tale, store, owner="me", vm_name="web", facts={}, page=saga.Journal(store, page["id"], {})
+    )
     assert tale.page()[0] == "finished"
     assert tale.committed
 
@@ -174,10 +199,10 @@ async def test_a_journal_on_a_full_disk_keeps_no_undo_from_running(
     tale = Tale(store, c=NoSpace("the disk is full"))
     note = Tx.note
 
-    def full_after_c(tx: Tx, operation: str, step: str, event: str, facts: Facts | None) -> None:
-        if event != "doing":
+    def full_after_c(tx: Tx, operation: str, step: str, event: str) -> None:
+        if event != "planned":
             raise NoSpace("the disk is full")
-        note(tx, operation, step, event, facts)
+        note(tx, operation, step, event)
 
     monkeypatch.setattr(Tx, "note", full_after_c)
     with pytest.raises(NoSpace):

@@ -173,12 +173,14 @@ class Tx:
         sql = "INSERT INTO operations (id, kind, owner, vm_name, facts, started_at) VALUES (?, ?, ?, ?, ?, ?)"
         self.execute(sql, operation, kind, owner, vm_name, json.dumps(facts), text_of(now()))
 
-    def note(self, operation: str, step: str, event: str, facts: dict[str, Any] | None) -> None:
-        """Append to an operation's page; with *facts*, make these the operation's."""
+    def note(self, operation: str, step: str, event: str) -> None:
+        """Append to an operation's page."""
         sql = "INSERT INTO journal (operation, step, event, at) VALUES (?, ?, ?, ?)"
         self.execute(sql, operation, step, event, text_of(now()))
-        if facts is not None:
-            self.execute("UPDATE operations SET facts = ? WHERE id = ?", json.dumps(facts), operation)
+
+    def set_facts(self, operation: str, facts: dict[str, Any]) -> None:
+        """Make *facts* the operation's."""
+        self.execute("UPDATE operations SET facts = ? WHERE id = ?", json.dumps(facts), operation)
 
     def fail_operation(self, operation: str, error: NoidError, timings: Mapping[str, float]) -> None:
         """Say why an operation failed, unless that is known already. Its page stays open until all is undone."""

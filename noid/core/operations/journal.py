@@ -14,7 +14,7 @@ from noid.errors import DependencyDown, NoidError, NotFound, OperationCancelled
 
 #: Not the facts, which are recovery's.
 _FIELDS = """id, kind, owner, vm_name, outcome, error, code, status, started_at, ended_at, timings, result,
-    (SELECT step FROM journal WHERE operation = operations.id AND event = 'doing' ORDER BY seq DESC LIMIT 1) AS step"""
+    (SELECT step FROM journal WHERE operation = operations.id AND event = 'failed' ORDER BY seq DESC LIMIT 1) AS step"""
 _STATES = {
     None: "TRUE",
     OperationState.RUNNING: "outcome IS NULL AND code IS NULL",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -88,6 +88,14 @@ class Performance(Progress):
             step=self.step,
             started_at=self.started_at,
             timings=dict(self.timings),
+        )
+
+    def success(self) -> Operation | None:
+        """Return the operation as it has ended just now, if it is committed: what its row says, without reading it."""
+        if self.outcome is None or not self.committed:
+            return None
+        return replace(
+            self.view(), state=OperationState.SUCCEEDED, step=None, ended_at=now(), timings=self.outcome.timings
         )
 
 
@@ -312,7 +320,7 @@ class Performer:
         if not known:
             return
         try:
-            ended = journal.find(self._store, performance.owner, performance.operation)
+            ended = performance.success() or journal.find(self._store, performance.owner, performance.operation)
         except NoidError as error:  # its owner was removed, or the database cannot be read
             logger.warning("what became of operation %s is not told: %s", performance.operation, error)
             return

@@ -2,9 +2,11 @@
 
 The rules, which every step can rely on and must keep:
 
-- The journal says ``doing`` *before* a step runs. Undo covers every step that **began**, in reverse order.
+- Undo covers every step that **began**, in reverse order. The journal has all steps as ``planned`` from the moment it
+  opens, so after a crash undo covers those too that never began.
 - **Name it before you make it**: facts needed by an undo exist before its step begins (ids, directories), so an undo
-  needs nothing only its ``do`` could return. It succeeds when ``do`` never happened, half happened, or was undone.
+  needs nothing only its ``do`` could return. It succeeds when ``do`` never happened, half happened, or was undone. What
+  a ``do`` returns is in the journal before the next step begins.
 - Facts are JSON: they are what recovery knows in the next process. Live objects belong in the context.
 - ``commit`` is one database transaction that holds the saga's last change *and* the journal's ``finished``: an
   operation has happened entirely or, after undo, not at all.
@@ -16,6 +18,7 @@ The rules, which every step can rely on and must keep:
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -94,8 +97,9 @@ class Progress:
 class Journal:
     """One operation's page in the journal."""
 
-    def __init__(self, store: Store, operation: str) -> None:
+    def __init__(self, store: Store, operation: str, facts: Facts) -> None:
         self._store = store
+        self._kept = json.dumps(facts)
         self.operation = operation
 
     @classmethod
@@ -106,15 +110,24 @@ class Journal:
 
         def change(tx: Tx) -> None:
             tx.open_operation(progress.operation, saga.kind, owner, vm_name, facts)
+            for step in saga.steps:
+                tx.note(progress.operation, step.name, "planned")
             progress.opening(tx)
 
         await store.write(change, needs_room=saga.needs_room)
         progress.opened()
-        return cls(store, progress.operation)
+        return cls(store, progress.operation, facts)
 
-    async def note(self, step: str, event: str, facts: Facts | None = None) -> None:
-        """Append ``doing``, ``undoing`` or ``undone`` for *step*; with *facts*, make these the operation's."""
-        await self._store.write(lambda tx: tx.note(self.operation, step, event, facts))
+    async def keep(self, facts: Facts) -> None:
+        """Make *facts* the operation's, unless they are."""
+        text = json.dumps(facts)
+        if text != self._kept:
+            await self._store.write(lambda tx: tx.set_facts(self.operation, facts))
+            self._kept = text
+
+    async def note(self, step: str, event: str) -> None:
+        """Append ``undoing`` or ``undone`` for *step*."""
+        await self._store.write(lambda tx: tx.note(self.operation, step, event))
 
     async def finish(self, progress: Progress, commit: Callable[[Tx], None]) -> None:
         """Run *commit* and close the page as ``finished``, in one transaction."""
@@ -126,9 +139,15 @@ class Journal:
         await self._store.write(change)
         progress.committed = True
 
-    async def failed(self, error: NoidError, timings: Mapping[str, float]) -> None:
-        """Say why it failed, before anything is undone. What is said first counts."""
-        await self._store.write(lambda tx: tx.fail_operation(self.operation, error, timings))
+    async def failed(self, step: str | None, error: NoidError, timings: Mapping[str, float]) -> None:
+        """Say why, and in which step, it failed, before anything is undone. What is said first counts."""
+
+        def change(tx: Tx) -> None:
+            if step is not None:
+                tx.note(self.operation, step, "failed")
+            tx.fail_operation(self.operation, error, timings)
+
+        await self._store.write(change)
 
     async def unwound(self) -> None:
         """Close the page: everything that began is undone."""
@@ -160,8 +179,9 @@ async def run(
     try:
         with trio.move_on_after(saga.deadline_secs) as deadline:
             for step in saga.steps:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                await journal.keep(facts)
                 progress.step = step.name
-                await journal.note(step.name, "doing", facts)
                 began.append(step)
                 started = time.perf_counter()
                 facts.update(await step.do(context, facts) or {})
@@ -204,7 +224,8 @@ async def unwind(
     """
     clean = True
     if why is not None:
-        await _attempt(f"noting why {saga.kind} failed", partial(journal.failed, why, timings or {}))
+        where = began[-1].name if began else None
+        await _attempt(f"noting why {saga.kind} failed", partial(journal.failed, where, why, timings or {}))
     for step in reversed(began):
         if step.undo is None:
             continue
