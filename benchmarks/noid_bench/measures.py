@@ -124,6 +124,7 @@ async def ten_clones(rig: Rig, rounds: int) -> Figure:
     await settled(rig)
     samples, floor = [], []
     for _ in range(rounds):
+        await ready(rig)  # while one is made, the processors are busy with that
         await _bare(rig, pattern, CLONES)
         floor.append(_bare_wall.pop())
         names = [f"ten-{next(_numbers)}" for _ in range(CLONES)]
@@ -198,6 +199,13 @@ async def settled(rig: Rig) -> None:
     """Wait until a machine waits in the pool: making it keeps the processors busy, which is not what is measured."""
     with trio.fail_after(_POOL_SECS):
         while rig.agent.waiting_machines == 0:  # noqa: ASYNC110  # a bench is nobody to add an event for
+            await trio.sleep(0.1)
+
+
+async def ready(rig: Rig) -> None:
+    """Wait until a copy of the checkpoint that was restored last stands ready."""
+    with trio.fail_after(_POOL_SECS):
+        while rig.agent.ready_copies == 0:  # noqa: ASYNC110  # as above
             await trio.sleep(0.1)
 
 

@@ -74,7 +74,7 @@ class Agent:
         self._sight = Sight(services.store, services.supervisor, operations)
         self._local_user = services.store.user_named(local_user_name())
         self.power = PowerSwitch(services, self.operations, self._sight)
-        self.checkpoints = Checkpoints(services, self.operations, self._sight)
+        self.checkpoints = Checkpoints(services, self.operations, self._sight, pool)
         self.guests = Guests(services, sessions, self._sight)
         self.logs = VmLogs([ConsoleLogs(services.supervisor, services.layout), ProcessLogs(sessions)])
 
@@ -90,7 +90,12 @@ class Agent:
     @property
     def waiting_machines(self) -> int:
         """How many woken machines wait for the next create."""
-        return len(self._pool)
+        return self._pool.woken
+
+    @property
+    def ready_copies(self) -> int:
+        """How many copies of the checkpoint that was restored last stand ready for the next restore of it."""
+        return self._pool.copies
 
     def vms(self, user: User, wanted: Wanted = ALL) -> list[Vm]:
         """Return those of *user*'s VMs that are *wanted*, oldest first."""
@@ -141,6 +146,10 @@ class Agent:
         return await self.operations.run(
             lifecycle.DESTROY_VM, "destroy", user, (name,), lifecycle.facts_of_destroy(vm), work
         )
+
+    async def forget_copies(self, user: User) -> None:
+        """End what stands ready for *user*, who is being removed."""
+        await self._pool.forget(lambda checkpoint: checkpoint.owner == user.id)
 
     async def change_vm(
         self, user: User, name: str, *, new_name: str | None = None, labels: Mapping[str, str | None] = NO_LABELS
@@ -204,9 +213,13 @@ class Agent:
         )
         self.services.plugins.hook.validate_vm(spec=spec, owner=user)
         facts = lifecycle.facts_of_new_vm(target, checkpoint.id)
-        return await self.operations.run(
-            lifecycle.FORK_VM, "restore", user, (target,), facts, self.operations.work(user, spec=spec)
-        )
+        work = self.operations.work(user, spec=spec)
+        work.take_copy = self._pool.take_copy
+
+        async def want_another() -> None:
+            self._pool.want_copy(checkpoint)
+
+        return await self.operations.run(lifecycle.FORK_VM, "restore", user, (target,), facts, work, after=want_another)
 
     async def _restore_in_place(
         self, user: User, name: str, checkpoint: Checkpoint, labels: Mapping[str, str] | None
@@ -215,9 +228,11 @@ class Agent:
         states.require("restore", name, old.state)
         lifecycle.require_own_checkpoint(old, checkpoint)
         work = self.operations.work(user, vm=old)
+        work.take_copy = self._pool.take_copy
         facts = lifecycle.facts_of_restore(old, checkpoint.id, None if labels is None else checked_labels(labels))
 
         async def end_old() -> None:
+            self._pool.want_copy(checkpoint)
             try:
                 await lifecycle.end_replaced(work, old)
             except (NoidError, OSError):  # the restore has happened; nothing owns the old machine any more

@@ -110,11 +110,13 @@ class LaunchPlan(MachinePlan):
 class RestorePlan(MachinePlan):
     """Continue from a capture. *memory* is immutable and mapped privately, never copied; *state* is only read.
 
-    *memory* lies in *directory* (a hard link), so that it lives as long as the VM.
+    *memory* lies in *directory* (a hard link), so that it lives as long as the VM. One that is *paused* stands still,
+    its clocks too, until `Machine.resume`, which may be when it is loaded.
     """
 
     memory: Path
     state: Path
+    paused: bool = False
 
 
 class Capture(Protocol):

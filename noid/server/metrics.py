@@ -196,6 +196,11 @@ class _Standing(Collector):
         yield GaugeMetricFamily(
             "noid_waiting_machines", "Machines that wait for the next create.", self._agent.waiting_machines
         )
+        yield GaugeMetricFamily(
+            "noid_ready_copies",
+            "Copies of the checkpoint that was restored last.",
+            self._agent.ready_copies,
+        )
         disk = shutil.disk_usage(self._agent.config.data_dir)
         yield GaugeMetricFamily("noid_disk_size_bytes", "Of the file system with the data directory.", disk.total)
         yield GaugeMetricFamily("noid_disk_free_bytes", "Of the file system with the data directory.", disk.free)

@@ -93,6 +93,8 @@ class SimulatedVmm:
         await self._faults.before("restore")
         config = {"memory": str(plan.memory), "state": str(plan.state)}
         machine = await self._spawn(plan, config, plan.memory, "restore")
+        if plan.paused:
+            await machine.pause()
         return await self._handed_over(machine, "restore")
 
     async def adopt(self, ref: ProcessRef, plan: MachinePlan, memory: Path) -> Machine:

@@ -158,9 +158,9 @@ class VmmRig:
         self._machines.append(machine)
         return Running(machine=machine, plan=plan)
 
-    async def clone(self, taken: Taken) -> Running:
+    async def clone(self, taken: Taken, *, paused: bool = False) -> Running:
         """Continue *taken* in a machine of its own, not woken."""
-        plan = await self.restore_plan(taken)
+        plan = dataclasses.replace(await self.restore_plan(taken), paused=paused)
         machine = await self.vmm.restore(plan)
         self._machines.append(machine)
         return Running(machine=machine, plan=plan)

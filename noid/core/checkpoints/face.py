@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 
 from noid.core.checkpoints import checkpointing, discarding
@@ -16,6 +15,7 @@ from noid.core.operations.performing import Performer
 from noid.core.services import Services
 from noid.core.vms import changing, states
 from noid.core.vms.changing import NO_LABELS
+from noid.core.vms.pool import Pool
 from noid.core.vms.sight import Sight
 from noid.errors import Busy, NotFound
 
@@ -23,11 +23,12 @@ from noid.errors import Busy, NotFound
 class Checkpoints:
     """One host's checkpoints. Every method sees its user's only."""
 
-    def __init__(self, services: Services, operations: Performer, sight: Sight) -> None:
+    def __init__(self, services: Services, operations: Performer, sight: Sight, pool: Pool) -> None:
         self._services = services
         self._store = services.store
         self._operations = operations
         self._sight = sight
+        self._pool = pool
 
     async def take(self, user: User, name: str, label: str | None, labels: Mapping[str, str] = NO_LABELS) -> Outcome:
         """Freeze memory, devices and disk of a running VM. The VM goes on, whatever happens here.
@@ -95,6 +96,11 @@ class Checkpoints:
             Conflict: it is being restored, changed or deleted.
         """
         work, facts = self._operations.work(user), discarding.facts_of_discard(checkpoint)
+
+        async def clear_away() -> None:
+            await self._pool.forget(lambda other: other.id == checkpoint.id)
+            await discarding.remove_files(work, facts)
+
         return await self._operations.run(
             discarding.DELETE_CHECKPOINT,
             "delete",
@@ -102,6 +108,6 @@ class Checkpoints:
             (changing.held_checkpoint(checkpoint.id),),
             facts,
             work,
-            after=functools.partial(discarding.remove_files, work, facts),
+            after=clear_away,
             vm_name=checkpoint.vm_name,
         )

@@ -60,7 +60,10 @@ class Backends:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolConfig:
-    """How many machines of the last shape wait, woken, for the next create. 0: none; each takes memory of its own."""
+    """How many machines of the last shape wait, woken, for the next create, and copies of the checkpoint restored last.
+
+    0: none; each takes memory of its own.
+    """
 
     size: int = setting(1, least=0)
 

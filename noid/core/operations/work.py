@@ -25,6 +25,8 @@ class Work:
     templates: Templates
     user: User | None = None
     take: Callable[[VmSpec], Awaitable[Warm | None]] | None = None
+    take_copy: Callable[[str], Awaitable[Warm | None]] | None = None
+    stands_still: bool = False
     vm: Vm | None = None
     spec: VmSpec | None = None
     source: Source | None = None
@@ -41,9 +43,12 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warm:
-    """A woken machine that nobody has yet (`noid.core.vms.pool`): the facts it was made with, and its live objects."""
+    """A machine that nobody has yet (`noid.core.vms.pool`): the facts it was made with, and its live objects.
 
-    fingerprint: str
+    *key* is the fingerprint of the template it has woken from, or the id of the checkpoint it is a copy of.
+    """
+
+    key: str
     facts: Facts
     work: Work
 

@@ -48,6 +48,7 @@ async def remove_user(agent: Agent, name: str) -> Removed:
     occupied = (await services.quotas.use(user))["bytes"]
     vms = await _destroy_all(agent, user)
     checkpoints = len(services.store.checkpoints(user.id))
+    await agent.forget_copies(user)
     with hostfs.os_errors(f"removing the files of user {name!r}"):
         await trio.to_thread.run_sync(hostfs.remove_tree, services.layout.users / user.id)
     await services.store.write(lambda tx: _forget(tx, user))

@@ -20,12 +20,11 @@ from noid.core.model.storage import Checkpoint
 from noid.core.model.times import now
 from noid.core.model.vms import Vm, VmState
 from noid.core.operations.saga import Facts, Saga, Step
-from noid.core.operations.work import Work, given
+from noid.core.operations.work import Warm, Work, given
 from noid.core.vms import processes
 from noid.core.vms.machines import (
     COLD,
     GOLDEN,
-    MACHINE,
     WAKE,
     delete_disk,
     end_all,
@@ -101,7 +100,15 @@ def facts_of_new_vm(name: str, origin: str | None) -> Facts:
 
 async def take_warm(work: Work, facts: Facts) -> dict[str, Any]:
     """Take over a machine that waits for just this, if there is one: all that is left to do then is to wake it."""
-    warm = await work.take(given(work.spec)) if work.take is not None else None
+    return _taken(work, await work.take(given(work.spec)) if work.take is not None else None)
+
+
+async def take_copy(work: Work, facts: Facts) -> dict[str, Any]:
+    """Take over a copy of the checkpoint that stands ready, if there is one: it goes on, and is left to be woken."""
+    return _taken(work, await work.take_copy(facts["origin"]) if work.take_copy is not None else None)
+
+
+def _taken(work: Work, warm: Warm | None) -> dict[str, Any]:
     if warm is None:
         return {}
     mine = warm.work
@@ -111,7 +118,7 @@ async def take_warm(work: Work, facts: Facts) -> dict[str, Any]:
 
 
 def unless_warm(step: Step[Work]) -> Step[Work]:
-    """Return *step* as it is in a create that may have taken over a machine, which has gone through it already."""
+    """Return *step* as it is where a machine may have been taken over, which has gone through it already."""
 
     async def do(work: Work, facts: Facts) -> Mapping[str, Any] | None:
         return None if work.machine is not None else await step.do(work, facts)
@@ -131,9 +138,16 @@ CREATE_VM: Saga[Work] = Saga(
     deadline_secs=900.0,
 )
 
+COPY: tuple[Step[Work], ...] = (
+    Step("verify", find_checkpoint),
+    Step("take", take_copy, end_all),
+    *map(unless_warm, COLD),
+    WAKE,
+)
+
 FORK_VM: Saga[Work] = Saga(
     "vm.fork",
-    (Step("reserve", reserve_name, free_name), Step("verify", find_checkpoint), *MACHINE),
+    (Step("reserve", reserve_name, free_name), *COPY),
     commit_machine,
     deadline_secs=300.0,
 )
@@ -157,9 +171,7 @@ def facts_of_restore(vm: Vm, origin: str, labels: Mapping[str, str] | None = Non
     }
 
 
-RESTORE_VM: Saga[Work] = Saga(
-    "vm.restore", (Step("verify", find_checkpoint), *MACHINE), commit_machine, deadline_secs=300.0
-)
+RESTORE_VM: Saga[Work] = Saga("vm.restore", COPY, commit_machine, deadline_secs=300.0)
 
 
 async def end_replaced(work: Work, old: Vm) -> None:

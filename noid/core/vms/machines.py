@@ -107,6 +107,7 @@ async def restore_machine(work: Work, facts: Facts) -> None:
             lease=work.lease,
             memory=directory / "memory",
             state=source.directory / "state",
+            paused=work.stands_still,
         )
     )
 

@@ -291,25 +291,40 @@ class FirecrackerBackend:
         api = FirecrackerApi(plan.run_dir / API_SOCKET)
         lineage = Lineage(plan.directory, plan.mem_mib << 20, tracked=self._track)
         enclosure.enter(process.ref.pid)
+        stands = isinstance(plan, RestorePlan) and plan.paused
+
+        @contextlib.asynccontextmanager
+        async def starting() -> AsyncIterator[None]:
+            try:
+                yield
+            except NoidError as error:
+                await _kill(process)  # so that its log has all it had to say
+                raise _not_started(plan, error, said_since(places.vmm_log, logged_bytes)) from error
+
+        async def begin() -> None:
+            async with starting():
+                await set_off(api, enclosure)
+                with os_errors("keeping the memory image of a VM"):
+                    lineage.begin(memory)
+
         try:
-            await _answering(process, api)
-            await set_off(api, enclosure)
-            with os_errors("keeping the memory image of a VM"):
-                lineage.begin(memory)
-        except NoidError as error:
-            await _end(process, api, lineage)
-            said = said_since(places.vmm_log, logged_bytes)
-            if isinstance(error, NoSpace) or free_bytes(plan.directory) < _FULL_BYTES:
-                raise NoSpace(
-                    f"VM {plan.instance} did not start: the disk of {plan.directory} is full. Free space there and "
-                    f"try again. ({error} Firecracker's log: {said})"
-                ) from error
-            text = f"{busy_tap(plan.lease, str(error))}{error}"
-            raise BackendError(f"VM {plan.instance} did not start: {text} Firecracker's log: {said}") from error
+            async with starting():
+                await _answering(process, api)
+            if not stands:
+                await begin()
         except BaseException:
             await _end(process, api, lineage)  # noqa: ASYNC102  # shields itself
             raise
-        return FirecrackerMachine(process=process, enclosure=enclosure, api=api, places=places, memory=lineage)
+        return FirecrackerMachine(
+            process=process,
+            enclosure=enclosure,
+            api=api,
+            places=places,
+            memory=lineage,
+            paused=stands,
+            # Firecracker's clock for the guest runs on while it is paused, so one that stands is not loaded yet.
+            begin=begin if stands else None,
+        )
 
     def _argv(self, plan: MachinePlan, log_path: Path) -> list[str]:
         return [
@@ -331,6 +346,17 @@ class FirecrackerBackend:
 
 def _places(plan: MachinePlan) -> Places:
     return Places(directory=plan.directory, run_dir=plan.run_dir, disk=plan.volume.path)
+
+
+def _not_started(plan: MachinePlan, error: NoidError, said: str) -> NoidError:
+    """Return what to raise for *error*, which kept a machine from running. Firecracker has *said* something to it."""
+    if isinstance(error, NoSpace) or free_bytes(plan.directory) < _FULL_BYTES:
+        return NoSpace(
+            f"VM {plan.instance} did not start: the disk of {plan.directory} is full. Free space there and "
+            f"try again. ({error} Firecracker's log: {said})"
+        )
+    text = f"{busy_tap(plan.lease, str(error))}{error}"
+    return BackendError(f"VM {plan.instance} did not start: {text} Firecracker's log: {said}")
 
 
 def _taps(plan: MachinePlan) -> dict[str, str]:
@@ -384,11 +410,17 @@ async def _answering(process: VmmProcess, api: FirecrackerApi) -> None:
     raise DependencyDown(f"Firecracker did not listen to its API within {START_SECS:g} s; it may be stuck.")
 
 
+async def _kill(process: VmmProcess) -> None:
+    """Kill a process and wait for its end. Shielded and bounded."""
+    process.send_kill()
+    with trio.move_on_after(_CLEANUP_SECS, shield=True):
+        await process.wait()
+
+
 async def _end(process: VmmProcess, api: FirecrackerApi, lineage: Lineage) -> None:
     """Kill a process that nobody has yet, and let go of it. Shielded and bounded."""
-    process.send_kill()
+    await _kill(process)
     lineage.close(is_over=True)
     with trio.move_on_after(_CLEANUP_SECS, shield=True):
         await api.aclose()
-        await process.wait()
     process.close()

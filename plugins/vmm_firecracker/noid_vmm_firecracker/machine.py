@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class FirecrackerMachine:
         places: Places,
         memory: Lineage,
         paused: bool = False,
+        begin: Callable[[], Awaitable[None]] | None = None,
         foreign: str = "",
     ) -> None:
         self.ref: ProcessRef = process.ref
@@ -79,6 +81,7 @@ class FirecrackerMachine:
         self._places = places
         self._memory = memory
         self._paused = paused
+        self._begin = begin
         self._owes_resume = False
         self._foreign = foreign
         self._channel: trio.SocketStream | None = None
@@ -106,8 +109,13 @@ class FirecrackerMachine:
     async def resume(self) -> None:
         """See `Machine.resume`. After an error, whoever waits for the machine's end goes on trying: guests shall run.
 
-        It may be that Firecracker is only slow: it answers nothing while it writes a snapshot that was given up.
+        It may be that Firecracker is only slow: it answers nothing while it writes a snapshot that was given up. One
+        that was restored paused is loaded now; if that fails, it is of no use any more.
         """
+        if self._begin is not None:
+            await self._begin()
+            self._begin, self._paused = None, False
+            return
         self._owes_resume = True
         try:
             await self._api.resume()

@@ -179,8 +179,10 @@ class QemuBackend:
             await qmp.event(lambda: events.migration in ("completed", "failed"))
             if not events.resumed:
                 status = (await qmp.execute("query-status"))["status"]
-                if status != "running":
-                    raise BackendError(f"QEMU loaded the checkpoint but is {status!r} instead of running")
+                wanted = "paused" if plan.paused else "running"
+                if status != wanted:
+                    raise BackendError(f"QEMU loaded the checkpoint but is {status!r} instead of {wanted}")
+                events.adopt(paused=plan.paused)
 
         try:
             async with self._enclosed(plan, plan.memory) as enclosure:

@@ -87,6 +87,7 @@ def restore_argv(host: Host, plan: RestorePlan, fds: Descriptors, *, runas: str 
         # The device state of a checkpoint is written without the section a live migration begins with.
         *("-global", "migration.send-configuration=off"),
         *("-incoming", "defer"),
+        *(("-S",) if plan.paused else ()),
     ]
 
 
