@@ -190,6 +190,7 @@ class Bench:
         """Return a clone that has changed some memory."""
         vm = await self.rig.fork(name, checkpoint, new_name)
         await self.rig.run(new_name, *self.noise)
+        await ready(self.rig)  # while the next copy is made, the processor is busy with that
         return vm
 
     async def _bare_pause(self, vm: Vm) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import noid_vmm_firecracker.api
 import pytest
 import trio
+import trio.testing
 from noid_vmm_firecracker.api import FirecrackerApi, Refused, words_of
 
 from noid.errors import BackendError, DependencyDown
@@ -67,6 +68,7 @@ async def test_a_cancelled_call_costs_its_connection_and_nobody_gets_its_answer(
     async with answering(data_dir / "api.sock", b"HTTP/1.1 2", OK) as requests:
         with trio.move_on_after(0.2):
             await api.pause()
+        await trio.testing.wait_all_tasks_blocked()  # by then it has ended
         await api.resume()
         assert requests == [1, 1]
         await api.aclose()
@@ -93,6 +95,7 @@ async def test_a_connection_that_was_ended_meanwhile_is_made_again(data_dir: Pat
     api = FirecrackerApi(data_dir / "api.sock")
     async with answering(data_dir / "api.sock", OK + BYE, OK) as requests:
         await api.pause()
+        await trio.testing.wait_all_tasks_blocked()  # by then it has ended
         await api.resume()
         assert requests == [1, 1]
         await api.aclose()

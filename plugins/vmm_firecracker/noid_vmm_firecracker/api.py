@@ -6,9 +6,10 @@ belong to the next request. The one after makes a new connection.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import select
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ SNAPSHOT_SECS = 120.0
 _READ_BYTES = 65536
 _NO_SPACE = re.compile(r"\(os error (?:28|122)\)")  # ENOSPC, EDQUOT
 _WORDS_MAX = 2000
+
+
+_Request = tuple[h11.Connection, bytes]
 
 
 class Refused(BackendError):
@@ -52,8 +56,8 @@ class FirecrackerApi:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._turn = trio.Lock()
-        self._stream: trio.SocketStream | None = None
-        self._http: h11.Connection | None = None
+        self._socket: socket.socket | None = None
+        self._ready: dict[str, _Request] = {}
         self._closed = False
 
     # --- before the start ------------------------------------------------------------------------------------------
@@ -111,6 +115,12 @@ class FirecrackerApi:
 
     # --- while it runs ---------------------------------------------------------------------------------------------
 
+    def rehearse_pause(self) -> None:
+        """Make ready what is said in the next pause: a guest stands still meanwhile."""
+        for state in ("Paused", "Resumed"):
+            body = json.dumps({"state": state})
+            self._ready[f"PATCH /vm {body}"] = _request("PATCH", "/vm", body)
+
     async def pause(self) -> None:
         """Stop the vCPUs. Twice does nothing."""
         await self.call("PATCH", "/vm", {"state": "Paused"})
@@ -150,8 +160,12 @@ class FirecrackerApi:
         """Make one request and return what is answered, None when that is nothing."""
         secs = DEADLINE_SECS if deadline_secs is None else deadline_secs
         name = f"{method} {path}"
-        async with self._turn:
-            answer: tuple[int, bytes] | None = None
+        try:
+            self._turn.acquire_nowait()
+        except trio.WouldBlock:
+            await self._turn.acquire()
+        answer: tuple[int, bytes] | None = None
+        try:
             try:
                 with trio.move_on_after(secs):
                     answer = await self._exchange(method, path, content)
@@ -162,6 +176,8 @@ class FirecrackerApi:
             finally:
                 if answer is None:
                     self._drop()
+        finally:
+            self._turn.release()
         if answer is None:
             raise DependencyDown(f"Firecracker did not answer {name} within {secs:g} s; it may be stuck.")
         status, body = answer
@@ -184,13 +200,15 @@ class FirecrackerApi:
         if self._closed:
             raise trio.ClosedResourceError("noid has let go of this VM")
         with socket_itself(self._path) as name:  # first: who waits for it asks often, and making a socket takes longer
-            socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+            connecting = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
             try:
-                await socket.connect(name)
+                await connecting.connect(name)
             except BaseException:
-                socket.close()
+                connecting.close()
                 raise
-        self._stream, self._http = trio.SocketStream(socket), h11.Connection(h11.CLIENT)
+        # Of Python's own: trio's lets others go first after each message, while a guest may stand still.
+        self._socket = socket.socket(fileno=connecting.detach())
+        self._socket.setblocking(False)
 
     async def aclose(self) -> None:
         """Close the connection; Firecracker goes on."""
@@ -199,32 +217,27 @@ class FirecrackerApi:
         await trio.lowlevel.checkpoint()
 
     def _drop(self) -> None:
-        if self._stream is not None:
-            self._stream.socket.close()
-        self._stream = self._http = None
+        if self._socket is not None:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+        self._socket = None
 
     async def _exchange(self, method: str, path: str, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
-        if self._stream is not None and _has_hung_up(self._stream.socket):
+        if self._socket is not None and _has_hung_up(self._socket):
             self._drop()  # since the last answer: this request has not been sent yet, so nothing is lost
-        if self._stream is None:
+        if self._socket is None:
             await self.connect()
-        stream, http = self._stream, self._http
-        assert stream is not None  # noqa: S101  connected above
-        assert http is not None  # noqa: S101  made with it
-        headers = [("Host", "localhost"), ("Accept", "application/json")]
-        body = b"" if content is None else json.dumps(content).encode()
-        if content is not None:
-            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        data = http.send(h11.Request(method=method, target=path, headers=headers)) or b""
-        if body:
-            data += http.send(h11.Data(data=body)) or b""
-        data += http.send(h11.EndOfMessage()) or b""
-        await stream.send_all(data)
+        sock = self._socket
+        assert sock is not None  # noqa: S101  connected above
+        body = "" if content is None else json.dumps(content)
+        ready = f"{method} {path} {body}"
+        http, data = self._ready.pop(ready) if ready in self._ready else _request(method, path, body)
+        await _send(sock, data)
         status, answer = 0, bytearray()
         while True:
             event = http.next_event()
             if event is h11.NEED_DATA:
-                received = await stream.receive_some(_READ_BYTES)
+                received = await _receive(sock)
                 if not received:
                     raise trio.BrokenResourceError("the connection has ended")
                 http.receive_data(received)
@@ -236,18 +249,48 @@ class FirecrackerApi:
                     raise BackendError(f"Firecracker answered {method} {path} with over {BODY_BYTES_MAX} bytes.")
             elif isinstance(event, h11.EndOfMessage):
                 break
-        if http.our_state is h11.DONE and http.their_state is h11.DONE:
-            http.start_next_cycle()
-        else:  # it says that it closes
-            self._drop()
+        if http.our_state is not h11.DONE or http.their_state is not h11.DONE or http.trailing_data[0]:
+            self._drop()  # it closes, or says what nobody has asked
         return status, bytes(answer)
 
 
-def _has_hung_up(socket: trio.socket.SocketType) -> bool:
+def _request(method: str, path: str, body: str) -> _Request:
+    """Return the bytes of a request, and what reads its answer."""
+    http = h11.Connection(h11.CLIENT)
+    headers = [("Host", "localhost"), ("Accept", "application/json")]
+    if body:
+        headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body.encode())))]
+    data = http.send(h11.Request(method=method, target=path, headers=headers)) or b""
+    if body:
+        data += http.send(h11.Data(data=body.encode())) or b""
+    data += http.send(h11.EndOfMessage()) or b""
+    return http, data
+
+
+def _has_hung_up(sock: socket.socket) -> bool:
     """Whether the other end of a connection, on which nothing is outstanding, has ended it."""
-    poll = select.poll()
-    poll.register(socket.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+async def _send(sock: socket.socket, data: bytes) -> None:
+    while data:
+        try:
+            data = data[sock.send(data) :]
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(sock)
+
+
+async def _receive(sock: socket.socket) -> bytes:
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return sock.recv(_READ_BYTES)
+        await trio.lowlevel.wait_readable(sock)
 
 
 def words_of(body: bytes) -> str:

@@ -94,6 +94,7 @@ class FirecrackerMachine:
     async def prepare_pause(self, new_top: Path | None) -> None:
         """See `Machine.prepare_pause`. Writes out the disk, so that its freeze finds little to do, and makes room."""
         del new_top  # this VMM does not move disks
+        self._api.rehearse_pause()
         if not self._enclosure.is_room:
             with os_errors("making room for the memory of a VM before its pause"):
                 await trio.to_thread.run_sync(self._memory.prepare, self._places.directory)
