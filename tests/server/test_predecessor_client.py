@@ -224,6 +224,11 @@ class OldConsole:
         for key in text:
             await self._type(key.encode())
 
+    async def press_and_leave(self, text: str) -> None:
+        """Press keys, all at once, and hang up."""
+        await self._stream.send_all(b"".join(self._frames.send_data(b"\x03" + key.encode()) for key in text))
+        await self._stream.aclose()
+
     async def paste(self, text: str) -> None:
         """Paste: one frame, each end of a line as CR."""
         await self._type(text.replace("\n", "\r").encode())
@@ -344,6 +349,14 @@ async def test_its_console_shows_512_bytes_of_history_and_what_it_types(old: Old
         await console.until(b"# ")
         assert console.shown.endswith(b"hostname\r\nweb\r\n# "), "the word that was taken back was never run"
         await console.exit()
+
+
+async def test_all_that_was_typed_before_leaving_reaches_the_guest(old: OldClient) -> None:
+    words = "word " * 40
+    async with old.console("web") as console:
+        await console.press_and_leave(f"echo {words}end\r")
+    async with old.console("web") as console:
+        await console.until(f"\n{words}end\r\n# ".encode())
 
 
 async def test_its_env_line_comes_back_at_once_whatever_the_values(old: OldClient) -> None:

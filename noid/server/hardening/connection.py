@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 WRITE_PIECE_BYTES = 1 << 16
 RECEIVE_BYTES = 1 << 16
+LAST_WORDS_SECS = 1.0
 
 STATE_KEY = "noid.transport"
 _PEER_CREDENTIALS = struct.Struct("3i")
@@ -148,6 +149,8 @@ class TcpServer(TCPServer):
         self._lingering = False
         self._final_deadline: float | None = None
         self._rest: trio.socket.SocketType | None = None
+        self._reader: trio.lowlevel.Task | None = None
+        self._all_read = trio.Event()
 
     async def run(self) -> None:
         """Serve the connection, unless it is one too many. What goes wrong with one does not end the others."""
@@ -195,6 +198,7 @@ class TcpServer(TCPServer):
         """
         rest = memoryview(data)
         late: float | None = None  # it was too slow: until when it may take the rest
+        is_gone = False
         if self.send_lock.locked():
             await self.send_lock.acquire()
         else:
@@ -221,8 +225,13 @@ class TcpServer(TCPServer):
                     await self.stream.send_all(self._transport.farewell())
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             late = None  # the peer has gone; the protocol hears it below, as when reading had found out
+            is_gone = True
         finally:
             self.send_lock.release()
+        if is_gone and trio.lowlevel.current_task() is not self._reader:
+            # It may have said its last and left in one go: what it has sent counts, so reading shall find out first.
+            with trio.move_on_after(LAST_WORDS_SECS, shield=True):
+                await self._all_read.wait()
         if late is None or rest:
             await self.protocol.handle(Closed())
         else:
@@ -294,12 +303,16 @@ class TcpServer(TCPServer):
     async def _read_data(self) -> None:
         """Hand the protocol what comes, until nothing does. No deadline: `IdleWatch` ends what is silent for long."""
         data: bytes | bytearray | None = None
-        while data != b"":
-            try:
-                data = await self.stream.receive_some(RECEIVE_BYTES)
-            except (trio.ClosedResourceError, trio.BrokenResourceError):
-                break
-            await self.protocol.handle(RawData(bytes(data)))
-        await self.protocol.handle(Closed())
+        self._reader = trio.lowlevel.current_task()
+        try:
+            while data != b"":
+                try:
+                    data = await self.stream.receive_some(RECEIVE_BYTES)
+                except (trio.ClosedResourceError, trio.BrokenResourceError):
+                    break
+                await self.protocol.handle(RawData(bytes(data)))
+            await self.protocol.handle(Closed())
+        finally:
+            self._all_read.set()
         await self._linger_task.stop()
         self._idle.end()
