@@ -93,7 +93,8 @@ class Leaving:
         if was_pasting or self._is_pasting or ends >= 0 or len(data) > TYPED_BYTES_MAX:
             return True
         goes_on = any(byte in _ENTER for byte in data[:-1])
-        return goes_on and not data.endswith((b"\r~.", b"\n~."))  # the last line of which is what one came for
+        # The last line of which is what one came for, or begins so: keys pressed one by one may come together.
+        return goes_on and not data.endswith((b"\r~.", b"\n~.", b"\r~", b"\n~"))
 
     def _pass(self, data: bytes) -> bytes:
         """Return *data* behind what was held back, none of which was a way out."""

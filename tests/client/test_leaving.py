@@ -29,6 +29,10 @@ def by_key(line: bytes) -> list[bytes]:
     return [bytes((key,)) for key in line]
 
 
+def test_enter_and_tilde_that_come_together_are_the_beginning_of_a_way_out() -> None:
+    assert after(b"ls", b"\r~", b".") == (b"ls\r", LEFT)
+
+
 @pytest.mark.parametrize(
     ("line", "typed"),
     [
