@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -153,12 +154,16 @@ def test_a_refusal_is_one_line_and_leaves_the_terminal_alone(person: Any, noid: 
 )
 def test_each_way_out_leaves_and_exit_is_wiped_not_entered(person: Any, noid: Any, agent: Any, keys: bytes) -> None:
     got: list[bytes] = []
+    left = threading.Event()
 
     def recording(exchange: Any) -> None:
-        exchange.send(1, b"# ")
-        while (received := exchange.receive())[0] == "binary":
-            if received[1][0] == 3:
-                got.append(received[1][1:])
+        try:
+            exchange.send(1, b"# ")
+            while (received := exchange.receive())[0] == "binary":
+                if received[1][0] == 3:
+                    got.append(received[1][1:])
+        finally:
+            left.set()
 
     agent.runs(recording)
     with person(noid, "console", "web") as someone:
@@ -168,6 +173,7 @@ def test_each_way_out_leaves_and_exit_is_wiped_not_entered(person: Any, noid: An
         someone.sees(b"--- Detached ---")
         assert someone.running.wait(PATIENCE_SECS) == 0
         assert someone.has_the_terminal_back()
+    assert left.wait(PATIENCE_SECS)
     assert b"".join(got) == keys.partition(b"~")[0].replace(b"exit\r", b"exit\x15").strip(b"\x1d\x11")
 
 
