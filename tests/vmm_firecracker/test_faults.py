@@ -240,6 +240,21 @@ async def test_the_next_agent_knows_what_it_may_build_on(
     assert (source.plan.directory / "memory.base").exists()
 
 
+async def test_a_snapshot_that_is_refused_when_a_standing_copy_is_let_go_is_told_and_leaves_nothing(
+    rig: VmmRig, firecracker: SimulatedFirecracker
+) -> None:
+    source = await rig.launch()
+    copy = await rig.clone(await rig.checkpoint(source), paused=True)
+    firecracker.arm("PUT /snapshot/load", "refuse", text="the state is not to my liking")
+
+    with trio.fail_after(BOUND_SECS), pytest.raises(BackendError, match="not to my liking"):
+        await copy.machine.resume()
+    await copy.machine.kill()
+
+    assert set(rig.processes()) == {source.machine.ref.pid}
+    assert (await rig.run(source, "true")).status == 0
+
+
 async def test_a_snapshot_without_the_time_is_continued_without_and_no_other_is_asked_for_it(
     rig: VmmRig, firecracker: SimulatedFirecracker
 ) -> None:
