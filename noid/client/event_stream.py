@@ -131,7 +131,9 @@ class EventStream:
         if self._decoder.last_id is not None:
             headers["Last-Event-ID"] = self._decoder.last_id
         link = self._link
-        answer = await http.exchange(link.endpoint, link.waiting, "GET", self._path, headers, silence_secs=SILENCE_SECS)
+        answer = await link.ask(
+            lambda: http.exchange(link.endpoint, link.waiting, "GET", self._path, headers, silence_secs=SILENCE_SECS)
+        )
         try:
             if answer.status != 200:
                 raise await link.refused("GET", self._path, await answer.reply())

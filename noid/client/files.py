@@ -67,10 +67,11 @@ async def look(link: Link, place: GuestPath, *, with_sum: bool = False, length: 
     query = {"sum": "1"} if with_sum else {}
     if length is not None:
         query["length"] = str(length)
-    with closing(await http.exchange(link.endpoint, link.waiting, "GET", _url(place, query), {})) as answer:
+    url = _url(place, query)
+    with closing(await link.ask(lambda: http.exchange(link.endpoint, link.waiting, "GET", url, {}))) as answer:
         reply = await answer.reply()
     if reply.status != 200:
-        raise await link.refused("GET", _url(place), reply)
+        raise await link.refused("GET", url, reply)
     return _found(link, reply)
 
 
@@ -84,7 +85,7 @@ async def download(link: Link, place: GuestPath, *, tar: bool, offset: int = 0) 
     headers = {"Accept": TAR if tar else "application/octet-stream"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
-    answer = await http.exchange(link.endpoint, link.waiting, "GET", _url(place), headers)
+    answer = await link.ask(lambda: http.exchange(link.endpoint, link.waiting, "GET", _url(place), headers))
     try:
         if answer.status not in (200, 206) or (answer.status == 206) != (offset > 0):
             raise await link.refused("GET", _url(place), await answer.reply())

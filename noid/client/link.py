@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from noid.client import http
 from noid.client.calls.call import PAGES_MAX, AnswerT, Call, NotNoid, Reply, next_page, refusal
@@ -27,6 +27,7 @@ FIRST_VERSION = (0, 3)
 """The first version of this noid-server; what is older is the predecessor's."""
 VERSION_CHARACTERS_MAX = 40
 CHANGES = ("POST", "PATCH", "DELETE")
+T = TypeVar("T")
 _WHICH: Call[Reply] = Call(method="GET", path="/version", understand=lambda reply: reply)
 
 
@@ -79,7 +80,7 @@ class Link:
             ConnectionFailed: as for `perform`.
         """
         if call.method not in CHANGES:
-            return await http.request(self.endpoint, self.waiting, call)
+            return await self.ask(lambda: http.request(self.endpoint, self.waiting, call))
         call = keyed(call)
         try:
             return await http.request(self.endpoint, self.waiting, call)
@@ -87,6 +88,21 @@ class Link:
             if not await self._keeps_keys():
                 raise
             return await http.request(self.endpoint, self.waiting, call)
+
+    async def ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        """Return the answer to *question*, which changes nothing.
+
+        It is asked once more where this user's own agent was ending when it came: the next one is started by asking.
+
+        Raises:
+            ConnectionFailed: as for `perform`.
+        """
+        try:
+            return await question()
+        except ConnectionLost:
+            if self.endpoint.data_dir is None:
+                raise
+            return await question()
 
     async def refused(self, method: str, path: str, reply: Reply) -> ServerError:
         """Return the error that *reply*, whose status is none of success, stands for.

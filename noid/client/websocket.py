@@ -58,7 +58,7 @@ class WebSocket:
             ServerError: it refused. `ServerTooOld`: it cannot do that.
             NoWebSocket: there is none to be had, though what is asked for may be.
         """
-        upgraded = await http.upgrade(link.endpoint, link.waiting, path)
+        upgraded = await link.ask(lambda: http.upgrade(link.endpoint, link.waiting, path))
         if isinstance(upgraded, Reply):
             if 200 <= upgraded.status < 300:
                 raise NoWebSocket(

@@ -58,6 +58,21 @@ def kill_marked(data_dir: Path, spare: frozenset[int] = frozenset()) -> dict[int
     return killed
 
 
+def end(pid: int, signo: int, patience_secs: float) -> None:
+    """Send *signo* to a process and wait until it has ended and its files and sockets are closed.
+
+    Raises:
+        TimeoutError: after *patience_secs*.
+    """
+    import select
+
+    with contextlib.suppress(ProcessLookupError), _pidfd(pid) as fd:
+        signal.pidfd_send_signal(fd, signo)
+        if not select.select([fd], [], [], patience_secs)[0]:
+            raise TimeoutError(f"process {pid} has not ended within {patience_secs:g} s of signal {signo}")
+        reap(fd)
+
+
 def reap(pidfd: int) -> os.waitid_result | None:
     """Take the exit status of an ended child, so that no zombie stays; None when it is not our child, or was reaped."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 
 from noid.client import local
 from noid.core import paths
+from noid.testing.processes import end
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECS = 60.0
@@ -54,17 +56,10 @@ def agent_pid(data_dir: Path) -> int:
 
 def end_agent(data_dir: Path) -> None:
     try:
-        pidfd = os.pidfd_open(agent_pid(data_dir))
+        pid = agent_pid(data_dir)
     except (FileNotFoundError, ConnectionRefusedError):
         return
-    import select
-
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        ended, _, _ = select.select([pidfd], [], [], PATIENCE_SECS)
-    finally:
-        os.close(pidfd)
-    assert ended
+    end(pid, signal.SIGTERM, PATIENCE_SECS)
 
 
 @pytest.fixture
@@ -90,15 +85,32 @@ def test_commands_that_start_at_once_start_one_agent_and_all_work(home: Path) ->
 
 def test_an_agent_that_was_killed_is_started_again_past_its_stale_socket(home: Path) -> None:
     assert said(noid(home, "list"))[0] == 0
-    pid = agent_pid(home)
-    pidfd = os.pidfd_open(pid)
-    os.kill(pid, signal.SIGKILL)
-    import select
-
-    assert select.select([pidfd], [], [], PATIENCE_SECS)[0]
-    os.close(pidfd)
+    end(agent_pid(home), signal.SIGKILL, PATIENCE_SECS)
     assert paths.socket_path(home).exists()
     assert said(noid(home, "list")) == (0, b"No VMs found.\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "word"),
+    [
+        (("list",), 0, b"No VMs found."),
+        (("exec", "web", "--", "true"), 125, b"VM 'web' not found"),
+        (("cp", "web:/etc/hostname", "-"), 1, b"VM 'web' not found"),
+        (("destroy", "web", "-y"), 1, b"VM 'web' not found"),
+    ],
+)
+def test_a_command_that_an_ending_agent_never_heard_is_put_to_the_next_one(
+    home: Path, command: tuple[str, ...], code: int, word: bytes
+) -> None:
+    run = paths.private_directory(paths.run_dir(home))
+    with socket.socket(socket.AF_UNIX) as ending:
+        ending.bind(str(run / paths.socket_path(home).name))
+        ending.listen()
+        asking = noid(home, *command)
+        assert select.select([ending], [], [], PATIENCE_SECS)[0]  # it is in the queue, where nobody will take it
+    found, out, err = said(asking)
+    assert (found, word in out + err) == (code, True), err
+    assert agent_pid(home)
 
 
 def test_a_data_directory_with_a_long_name_works_too(tmp_path: Path) -> None:

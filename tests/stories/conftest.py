@@ -34,7 +34,7 @@ from noid.core.layout import Layout
 from noid.errors import DependencyDown
 from noid.testing.guests import tiny_image
 from noid.testing.pace import slowness
-from noid.testing.processes import marked_processes
+from noid.testing.processes import end, marked_processes
 from noid.testing.reaper import clean, mounts_below
 from noid.testing.results import tell
 from noid.vmmhost.cgroups import own_name
@@ -236,14 +236,12 @@ class House:
     def end_agent(self, signo: int = signal.SIGKILL) -> None:
         """End the agent and wait until it is gone."""
         for pid in self.agents():
-            os.kill(pid, signo)
-            self.eventually(lambda pid=pid: pid not in marked_processes(self.data_dir))  # type: ignore[misc]  # bound now
+            end(pid, signo, PATIENCE_SECS)
 
     def kill_machine(self, vm: str) -> None:
         """``kill -9`` the VM's QEMU and wait until it is gone."""
         instance = self.instance(vm)
-        os.kill(self.machines()[instance], signal.SIGKILL)
-        self.eventually(lambda: instance not in self.machines())
+        end(self.machines()[instance], signal.SIGKILL, PATIENCE_SECS)
 
     def strays(self) -> list[str]:
         """Return what is in this house and belongs to no VM of the list: machines, directories, sockets, mounts.
