@@ -27,7 +27,7 @@ from noid.testing.firecracker import SimulatedFirecracker
 from noid.testing.simulated_agent import give_default_image, simulated_config, simulated_plugins
 from noid_bench.bare_firecracker import Answer, BareFirecracker, call, connected
 from noid_bench.floors import ping
-from noid_bench.measures import in_ms, ready, settled
+from noid_bench.measures import in_ms, in_pairs, ready, settled
 from noid_bench.report import Figure
 from noid_bench.rig import Rig, driven, image_to_use, link_image, scratch_directory
 
@@ -55,25 +55,14 @@ class Bench:
         """
         first = await self.rig.create("golden-first")  # boots the template
         golden = self.rig.layout.golden / (first.origin or "").removeprefix("golden/")
-        pooled: list[float] = []
-        burst: list[float] = []
-        floor: list[float] = []
-        for number in range(rounds):
-            await settled(self.rig)
-            floor.append(await self._bare_start(golden))
-            for samples, name in ((pooled, f"pooled-{number}"), (burst, f"burst-{number}")):
-                started = time.perf_counter()
-                await self.rig.create(name)
-                samples.append(time.perf_counter() - started)
-            for name in (f"pooled-{number}", f"burst-{number}"):
-                await self.rig.agent.destroy_vm(self.rig.user, name)
+        pairs = await in_pairs(self.rig, rounds, settled, lambda: self._bare_start(golden), self.rig.create)
         await self.rig.agent.destroy_vm(self.rig.user, first.name)
         return [
             Figure(
                 name="create from golden, until the guest has answered",
                 unit="ms",
-                samples=in_ms(pooled),
-                floor=in_ms(floor),
+                samples=pairs.ready,
+                floor=pairs.floor,
                 floor_name=_BARE_START,
                 must=1.3,
                 note="a machine was waiting in the pool, as it does a moment after the create before",
@@ -81,8 +70,8 @@ class Bench:
             Figure(
                 name="the same, right after another (pool empty)",
                 unit="ms",
-                samples=in_ms(burst),
-                floor=in_ms(floor),
+                samples=pairs.right_after,
+                floor=pairs.floor,
                 floor_name=_BARE_START,
             ),
         ]
@@ -94,27 +83,22 @@ class Bench:
         """
         source = await self.rig.create("restore-source")
         checkpoint, directory = await self._checkpoint(source.name)
-        again: list[float] = []
-        first: list[float] = []
-        floor: list[float] = []
         await self.rig.fork(source.name, checkpoint, "restored-before")
         await self.rig.agent.destroy_vm(self.rig.user, "restored-before")
-        for number in range(rounds):
-            await ready(self.rig)
-            floor.append(await self._bare_start(directory))
-            for samples, name in ((again, f"again-{number}"), (first, f"first-{number}")):
-                started = time.perf_counter()
-                await self.rig.fork(source.name, checkpoint, name)
-                samples.append(time.perf_counter() - started)
-            for name in (f"again-{number}", f"first-{number}"):
-                await self.rig.agent.destroy_vm(self.rig.user, name)
+        pairs = await in_pairs(
+            self.rig,
+            rounds,
+            ready,
+            lambda: self._bare_start(directory),
+            lambda name: self.rig.fork(source.name, checkpoint, name),
+        )
         await self.rig.agent.destroy_vm(self.rig.user, source.name)
         return [
             Figure(
                 name="restore as a new VM, until the guest has answered",
                 unit="ms",
-                samples=in_ms(again),
-                floor=in_ms(floor),
+                samples=pairs.ready,
+                floor=pairs.floor,
                 floor_name=_BARE_START,
                 must=1.3,
                 note="of a checkpoint that was restored before: a copy stands ready, as it does a moment later",
@@ -122,8 +106,8 @@ class Bench:
             Figure(
                 name="the same, the first of a checkpoint (no copy stands ready)",
                 unit="ms",
-                samples=in_ms(first),
-                floor=in_ms(floor),
+                samples=pairs.right_after,
+                floor=pairs.floor,
                 floor_name=_BARE_START,
             ),
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,12 +12,19 @@ import noid_vmm_firecracker.api
 import pytest
 import trio
 import trio.testing
-from noid_vmm_firecracker.api import FirecrackerApi, Refused, words_of
+from noid_vmm_firecracker.api import FirecrackerApi, Refused, Snapshot, words_of
 
 from noid.errors import BackendError, DependencyDown
 
 BYE = b"\0"
 OK = b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"
+
+
+async def listening(path: Path) -> trio.socket.SocketType:
+    socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    await socket.bind(str(path))
+    socket.listen(5)
+    return socket
 
 
 @asynccontextmanager
@@ -39,9 +48,7 @@ async def answering(path: Path, *answers: bytes) -> AsyncIterator[list[int]]:
             if answer.endswith(BYE):
                 return
 
-    socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-    await socket.bind(str(path))
-    socket.listen(5)
+    socket = await listening(path)
     async with trio.open_nursery() as nursery:
         await nursery.start(trio.serve_listeners, serve, [trio.SocketListener(socket)])
         yield requests
@@ -61,6 +68,52 @@ async def test_many_calls_take_one_connection(data_dir: Path) -> None:
         await api.resume()
         assert requests == [3]
         await api.aclose()
+
+
+async def test_an_answer_is_read_anew_whenever_a_byte_of_it_differs(data_dir: Path) -> None:
+    api = FirecrackerApi(data_dir / "api.sock")
+    pieces = b"HTTP/1.1 100 Continue\r\n\r\n"
+    last = OK.replace(b"keep-alive", b"close")
+    answers = (OK, OK, pieces + OK, refusal(b'{"fault_message":"no"}'), OK, last, OK)
+    async with answering(data_dir / "api.sock", *answers) as requests:
+        for _ in range(3):
+            await api.pause()
+        with pytest.raises(Refused, match=r"PATCH /vm \(400\): no"):
+            await api.pause()
+        await api.pause()
+        await api.pause()
+        assert requests == [6]
+        await api.pause()
+        assert requests == [6, 1]  # it had said that it closes
+        await api.aclose()
+
+
+async def test_what_was_made_ready_for_a_pause_is_said_once_and_only_if_it_is_that(data_dir: Path) -> None:
+    heard = bytearray()
+
+    async def hear(stream: trio.SocketStream) -> None:
+        while data := await stream.receive_some(65536):
+            heard.extend(data)
+            await stream.send_all(OK)
+
+    def snapshot(name: str, *, diff: bool = True) -> Snapshot:
+        return Snapshot(state=Path("/s"), memory=Path(name), diff=diff)
+
+    api = FirecrackerApi(data_dir / "api.sock")
+    listener = trio.SocketListener(await listening(data_dir / "api.sock"))
+    wanted = [snapshot("/two"), snapshot("/one", diff=False), snapshot("/one"), snapshot("/one")]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, hear, [listener])
+        api.rehearse_pause(snapshot("/one"))
+        for each in wanted:
+            await api.pause()
+            await api.create_snapshot(each)
+            await api.resume()
+        await api.aclose()
+        nursery.cancel_scope.cancel()
+    pauses = [({"state": "Paused"}, each.wanted(), {"state": "Resumed"}) for each in wanted]
+    bodies = re.findall(rb"\r\n\r\n({.*?})", heard)
+    assert [json.loads(body) for body in bodies] == [said for pause in pauses for said in pause]
 
 
 async def test_a_cancelled_call_costs_its_connection_and_nobody_gets_its_answer(data_dir: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import re
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ SNAPSHOT_SECS = 120.0
 _READ_BYTES = 65536
 _NO_SPACE = re.compile(r"\(os error (?:28|122)\)")  # ENOSPC, EDQUOT
 _WORDS_MAX = 2000
+_NO_CONTENT = 204
 
 
 _Request = tuple[h11.Connection, bytes]
@@ -46,6 +48,23 @@ class Cut(DependencyDown):
     """The connection ended before an answer: the process has ended, or has dropped the connection and lives."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A snapshot that is to be written into two files; with *diff* only what changed since the last one, or a load.
+
+    *memory* keeps its other bytes if it has the size of the machine's memory, and is made anew if not.
+    """
+
+    state: Path
+    memory: Path
+    diff: bool
+
+    def wanted(self) -> dict[str, str]:
+        """Return it as Firecracker is told."""
+        kind = "Diff" if self.diff else "Full"
+        return {"snapshot_type": kind, "snapshot_path": str(self.state), "mem_file_path": str(self.memory)}
+
+
 class FirecrackerApi:
     """One Firecracker process' API at the unix socket *path*. Calls queue up, one at a time.
 
@@ -58,6 +77,7 @@ class FirecrackerApi:
         self._turn = trio.Lock()
         self._socket: socket.socket | None = None
         self._ready: dict[str, _Request] = {}
+        self._understood = b""  # an answer without content that h11 has read: the same bytes say the same
         self._closed = False
 
     # --- before the start ------------------------------------------------------------------------------------------
@@ -115,11 +135,18 @@ class FirecrackerApi:
 
     # --- while it runs ---------------------------------------------------------------------------------------------
 
-    def rehearse_pause(self) -> None:
-        """Make ready what is said in the next pause: a guest stands still meanwhile."""
-        for state in ("Paused", "Resumed"):
-            body = json.dumps({"state": state})
-            self._ready[f"PATCH /vm {body}"] = _request("PATCH", "/vm", body)
+    def rehearse_pause(self, snapshot: Snapshot | None = None) -> None:
+        """Make ready what is said in the next pause, with *snapshot* if that is known: a guest stands still then."""
+        said: list[tuple[str, str, Mapping[str, Any]]] = [
+            ("PATCH", "/vm", {"state": "Paused"}),
+            ("PATCH", "/vm", {"state": "Resumed"}),
+        ]
+        if snapshot is not None:
+            said.append(("PUT", "/snapshot/create", snapshot.wanted()))
+        self._ready.clear()
+        for method, path, content in said:
+            body = json.dumps(content)
+            self._ready[f"{method} {path} {body}"] = _request(method, path, body)
 
     async def pause(self) -> None:
         """Stop the vCPUs. Twice does nothing."""
@@ -129,14 +156,9 @@ class FirecrackerApi:
         """Let the vCPUs run. Twice does nothing."""
         await self.call("PATCH", "/vm", {"state": "Resumed"})
 
-    async def create_snapshot(self, *, state: Path, memory: Path, diff: bool) -> None:
-        """Write device state and memory; with *diff* only what changed since the last snapshot or load.
-
-        *memory* keeps its other bytes if it has the size of the machine's memory, and is made anew if not.
-        """
-        kind = "Diff" if diff else "Full"
-        wanted = {"snapshot_type": kind, "snapshot_path": str(state), "mem_file_path": str(memory)}
-        await self.call("PUT", "/snapshot/create", wanted, deadline_secs=SNAPSHOT_SECS)
+    async def create_snapshot(self, snapshot: Snapshot) -> None:
+        """Write device state and memory."""
+        await self.call("PUT", "/snapshot/create", snapshot.wanted(), deadline_secs=SNAPSHOT_SECS)
 
     async def state(self, deadline_secs: float | None = None) -> str:
         """Return ``Not started``, ``Running`` or ``Paused``."""
@@ -234,13 +256,16 @@ class FirecrackerApi:
         http, data = self._ready.pop(ready) if ready in self._ready else _request(method, path, body)
         await _send(sock, data)
         status, answer = 0, bytearray()
+        whole = received = await _receive(sock)
+        if whole == self._understood:
+            return _NO_CONTENT, b""  # nearly every answer is, and in a pause a guest waits until it is read
         while True:
             event = http.next_event()
             if event is h11.NEED_DATA:
-                received = await _receive(sock)
-                if not received:
-                    raise trio.BrokenResourceError("the connection has ended")
+                if not received:  # it comes in pieces
+                    received, whole = await _receive(sock), b""
                 http.receive_data(received)
+                received = b""
             elif isinstance(event, h11.Response):
                 status = event.status_code
             elif isinstance(event, h11.Data):
@@ -251,6 +276,8 @@ class FirecrackerApi:
                 break
         if http.our_state is not h11.DONE or http.their_state is not h11.DONE or http.trailing_data[0]:
             self._drop()  # it closes, or says what nobody has asked
+        elif status == _NO_CONTENT:
+            self._understood = whole
         return status, bytes(answer)
 
 
@@ -289,7 +316,9 @@ async def _send(sock: socket.socket, data: bytes) -> None:
 async def _receive(sock: socket.socket) -> bytes:
     while True:
         with contextlib.suppress(BlockingIOError):
-            return sock.recv(_READ_BYTES)
+            if data := sock.recv(_READ_BYTES):
+                return data
+            raise trio.BrokenResourceError("the connection has ended")
         await trio.lowlevel.wait_readable(sock)
 
 

@@ -20,7 +20,7 @@ from noid.vmmhost.console_log import is_long, shorten
 from noid.vmmhost.enclosure import Enclosure
 from noid.vmmhost.process import VmmProcess
 from noid.vmmhost.sockets import socket_itself
-from noid_vmm_firecracker.api import Cut, FirecrackerApi
+from noid_vmm_firecracker.api import Cut, FirecrackerApi, Snapshot
 from noid_vmm_firecracker.endings import ending, says_halted, tail, vcpu_runtime_ns
 from noid_vmm_firecracker.memory import Layer, Lineage, has_room
 
@@ -94,10 +94,12 @@ class FirecrackerMachine:
     async def prepare_pause(self, new_top: Path | None) -> None:
         """See `Machine.prepare_pause`. Writes out the disk, so that its freeze finds little to do, and makes room."""
         del new_top  # this VMM does not move disks
-        self._api.rehearse_pause()
+        snapshot = None
         if not self._enclosure.is_room:
             with os_errors("making room for the memory of a VM before its pause"):
-                await trio.to_thread.run_sync(self._memory.prepare, self._places.directory)
+                layer = await trio.to_thread.run_sync(self._memory.prepare, self._places.directory)
+            snapshot = _snapshot(layer, layer.state_path, layer.path)
+        self._api.rehearse_pause(snapshot)
         with os_errors("writing out the disk of a VM before its pause"):
             await trio.to_thread.run_sync(write_out, self._places.disk)
 
@@ -138,7 +140,7 @@ class FirecrackerMachine:
         if not self._enclosure.is_room:
             with os_errors("making room for the memory of a VM"):
                 layer = self._memory.next_layer(self._places.directory)  # prepared, so it takes no thread
-            await self._snapshot(layer, layer.state_path, layer.path)
+            await self._fill(layer, layer.state_path, layer.path)
             return self._memory.add(layer, into)
         # Into files of its own, where Firecracker can write: never into one that others will continue from.
         pid, in_memory = self.ref.pid, has_room(self._memory.size_bytes)
@@ -148,12 +150,12 @@ class FirecrackerMachine:
             self._enclosure.outgoing(pid, in_memory=in_memory) as memory,
         ):
             layer = self._memory.next_layer(self._places.directory, (os.dup(memory.fd), os.dup(state.fd)))
-            await self._snapshot(layer, state.path, memory.path)
+            await self._fill(layer, state.path, memory.path)
         return self._memory.add(layer, into)
 
-    async def _snapshot(self, layer: Layer, state: Path, memory: Path) -> None:
+    async def _fill(self, layer: Layer, state: Path, memory: Path) -> None:
         try:
-            await self._api.create_snapshot(state=state, memory=memory, diff=not layer.whole)
+            await self._api.create_snapshot(_snapshot(layer, state, memory))
         except BaseException:
             self._lose(layer)
             raise
@@ -319,6 +321,10 @@ class FirecrackerMachine:
             if stream is not None:
                 stream.socket.close()
         self._channel = None
+
+
+def _snapshot(layer: Layer, state: Path, memory: Path) -> Snapshot:
+    return Snapshot(state=state, memory=memory, diff=not layer.whole)
 
 
 async def _line(stream: trio.SocketStream) -> bytes:

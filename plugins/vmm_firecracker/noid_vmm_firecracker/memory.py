@@ -111,16 +111,16 @@ class Lineage:
         """
         return (self._base_fd < 0 and not self._layers) or (not self._tracked and swaps())
 
-    def prepare(self, beside: Path) -> None:
-        """Make what the next `next_layer` returns, which then takes microseconds. Blocks for a moment."""
-        if self._blank is not None:
-            return
-        fd = _nameless(beside, self.size_bytes)
-        try:
-            self._blank = fd, os.memfd_create("noid-state", os.MFD_CLOEXEC)
-        except OSError:
-            os.close(fd)
-            raise
+    def prepare(self, beside: Path) -> Layer:
+        """Make what the next `next_layer` is expected to return, which then takes microseconds. Blocks for a moment."""
+        if self._blank is None:
+            fd = _nameless(beside, self.size_bytes)
+            try:
+                self._blank = fd, os.memfd_create("noid-state", os.MFD_CLOEXEC)
+            except OSError:
+                os.close(fd)
+                raise
+        return Layer(*self._blank, self.needs_full)
 
     def next_layer(self, beside: Path, given: tuple[int, int] | None = None) -> Layer:
         """Return an empty layer for the snapshot that is about to be taken. Blocks for a moment, unless prepared.
@@ -131,9 +131,8 @@ class Lineage:
         if len(self._layers) >= LAYERS_MAX:
             self.forget()
         if given is None:
-            self.prepare(beside)
-            given, self._blank = self._blank, None
-        assert given is not None  # noqa: S101  just made
+            blank = self.prepare(beside)
+            given, self._blank = (blank.fd, blank.state_fd), None
         layer = Layer(*given, self.needs_full)
         try:
             self._base_path.unlink(missing_ok=True)
