@@ -38,6 +38,7 @@ from noid.testing.results import tell
 ANSWER_SECS = 60.0 * slowness()
 TICK_SECS = 0.05
 _CLOSE_SECS = 20.0 * slowness()
+_LAST_WORDS_BYTES = 3000
 
 Argv = tuple[str, ...]
 
@@ -211,7 +212,10 @@ class VmmRig:
         return marked_processes(self.data_dir)
 
     async def close(self) -> None:
-        """End every machine."""
+        """End every machine, and print what the guests and VMMs said last: pytest shows it beside a failure."""
+        for words in sorted(self.data_dir.glob("vms/*/*.log")):
+            said = words.read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace")
+            print(f"--- {words.relative_to(self.data_dir)}\n{said}")  # noqa: T201
         with trio.move_on_after(_CLOSE_SECS, shield=True):
             for machine in self._machines:
                 await machine.kill()

@@ -94,7 +94,7 @@ def test_booting_is_this_command() -> None:
         *("-initrd", "/k/initrd"),
         "-append",
         "console=ttyS0 quiet reboot=t panic=-1 mitigations=off cryptomgr.notests random.trust_cpu=on root=/dev/vda rw "
-        "tsc_early_khz=2596000 quota=1",
+        "tsc_early_khz=2596000 clearcpuid=141 quota=1",
     ]
 
 
@@ -112,6 +112,14 @@ def test_kvm_shows_the_hosts_cpu_and_needs_no_frequency() -> None:
     assert (value_of(argv, "-accel"), value_of(argv, "-cpu")) == ("kvm", "host")
     assert "tsc=reliable" in value_of(argv, "-append")
     assert "tsc_early_khz" not in value_of(argv, "-append")
+
+
+def test_kernels_use_cmpxchg16b_where_its_flags_are_right() -> None:
+    assert "clearcpuid" in value_of(launch_argv(HOST, LAUNCH, MEMORY, FDS), "-append")
+    for right in ({"version": (8, 0, 0)}, {"accelerator": "kvm"}):
+        assert "clearcpuid" not in value_of(
+            launch_argv(dataclasses.replace(HOST, **right), LAUNCH, MEMORY, FDS), "-append"
+        )
 
 
 def test_q35_has_the_devices_on_pci() -> None:

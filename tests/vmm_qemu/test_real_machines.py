@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 from noid_vmm_qemu.backend import QemuBackend
+from noid_vmm_qemu.command_line import CMPXCHG16B_SINCE
 from noid_vmm_qemu.pagemap import private_mappings, read_memory
 
 from noid.core.model.processes import ExecRequest
@@ -234,6 +235,13 @@ async def test_a_running_machine_is_not_captured(rig: VmmRig) -> None:
 
     with pytest.raises(BackendError, match="not paused"):
         await running.machine.capture(into)
+
+
+async def test_a_guests_kernel_does_without_the_instruction_whose_flags_its_qemu_gets_wrong(rig: VmmRig) -> None:
+    host = rig.vmm.host if isinstance(rig.vmm, QemuBackend) else None
+    if host is None or host.accelerator == "kvm" or host.version[:2] >= CMPXCHG16B_SINCE:
+        pytest.skip("needs a QEMU before 8.0 that emulates")
+    assert "cx16" not in (await rig.read(await rig.fresh(), "/proc/cpuinfo")).split()
 
 
 async def test_a_guest_that_reboots_ends_as_reset(rig: VmmRig) -> None:

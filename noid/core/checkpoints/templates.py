@@ -33,7 +33,7 @@ from noid.errors import Damaged, DeadlineExceeded, Incompatible, NoidError, NotF
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 GUEST_NAME = "noid"
 CLEANUP_SECS = 20.0
 

@@ -27,6 +27,9 @@ BASE_NODE = "base"
 BASE_ARGUMENT = "noid.base=/dev/vdb"
 """Where the guest finds the second disk of a volume in layers."""
 READONLY_RAM_SINCE = (8, 2)
+CMPXCHG16B_SINCE = (8, 0)
+"""Before, TCG computed the flags of that instruction from those of an older one than the one before it: an interrupt
+right behind it saved rubbish, and coming back from that, with the trap flag set, a kernel panicked now and then."""
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 #: For a QEMU that is still to change its user, which it can then do once: the launcher has seen to it that it, and
 #: whatever it might start, can never gain anything.
@@ -107,6 +110,10 @@ def kernel_arguments(host: Host) -> str:
     if host.accelerator == "tcg":
         # This machine has no PIT; where calibrating the TSC against it fails, Linux spins for ever. So it is told.
         arguments.append(f"tsc_early_khz={host.tsc_khz}")
+        if host.version[:2] < CMPXCHG16B_SINCE:
+            # Linux allocates memory with it where it may. CPUID goes on telling programs that it is there: with them it
+            # is rare, and some do not start without. By number (bit 13 of word 4): older kernels know no names here.
+            arguments.append(f"clearcpuid={4 * 32 + 13}")
     else:
         # A clone's TSC jumps, which is no reason to mistrust it.
         arguments.append("tsc=reliable")
