@@ -35,6 +35,7 @@ from packaging.requirements import Requirement
 
 import noid
 from noid import hostfs
+from noid.core.checkpoints.templates import FORMAT as TEMPLATE_FORMAT
 from noid.core.guestbuild import Kernel, Stage, cache, debian_rootfs, debs, distribution_kernel, silent, tiny_rootfs
 from noid.core.guestbuild.modules import module_name
 from noid.core.guestbuild.vmlinux import decompressed
@@ -130,7 +131,8 @@ def level1(stage: Stage = silent) -> Iterator[Level1]:
     kernel = distribution_kernel(stage)
     rootfs = debian_rootfs(size_bytes=SIZE_BYTES, packages=PACKAGES, stage=stage)
     furniture = _furniture(kernel, stage)
-    key = hashlib.sha256(f"{rootfs.parent.name} {furniture.name} {MEM_MIB} {CMDLINE}".encode()).hexdigest()[:16]
+    facts = f"{rootfs.parent.name} {furniture.name} {MEM_MIB} {CMDLINE} {TEMPLATE_FORMAT}"
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     shelf = cache.directory() / "level1"
     shelf.mkdir(parents=True, exist_ok=True)
     with cache.locked(shelf / ".lock"):  # one at a time: each takes a processor and gigabytes

@@ -34,6 +34,7 @@ from noid.errors import Damaged, DeadlineExceeded, Incompatible, NoidError, NotF
 logger = logging.getLogger(__name__)
 
 FORMAT = 4
+"""To be raised when guests are to be booted in another way than before."""
 GUEST_NAME = "noid"
 CLEANUP_SECS = 20.0
 
