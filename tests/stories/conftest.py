@@ -53,6 +53,11 @@ class StoryVmm:
         if self.name not in ("qemu", "firecracker"):
             raise ValueError(f"NOID_STORIES_VMM is {self.name!r}; it must be qemu or firecracker.")
 
+    @property
+    def shown(self) -> str:
+        """What messages call it."""
+        return {"qemu": "QEMU", "firecracker": "Firecracker"}[self.name]
+
     def settings(self, text: str) -> str:
         """Return the settings *text*, with those that make an agent use this VMM."""
         if self.name == "qemu":
@@ -318,6 +323,19 @@ def shared_house(data_dir_root: Path, tmp_path_factory: pytest.TempPathFactory) 
     yield house
     house.empty()
     clean(house.data_dir)
+
+
+@pytest.fixture
+def vmm() -> StoryVmm:
+    """The VMM the stories are about."""
+    return VMM
+
+
+@pytest.fixture
+def qemu() -> None:
+    """Tell a story that is about QEMU's ways."""
+    if VMM.name != "qemu":
+        pytest.skip(f"is about QEMU, and the stories are about {VMM.shown}")
 
 
 @pytest.fixture

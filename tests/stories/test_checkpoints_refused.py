@@ -69,6 +69,7 @@ def test_a_flipped_bit_a_short_layer_and_an_edited_manifest_are_noticed(house: H
     assert f"disk/{top.name}: it has {size - 1} bytes instead of {size}" in said
 
 
+@pytest.mark.usefixtures("qemu")
 def test_a_checkpoint_of_another_machine_type_is_refused_with_the_field_that_differs(
     house: House, checkpoint: str
 ) -> None:

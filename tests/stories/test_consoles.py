@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from noid.testing.pace import slowness
 from noid.testing.person import Person
 
 pytestmark = pytest.mark.vm
 
-PATIENCE_SECS = 60.0
+PATIENCE_SECS = 60.0 * slowness()
 DETACH = b"\x1d"
 
 

@@ -81,7 +81,7 @@ def test_a_root_that_cannot_be_mounted_and_an_init_that_ends_are_said(house: Hou
     subprocess.run(["debugfs", "-w", "-f", "-", str(rootfs)], input=script.encode(), capture_output=True, check=True)
     again(house, "initless", rootfs=rootfs)
     said = house("create", "x", "--mem", "96", "--image", "rootless").complaint
-    assert said.startswith("server error (500): The guest started but has no root file system: cannot mount /dev/vda")
+    assert said.startswith("server error (500): The guest started but has no root file system: cannot mount /dev/vd")
     said = house("create", "x", "--mem", "96", "--image", "initless").complaint
     assert said.startswith("server error (503): the VM ended before its guest answered")
     assert "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000300" in said

@@ -82,6 +82,7 @@ def test_a_full_disk_fails_create_checkpoint_and_restore_and_harms_nothing(small
     assert house.states() == {"web": "running"}
 
 
+@pytest.mark.usefixtures("qemu")
 def test_without_qemu_the_first_command_says_what_to_install(house: House) -> None:
     house.env["PATH"] = "/nonexistent"
     said = house("create", "web", "--mem", "96", "--image", "tiny").complaint

@@ -240,6 +240,18 @@ async def test_the_next_agent_knows_what_it_may_build_on(
     assert (source.plan.directory / "memory.base").exists()
 
 
+async def test_a_start_that_is_refused_says_in_firecrackers_words_why_and_what_to_try(
+    rig: VmmRig, firecracker: SimulatedFirecracker
+) -> None:
+    words = "Cannot load kernel due to invalid memory configuration"
+    firecracker.arm("PUT /actions", "refuse", text=words)
+
+    with trio.fail_after(BOUND_SECS), pytest.raises(BackendError, match=words) as refused:
+        await rig.launch()
+
+    assert f"{words}. Check the image's kernel, or give the VM more memory." in str(refused.value)
+
+
 async def test_a_snapshot_that_is_refused_when_a_standing_copy_is_let_go_is_told_and_leaves_nothing(
     rig: VmmRig, firecracker: SimulatedFirecracker
 ) -> None:
@@ -247,9 +259,10 @@ async def test_a_snapshot_that_is_refused_when_a_standing_copy_is_let_go_is_told
     copy = await rig.clone(await rig.checkpoint(source), paused=True)
     firecracker.arm("PUT /snapshot/load", "refuse", text="the state is not to my liking")
 
-    with trio.fail_after(BOUND_SECS), pytest.raises(BackendError, match="not to my liking"):
+    with trio.fail_after(BOUND_SECS), pytest.raises(BackendError, match="not to my liking") as refused:
         await copy.machine.resume()
     await copy.machine.kill()
+    assert "not to my liking. If it goes on, this checkpoint is damaged: restore another one." in str(refused.value)
 
     assert set(rig.processes()) == {source.machine.ref.pid}
     assert (await rig.run(source, "true")).status == 0

@@ -37,10 +37,11 @@ _Request = tuple[h11.Connection, bytes]
 
 
 class Refused(BackendError):
-    """Firecracker understood a call, or at least heard it, and refused. *words* are its own."""
+    """Firecracker understood a *call*, or at least heard it, and refused. *words* are its own."""
 
     def __init__(self, call: str, status: int, words: str) -> None:
         super().__init__(f"Firecracker refused {call} ({status}): {words}")
+        self.call = call
         self.words = words
 
 

@@ -55,6 +55,10 @@ ADOPT_SECS = 5.0
 
 _LISTEN_LOOK_SECS = 0.001
 _CLEANUP_SECS = 5.0
+_NEXT_STEPS = {
+    "PUT /actions": " Check the image's kernel, or give the VM more memory.",
+    "PUT /snapshot/load": " If it goes on, this checkpoint is damaged: restore another one.",
+}
 _FULL_BYTES = 4 << 20
 _ROOM_MIB = 64
 _PASSED_ON = ("PATH", "TMPDIR")
@@ -356,6 +360,10 @@ def _not_started(plan: MachinePlan, error: NoidError, said: str) -> NoidError:
             f"try again. ({error} Firecracker's log: {said})"
         )
     text = f"{busy_tap(plan.lease, str(error))}{error}"
+    if isinstance(error, Refused):
+        text = f"{text.removesuffix('.')}.{_NEXT_STEPS.get(error.call, '')}"
+        if error.words in said and " / " not in said:  # one line, that repeats them
+            return BackendError(f"VM {plan.instance} did not start: {text}")
     return BackendError(f"VM {plan.instance} did not start: {text} Firecracker's log: {said}")
 
 
